@@ -1,0 +1,38 @@
+"""The `gemma4::` ops: importing this registers them all, also where there is no GPU and no Triton."""
+
+from .feed_forward_tail import (
+    feed_forward_tail,
+    feed_forward_tail_norm,
+    moe_feed_forward_tail,
+    moe_feed_forward_tail_norm,
+)
+from .geglu import geglu
+from .library import OPS
+from .ple_inputs import ple_combine, ple_inputs
+from .ple_tail import ple_tail, ple_tail_norm
+from .post_attention_norms import post_attention_norm, post_attention_norms
+from .qkv_norm_rope import q_norm_rope, qkv_norm_rope
+from .rms_norm import rms_norm, rms_norm_noscale
+from .rope import rope
+from .route import route
+
+__all__ = [
+    "OPS",
+    "feed_forward_tail",
+    "feed_forward_tail_norm",
+    "geglu",
+    "moe_feed_forward_tail",
+    "moe_feed_forward_tail_norm",
+    "ple_combine",
+    "ple_inputs",
+    "ple_tail",
+    "ple_tail_norm",
+    "post_attention_norm",
+    "post_attention_norms",
+    "q_norm_rope",
+    "qkv_norm_rope",
+    "rms_norm",
+    "rms_norm_noscale",
+    "rope",
+    "route",
+]
