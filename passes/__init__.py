@@ -1,0 +1,39 @@
+"""The whole compiler on one screen: what runs on the graph that Dynamo hands over, and why in this order.
+
+    functionalize -> raise -> fuse -> lower
+
+All of it works on Dynamo's graph, before AOT: there a norm is the same nine nodes in every dtype, a linear is one node, the
+order is program order, and the passes run on each compile, also where Inductor's cache already holds the code.
+"""
+
+from collections.abc import Collection
+
+from .base import Pass, PatternPass, Record, Site, run
+from .fuse import FUSE_FEED_FORWARD_TAIL, FUSE_PLE_INPUTS, FUSE_PLE_TAIL, FUSE_POST_ATTENTION_NORMS, FUSE_QKV_NORM_ROPE
+from .lower import Lower
+from .raise_ops import RAISE_GEGLU, RAISE_RMS_NORM, RAISE_ROPE, RAISE_ROUTE, Functionalize
+
+__all__ = ["Pass", "PatternPass", "Record", "Site", "pipeline", "run"]
+
+# Fusions that are one raised op: switched off, the op is lowered again.
+RAISED_FUSIONS = ("route", "geglu")
+
+
+def pipeline(enabled: Collection[str]) -> tuple[Pass, ...]:
+    """The steps with the fusions in `enabled`; every other fusion's sites are left to Inductor."""
+    fuse = (
+        FUSE_QKV_NORM_ROPE,
+        FUSE_POST_ATTENTION_NORMS,
+        FUSE_PLE_INPUTS,
+        FUSE_PLE_TAIL,  # before feed_forward_tail, whose scalar form it contains; takes the gate's geglu with it
+        FUSE_FEED_FORWARD_TAIL,
+    )
+    return (
+        Functionalize(),  # first: Hugging Face's in-place forms would need patterns of their own
+        RAISE_RMS_NORM,
+        RAISE_ROPE,
+        RAISE_GEGLU,
+        RAISE_ROUTE,
+        *(step for step in fuse if step.name in enabled),
+        Lower(keep=frozenset(name for name in RAISED_FUSIONS if name in enabled)),  # last: no raised op is left as a wall
+    )

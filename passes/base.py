@@ -1,0 +1,141 @@
+"""PatternPass: what every pass needs done once. Find, guard, replace, keep metadata, remember what happened.
+
+Invariants, as in PyTorch's fx_passes/README.md: a graph goes in and comes out that computes the same; `example_value`, the
+module stack and the stack trace of replaced outputs are kept; no output aliases an input that did not before. Nodes that the
+match did not cover are never erased: an in-place cache write without users must stay.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch.fx import Graph, Node
+
+from ..patterns.rewrite import Rewrite, module_path
+from ..patterns.template import Match, Mismatch, find, instantiate
+
+# Metadata that later passes, inspection and Inductor's provenance tracking read.
+_KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a rewrite fired: `path` is the module of its first output, `source` the pattern's file:line."""
+
+    fusion: str
+    rewrite: str
+    path: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Miss:
+    """One place where a fusion was looked for and left alone, and how near it came."""
+
+    fusion: str
+    path: str
+    reason: str
+    depth: int
+
+
+@dataclass
+class Record:
+    """What one run of the pipeline did to one graph."""
+
+    sites: list[Site] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def matched(self, fusion: str) -> list[Site]:
+        return [site for site in self.sites if site.fusion == fusion]
+
+
+class Pass(Protocol):
+    """One named step of the pipeline."""
+
+    name: str
+
+    def __call__(self, graph: Graph, record: Record) -> None: ...
+
+
+@dataclass(frozen=True)
+class PatternPass:
+    """Apply the rewrites in order, each wherever it matches. A miss by all of them is recorded with the nearest reason."""
+
+    name: str
+    rewrites: Callable[[], Sequence[Rewrite]]
+    reason: str = ""  # why the pass stands where it stands in the pipeline
+
+    def __call__(self, graph: Graph, record: Record) -> None:
+        nearest: dict[Node, Miss] = {}
+        for rewrite in self.rewrites():
+            anchor = rewrite.searched.anchor
+            for node in [n for n in graph.nodes if n.op == anchor.op and n.target == anchor.target]:
+                if node._erased:  # an earlier match of this sweep took it
+                    continue
+                path = module_path(node)
+                outcome = self._try(graph, rewrite, node)
+                if isinstance(outcome, Match):
+                    record.sites.append(Site(self.name, rewrite.name, path, rewrite.searched.source))
+                    nearest.pop(node, None)
+                elif node not in nearest or outcome.depth > nearest[node].depth:
+                    nearest[node] = Miss(self.name, path, outcome.reason, outcome.depth)
+        record.misses.extend(miss for node, miss in nearest.items() if not node._erased)
+
+    @staticmethod
+    def _try(graph: Graph, rewrite: Rewrite, node: Node) -> Match | Mismatch:
+        match = find(rewrite.searched, node)
+        if isinstance(match, Mismatch):
+            return match
+        objection = rewrite.guard(match)
+        if objection is None:
+            objection = replace(graph, match, rewrite)
+        return match if objection is None else Mismatch(objection, len(match.nodes) + 1)
+
+
+def replace(graph: Graph, match: Match, rewrite: Rewrite) -> str | None:
+    """Put the replacement before the first output; None, or why there is no such place."""
+    first = min(match.outputs)
+    for name, value in match.binding.items():
+        late = next((n for n in _nodes(value) if not n < first), None)
+        if late is not None:
+            return f"{name} ({late.name}) is computed after {first.name}, where the fused op has to stand"
+    with graph.inserting_before(first):
+        created, outputs = instantiate(rewrite.replacement, match.binding, graph)
+    keep_metadata(created, match.outputs[0])
+    for old, new in zip(match.outputs, outputs, strict=True):
+        new.meta.update(old.meta)
+        old.replace_all_uses_with(new)
+    erase(graph, match.nodes.values())
+    return None
+
+
+def keep_metadata(created: Iterable[Node], origin: Node) -> None:
+    """New nodes come from where the replaced one came from."""
+    for node in created:
+        node.meta.update({key: origin.meta[key] for key in _KEPT if key in origin.meta})
+
+
+def erase(graph: Graph, nodes: Iterable[Node]) -> None:
+    """Erase the matched nodes that nothing reads any more, last first."""
+    for node in sorted(nodes, reverse=True):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _nodes(value: Any) -> list[Node]:
+    if isinstance(value, Node):
+        return [value]
+    return [n for v in value for n in _nodes(v)] if isinstance(value, (tuple, list)) else []
+
+
+def run(pipeline: Iterable[Pass], graph: Graph) -> Record:
+    """Run the steps in order; the record says what matched, what did not and how long each took."""
+    record = Record()
+    for step in pipeline:
+        start = time.perf_counter()
+        step(graph, record)
+        record.seconds[step.name] = record.seconds.get(step.name, 0.0) + time.perf_counter() - start
+    graph.lint()
+    return record

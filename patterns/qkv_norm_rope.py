@@ -1,0 +1,98 @@
+"""Q, K and V head norms + rotary embedding      HF: Gemma4TextAttention.forward
+
+Three forms: own K and V; V is the raw K projection (attention_k_eq_v); Q only, where the layer shares another layer's KV.
+The projections are part of the search, as only their common input says which q, k and v belong together. They are put back
+as they were."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rewrite import Rewrite, all_guards, same_dtype, vectors_of_last_dim
+from .template import Match, value_of
+
+ops = torch.ops.gemma4
+
+
+def search_qkv(
+    x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, q_bias: Any, k_bias: Any, v_bias: Any, heads: Any,
+    q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q = ops.rope(ops.rms_norm(F.linear(x, q_proj, q_bias).view(heads), q_weight, eps), cos, sin)
+    k = ops.rope(ops.rms_norm(F.linear(x, k_proj, k_bias).view(heads), k_weight, eps), cos, sin)
+    return q, k, ops.rms_norm_noscale(F.linear(x, v_proj, v_bias).view(heads), eps)
+
+
+def replace_qkv(
+    x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, q_bias: Any, k_bias: Any, v_bias: Any, heads: Any,
+    q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q = F.linear(x, q_proj, q_bias).view(heads)
+    k = F.linear(x, k_proj, k_bias).view(heads)
+    v = F.linear(x, v_proj, v_bias).view(heads)
+    q, k, v = ops.qkv_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps)
+    return q, k, v
+
+
+def search_k_eq_v(
+    x: Tensor, q_proj: Tensor, k_proj: Tensor, q_bias: Any, k_bias: Any, heads: Any, q_weight: Tensor, k_weight: Tensor,
+    cos: Tensor, sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q = ops.rope(ops.rms_norm(F.linear(x, q_proj, q_bias).view(heads), q_weight, eps), cos, sin)
+    kv = F.linear(x, k_proj, k_bias).view(heads)
+    return q, ops.rope(ops.rms_norm(kv, k_weight, eps), cos, sin), ops.rms_norm_noscale(kv, eps)
+
+
+def replace_k_eq_v(
+    x: Tensor, q_proj: Tensor, k_proj: Tensor, q_bias: Any, k_bias: Any, heads: Any, q_weight: Tensor, k_weight: Tensor,
+    cos: Tensor, sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q = F.linear(x, q_proj, q_bias).view(heads)
+    kv = F.linear(x, k_proj, k_bias).view(heads)
+    q, k, v = ops.qkv_norm_rope(q, kv, kv, q_weight, k_weight, cos, sin, eps)
+    return q, k, v
+
+
+def search_q(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    return ops.rope(ops.rms_norm(q, q_weight, eps), cos, sin)
+
+
+def replace_q(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    return ops.q_norm_rope(q, q_weight, cos, sin, eps)
+
+
+def inputs(form: str) -> dict[str, Any]:
+    rotary = {name: torch.randn(2, 3, 8) for name in ("cos", "sin")} | {"q_weight": torch.rand(8) + 0.5, "eps": 1e-6}
+    if form == "q":
+        return rotary | {"q": torch.randn(2, 3, 4, 8)}
+    common = {
+        "x": torch.randn(2, 3, 16), "q_proj": torch.randn(32, 16), "k_proj": torch.randn(16, 16), "q_bias": None,
+        "k_bias": None, "heads": (2, 3, -1, 8), "k_weight": torch.rand(8) + 0.5,
+    }  # fmt: skip
+    return rotary | common | ({"v_proj": torch.randn(16, 16), "v_bias": None} if form == "qkv" else {})
+
+
+def rotary_shapes(match: Match) -> str | None:
+    """cos and sin are [batch or 1, tokens, head_dim], as long as the heads are."""
+    cos, weight = value_of(match.binding["cos"]), value_of(match.binding["q_weight"])
+    if cos is None or weight is None or cos.dim() != 3 or cos.shape[-1] != weight.shape[0]:
+        return "cos must be [batch or 1, tokens, head_dim]"
+    return None
+
+
+@cache
+def rewrites() -> tuple[Rewrite, ...]:
+    # q, k and v have the dtype of x: a GEMM of one dtype.
+    both = all_guards(same_dtype("x", "q_weight", "k_weight", "cos", "sin"), rotary_shapes)
+    alone = all_guards(
+        same_dtype("q", "q_weight", "cos", "sin"), vectors_of_last_dim("q", "q_weight"), rotary_shapes
+    )
+    return (
+        Rewrite("qkv_norm_rope", search_qkv, replace_qkv, lambda: inputs("qkv"), both),
+        Rewrite("kv_norm_rope", search_k_eq_v, replace_k_eq_v, lambda: inputs("k_eq_v"), both),
+        # Last: the q of the forms above looks like this too, and so does their k.
+        Rewrite("q_norm_rope", search_q, replace_q, lambda: inputs("q"), alone),
+    )
