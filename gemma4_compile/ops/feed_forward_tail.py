@@ -13,7 +13,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import expect, fresh, register
+from .library import (
+    as_rows,
+    await_previous,
+    expect,
+    fresh,
+    jit,
+    mean_square_norm,
+    pinned,
+    power_of_two,
+    register,
+    rounded,
+    tl,
+)
+from .plans import pdl_options, row_plan
 from .rms_norm import normalize
 
 
@@ -71,32 +84,109 @@ def moe_feed_forward_tail_norm_reference(
 
 
 def _check(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, *weights: Tensor) -> None:
-    expect(f"{op}: residual must have the input's shape", residual.shape, x.shape, "pass the state before the block")
+    expect(op, "residual must have the input's shape", residual.shape, x.shape, "pass the state before the block")
+    expect(op, "residual must have the input's dtype", residual.dtype, x.dtype, "cast one of them")
     for weight in weights:
-        expect(f"{op}: each weight must be [H] for [..., H]", weight.shape, x.shape[-1:], "pass this layer's weights")
+        expect(op, "each weight must be [H] for [..., H]", weight.shape, x.shape[-1:], "pass this layer's weights")
     if layer_scalar is not None:
-        expect(f"{op}: layer_scalar must be one number", layer_scalar.numel(), 1, "pass the layer's buffer, or None")
+        expect(op, "layer_scalar must be one number", layer_scalar.numel(), 1, "pass the layer's buffer, or None")
 
 
 def _check_experts(op: str, experts: Tensor, residual: Tensor) -> None:
     expect(
-        f"{op}: experts must be [..., H] with as many elements as residual",
+        op,
+        "experts must be [..., H] with as many elements as residual",
         (experts.numel(), experts.shape[-1]),
         (residual.numel(), residual.shape[-1]),
         "pass the experts' output for the same tokens",
     )
+    expect(op, "experts must have residual's dtype", experts.dtype, residual.dtype, "cast one of them")
+
+
+@jit
+def _tail_kernel(
+    x_ptr, experts_ptr, residual_ptr, dense_weight_ptr, expert_weight_ptr, weight_ptr, scalar_ptr, next_weight_ptr,
+    hidden_ptr, normed_ptr, rows, x_stride, experts_stride, residual_stride, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    eps = pinned(eps)
+    dtype = hidden_ptr.dtype.element_ty
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    if PDL:
+        await_previous()
+    # All loads stand before the first reduction: a lone row waits for memory once.
+    if experts_ptr is not None:
+        dense_weight = tl.load(dense_weight_ptr + column, inside, other=0.0)
+        expert_weight = tl.load(expert_weight_ptr + column, inside, other=0.0)
+    weight = tl.load(weight_ptr + column, inside, other=0.0)
+    if next_weight_ptr is not None:
+        next_weight = tl.load(next_weight_ptr + column, inside, other=0.0)
+    if scalar_ptr is not None:
+        scalar = tl.load(scalar_ptr).to(tl.float32)
+
+    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * x_stride + column, inside, other=0.0).to(tl.float32)
+        if experts_ptr is not None:
+            experts = tl.load(experts_ptr + row * experts_stride + column, inside, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + row * residual_stride + column, inside, other=0.0).to(tl.float32)
+
+        if experts_ptr is not None:
+            x = rounded(mean_square_norm(x, WIDTH, eps) * dense_weight.to(tl.float32), dtype)
+            x += rounded(mean_square_norm(experts, WIDTH, eps) * expert_weight.to(tl.float32), dtype)
+            x = rounded(x, dtype)
+        hidden = residual + rounded(mean_square_norm(x, WIDTH, eps) * weight.to(tl.float32), dtype)
+        hidden = rounded(hidden, dtype)
+        if scalar_ptr is not None:
+            hidden = rounded(hidden * scalar, dtype)
+        tl.store(hidden_ptr + row * WIDTH + column, hidden, inside)
+        if next_weight_ptr is not None:
+            normed = mean_square_norm(hidden, WIDTH, eps) * next_weight.to(tl.float32)
+            tl.store(normed_ptr + row * WIDTH + column, normed, inside)
+
+
+def launch_tail(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    layer_scalar: Tensor | None,
+    next_weight: Tensor | None,
+    eps: float,
+    experts: Tensor | None = None,
+    dense_weight: Tensor | None = None,
+    expert_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The one launcher of every chain that ends in residual + norm [* scalar] [, next norm]; arguments are checked."""
+    hidden = fresh(residual)
+    normed = None if next_weight is None else fresh(residual)
+    if hidden.numel():
+        x_rows, residual_rows = as_rows(x), as_rows(residual)
+        expert_rows = None if experts is None else as_rows(experts)
+        rows, width = x_rows.shape
+        block = power_of_two(width)
+        programs, warps = row_plan(rows, block)
+        weights = (t if t is None else t.contiguous() for t in (dense_weight, expert_weight, weight))
+        _tail_kernel[(programs,)](
+            x_rows, expert_rows, residual_rows, *weights, layer_scalar,
+            next_weight if next_weight is None else next_weight.contiguous(), hidden, normed,
+            rows, x_rows.stride(0), 0 if expert_rows is None else expert_rows.stride(0), residual_rows.stride(0), eps,
+            width, block, num_warps=warps, **pdl_options(),
+        )  # fmt: skip
+    return hidden, normed
 
 
 def launch_feed_forward_tail(
     x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float
 ) -> Tensor:
-    return feed_forward_tail_reference(x, residual, weight, layer_scalar, eps)
+    _check("feed_forward_tail", x, residual, layer_scalar, weight)
+    return launch_tail(x, residual, weight, layer_scalar, None, eps)[0]
 
 
 def launch_feed_forward_tail_norm(
     x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return feed_forward_tail_norm_reference(x, residual, weight, layer_scalar, next_weight, eps)
+) -> tuple[Tensor, Tensor | None]:
+    _check("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
+    return launch_tail(x, residual, weight, layer_scalar, next_weight, eps)
 
 
 def launch_moe_feed_forward_tail(
@@ -109,9 +199,9 @@ def launch_moe_feed_forward_tail(
     layer_scalar: Tensor | None,
     eps: float,
 ) -> Tensor:
-    return moe_feed_forward_tail_reference(
-        dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, eps
-    )
+    _check("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
+    _check_experts("moe_feed_forward_tail", experts, residual)
+    return launch_tail(dense, residual, weight, layer_scalar, None, eps, experts, dense_weight, expert_weight)[0]
 
 
 def launch_moe_feed_forward_tail_norm(
@@ -124,10 +214,12 @@ def launch_moe_feed_forward_tail_norm(
     layer_scalar: Tensor | None,
     next_weight: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    return moe_feed_forward_tail_norm_reference(
-        dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, next_weight, eps
+) -> tuple[Tensor, Tensor | None]:
+    _check(
+        "moe_feed_forward_tail_norm", dense, residual, layer_scalar, dense_weight, expert_weight, weight, next_weight
     )
+    _check_experts("moe_feed_forward_tail_norm", experts, residual)
+    return launch_tail(dense, residual, weight, layer_scalar, next_weight, eps, experts, dense_weight, expert_weight)
 
 
 def _feed_forward_tail_fake(

@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import expect, fresh, register
+from .library import (
+    as_rows,
+    await_previous,
+    expect,
+    fresh,
+    gelu_tanh,
+    jit,
+    power_of_two,
+    register,
+    rounded,
+    tl,
+)
+from .plans import pdl_options
 
 
 def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -18,11 +30,36 @@ def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
-    expect("geglu: up must have gate's shape", up.shape, gate.shape, "pass the two projections of one input")
+    expect("geglu", "up must have gate's shape", up.shape, gate.shape, "pass the two projections of one input")
+    expect("geglu", "up must have gate's dtype", up.dtype, gate.dtype, "cast one of them")
+
+
+@jit
+def _geglu_kernel(gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    if PDL:
+        await_previous()
+
+    gate = tl.load(gate_ptr + row * gate_stride + column, inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, inside, other=0.0).to(tl.float32)
+
+    out = rounded(gelu_tanh(gate), out_ptr.dtype.element_ty) * up
+
+    tl.store(out_ptr + row * width + column, out, inside)
 
 
 def launch_geglu(gate: Tensor, up: Tensor) -> Tensor:
-    return geglu_reference(gate, up).contiguous()
+    _check(gate, up)
+    gates, ups, out = as_rows(gate), as_rows(up), fresh(gate)
+    if out.numel():
+        rows, width = gates.shape
+        block = min(power_of_two(width), 1024)
+        _geglu_kernel[(rows, -(-width // block))](
+            gates, ups, out, width, gates.stride(0), ups.stride(0), block, num_warps=4, **pdl_options()
+        )
+    return out
 
 
 def _geglu_fake(gate: Tensor, up: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The `gemma4` operator library: registration, the shape check, and the device functions that the kernels share.
+"""The `gemma4` operator library: registration, the shape check, and what the kernels share.
 
 It knows no fusion: each file beside it owns one family of ops and registers it here. Triton is optional: without it the
 CPU references and the fakes still register, and a CUDA call says what is missing.
@@ -6,6 +6,7 @@ CPU references and the fakes still register, and a CUDA call says what is missin
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ try:
 except ModuleNotFoundError:  # CPU-only installs and platforms without Triton wheels
     triton = tl = None
 
-    def jit(kernel: Callable) -> Callable:
+    def jit(kernel: Callable) -> Any:
         return kernel
 
 
@@ -35,6 +36,7 @@ class Op(NamedTuple):
 OPS: dict[str, Op] = {}
 # A fragment: other parts of the package define their own ops in the same namespace.
 LIBRARY = torch.library.Library("gemma4", "FRAGMENT")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def register(schema: str, *, reference: Callable, launch: Callable, fake: Callable) -> None:
@@ -55,10 +57,10 @@ def register(schema: str, *, reference: Callable, launch: Callable, fake: Callab
     OPS[name] = Op(name, reference, launch)
 
 
-def expect(rule: str, got: Any, wanted: Any, remedy: str) -> None:
-    """The one shape check: raises ValueError "rule, got X, wanted Y; remedy" unless the two are equal."""
+def expect(op: str, rule: str, got: Any, wanted: Any, remedy: str) -> None:
+    """The one shape check: raises ValueError "op: rule, got X, wanted Y; remedy" unless the two are equal."""
     if got != wanted:
-        raise ValueError(f"{rule}, got {_plain(got)}, wanted {_plain(wanted)}; {remedy}")
+        raise ValueError(f"{op}: {rule}, got {_plain(got)}, wanted {_plain(wanted)}; {remedy}")
 
 
 def _plain(value: Any) -> Any:
@@ -68,3 +70,51 @@ def _plain(value: Any) -> Any:
 def fresh(x: Tensor) -> Tensor:
     """A new contiguous tensor of x's shape, dtype and device: what every kernel writes."""
     return x.new_empty(x.shape)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x as [rows, width] with unit stride inside a row: a view wherever strides allow one, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x itself, whatever its outer strides, or a copy if its last dimension is strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two >= n: Triton's block sizes."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@jit
+def pinned(scalar):
+    """A float argument as fp32, whatever the caller's launcher made of it (Inductor passes fp64)."""
+    return tl.full((), scalar, tl.float32)
+
+
+@jit
+def mean_square_norm(x, width, eps):
+    """x [..., BLOCK] in fp32, zero past width, over its root mean square along the last axis."""
+    return x * tl.rsqrt(tl.sum(x * x, axis=-1, keep_dims=True) / width + eps)
+
+
+@jit
+def rounded(x, dtype: tl.constexpr):
+    """x as the unfused graph would hand it on: rounded to dtype, back in fp32."""
+    return x.to(dtype).to(tl.float32)
+
+
+@jit
+def gelu_tanh(x):
+    """0.5 x (1 + tanh(u)) written as x sigmoid(2u), which does not cancel for negative x."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-2.0 * u))
+
+
+@jit
+def await_previous():
+    """Programmatic dependent launch: let the next kernel start its prologue, wait for the previous one's writes."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()

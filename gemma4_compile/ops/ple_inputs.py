@@ -10,7 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import expect, fresh, register
+from .library import (
+    await_previous,
+    expect,
+    fresh,
+    jit,
+    mean_square_norm,
+    pinned,
+    power_of_two,
+    register,
+    rounded,
+    tl,
+)
+from .plans import head_plan, pdl_options
 from .rms_norm import normalize
 
 
@@ -46,13 +58,15 @@ def ple_inputs_reference(
 def _check_combine(token_inputs: Tensor, projection: Tensor, norm_weight: Tensor) -> None:
     *tokens, layers, width = token_inputs.shape
     expect(
-        "ple_combine: norm_weight must be [P] for token_inputs [..., L, P]",
+        "ple_combine",
+        "norm_weight must be [P] for token_inputs [..., L, P]",
         norm_weight.shape,
         (width,),
         "pass per_layer_projection_norm.weight",
     )
     expect(
-        "ple_combine: projection must be [..., L * P]",
+        "ple_combine",
+        "projection must be [..., L * P]",
         projection.shape,
         (*tokens, layers * width),
         "pass the output of per_layer_model_projection",
@@ -61,17 +75,51 @@ def _check_combine(token_inputs: Tensor, projection: Tensor, norm_weight: Tensor
 
 def _check_inputs(input_ids: Tensor, table: Tensor, projection: Tensor, norm_weight: Tensor) -> None:
     expect(
-        "ple_inputs: projection must be [..., L * P] for input_ids [...] and table [V, L * P]",
+        "ple_inputs",
+        "projection must be [..., L * P] for input_ids [...] and table [V, L * P]",
         projection.shape,
         (*input_ids.shape, table.shape[1]),
         "pass the output of per_layer_model_projection",
     )
     expect(
-        "ple_inputs: the table's width must be a multiple of norm_weight's",
+        "ple_inputs",
+        "the table's width must be a multiple of norm_weight's",
         table.shape[1] % norm_weight.shape[0],
         0,
         "pass per_layer_projection_norm.weight",
     )
+
+
+@jit
+def _ple_inputs_kernel(
+    ids_ptr, token_ptr, embed_scale_ptr, projection_ptr, weight_ptr, out_ptr, rows,
+    projection_scale, combine_scale, eps,
+    LAYERS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    eps = pinned(eps)
+    projection_scale = pinned(projection_scale)
+    combine_scale = pinned(combine_scale)
+    dtype = out_ptr.dtype.element_ty
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    if PDL:
+        await_previous()
+
+    projection = tl.load(projection_ptr + row * WIDTH + column, inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, column < WIDTH, other=0.0).to(tl.float32)
+    source = row
+    if ids_ptr is not None:  # the table has a row of all layers for each token; its offsets pass 2**31
+        source = tl.load(ids_ptr + row // LAYERS, row < rows, other=0) * LAYERS + row % LAYERS
+    token = tl.load(token_ptr + source * WIDTH + column, inside, other=0.0).to(tl.float32)
+    if ids_ptr is not None:
+        token = rounded(token * tl.load(embed_scale_ptr).to(dtype).to(tl.float32), dtype)
+
+    projection = rounded(projection * projection_scale, dtype)
+    projection = rounded(mean_square_norm(projection, WIDTH, eps) * weight, dtype)
+    out = rounded(projection + token, dtype) * combine_scale
+
+    tl.store(out_ptr + row * WIDTH + column, out, inside)
 
 
 def launch_ple_combine(
@@ -82,7 +130,10 @@ def launch_ple_combine(
     combine_scale: float,
     eps: float,
 ) -> Tensor:
-    return ple_combine_reference(token_inputs, projection, norm_weight, projection_scale, combine_scale, eps)
+    _check_combine(token_inputs, projection, norm_weight)
+    out = fresh(token_inputs)
+    _launch(None, token_inputs, None, projection, norm_weight, projection_scale, combine_scale, eps, out)
+    return out
 
 
 def launch_ple_inputs(
@@ -95,9 +146,33 @@ def launch_ple_inputs(
     combine_scale: float,
     eps: float,
 ) -> Tensor:
-    return ple_inputs_reference(
-        input_ids, table, embed_scale, projection, norm_weight, projection_scale, combine_scale, eps
-    )
+    _check_inputs(input_ids, table, projection, norm_weight)
+    out = _ple_inputs_fake(input_ids, table, embed_scale, projection, norm_weight, projection_scale, combine_scale, eps)
+    _launch(input_ids, table, embed_scale, projection, norm_weight, projection_scale, combine_scale, eps, out)
+    return out
+
+
+def _launch(
+    input_ids: Tensor | None,
+    token_rows: Tensor,
+    embed_scale: Tensor | None,
+    projection: Tensor,
+    norm_weight: Tensor,
+    projection_scale: float,
+    combine_scale: float,
+    eps: float,
+    out: Tensor,
+) -> None:
+    if not out.numel():
+        return
+    layers, width = out.shape[-2:]
+    rows = out.numel() // width
+    per_program, warps = head_plan(rows, width)
+    _ple_inputs_kernel[(-(-rows // per_program),)](
+        None if input_ids is None else input_ids.contiguous(), token_rows.contiguous(), embed_scale,
+        projection.contiguous(), norm_weight.contiguous(), out, rows, projection_scale, combine_scale, eps,
+        layers, width, power_of_two(width), per_program, num_warps=warps, **pdl_options(),
+    )  # fmt: skip
 
 
 def _ple_combine_fake(

@@ -9,7 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import expect, fresh, register
+from .library import (
+    as_rows,
+    await_previous,
+    expect,
+    fresh,
+    jit,
+    mean_square_norm,
+    pinned,
+    power_of_two,
+    register,
+    tl,
+)
+from .plans import pdl_options, row_plan
 
 
 def normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -31,15 +43,47 @@ def rms_norm_noscale_reference(x: Tensor, eps: float) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    expect("rms_norm: weight must be [H] for x [..., H]", weight.shape, x.shape[-1:], "pass the weight of this norm")
+    expect("rms_norm", "weight must be [H] for x [..., H]", weight.shape, x.shape[-1:], "pass the weight of this norm")
 
 
-def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm_reference(x, weight, eps).contiguous()
+@jit
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, rows, x_stride, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    eps = pinned(eps)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    if PDL:
+        await_previous()
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)
+
+    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * x_stride + column, inside, other=0.0).to(tl.float32)
+        normed = mean_square_norm(x, WIDTH, eps)
+        if weight_ptr is not None:
+            normed *= weight
+        tl.store(out_ptr + row * WIDTH + column, normed, inside)
+
+
+def launch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is not None:
+        _check(x, weight)
+        weight = weight.contiguous()
+    rows, out = as_rows(x), fresh(x)
+    if out.numel():
+        count, width = rows.shape
+        block = power_of_two(width)
+        programs, warps = row_plan(count, block)
+        _rms_norm_kernel[(programs,)](
+            rows, weight, out, count, rows.stride(0), eps, width, block, num_warps=warps, **pdl_options()
+        )
+    return out
 
 
 def launch_rms_norm_noscale(x: Tensor, eps: float) -> Tensor:
-    return rms_norm_noscale_reference(x, eps).contiguous()
+    return launch_rms_norm(x, None, eps)
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import expect, fresh, register
+from .library import (
+    await_previous,
+    expect,
+    fresh,
+    jit,
+    power_of_two,
+    register,
+    rounded,
+    tl,
+    unit_stride,
+)
+from .plans import head_plan, pdl_options
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -20,15 +31,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def check_rope(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    expect(f"{op}: x must be [B, T, N, D]", x.dim(), 4, "view the projection as heads first")
+    expect(op, "x must be [B, T, N, D]", x.dim(), 4, "view the projection as heads first")
     rows = cos.shape[0]
     expect(
-        f"{op}: cos must be [B or 1, T, D]",
+        op,
+        "cos must be [B or 1, T, D]",
         cos.shape,
         (rows if rows == 1 else x.shape[0], x.shape[1], x.shape[3]),
         "pass the position embeddings of these tokens",
     )
-    expect(f"{op}: sin must have cos's shape", sin.shape, cos.shape, "pass both of one rotary embedding")
+    expect(op, "the head size must be even", x.shape[3] % 2, 0, "rotate whole pairs")
+    expect(op, "cos must have x's dtype", cos.dtype, x.dtype, "cast the position embeddings")
+    expect(op, "sin must have cos's shape", sin.shape, cos.shape, "pass both of one rotary embedding")
+
+
+def angle_strides(cos: Tensor, sin: Tensor) -> tuple[int, int]:
+    """Batch and token stride of cos and sin, which one rotary embedding makes alike; one batch serves all."""
+    expect("rope", "sin must have cos's strides", sin.stride(), cos.stride(), "pass both of one rotary embedding")
+    return (0 if cos.shape[0] == 1 else cos.stride(0)), cos.stride(1)
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -36,8 +56,59 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(x, cos, sin)
 
 
+@jit
+def rotated(low, high, cos_ptr, sin_ptr, column, inside, HALF: tl.constexpr, dtype: tl.constexpr):
+    """Both halves [R, HALF] of rotated heads, rounded where the unfused graph rounds; the pointers are [R, 1] rows."""
+    cos_low = tl.load(cos_ptr + column, inside, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos_ptr + HALF + column, inside, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin_ptr + column, inside, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin_ptr + HALF + column, inside, other=0.0).to(tl.float32)
+    out_low = rounded(low * cos_low, dtype) + rounded(-high * sin_low, dtype)
+    out_high = rounded(high * cos_high, dtype) + rounded(low * sin_high, dtype)
+    return out_low, out_high
+
+
+@jit
+def _rope_kernel(
+    x_ptr, cos_ptr, sin_ptr, out_ptr, rows, tokens,
+    x_batch_stride, x_token_stride, x_head_stride, cos_batch_stride, cos_token_stride,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < HALF)
+    token = row // HEADS
+    batch = (token // tokens).to(tl.int64)
+    step = token % tokens
+    x_ptr += batch * x_batch_stride + step * x_token_stride + (row % HEADS) * x_head_stride
+    angle = batch * cos_batch_stride + step * cos_token_stride
+    dtype = out_ptr.dtype.element_ty
+    if PDL:
+        await_previous()
+
+    low = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+    high = tl.load(x_ptr + HALF + column, inside, other=0.0).to(tl.float32)
+
+    out_low, out_high = rotated(low, high, cos_ptr + angle, sin_ptr + angle, column, inside, HALF, dtype)
+
+    out_ptr += row.to(tl.int64) * (2 * HALF)
+    tl.store(out_ptr + column, out_low, inside)
+    tl.store(out_ptr + HALF + column, out_high, inside)
+
+
 def launch_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return rope_reference(x, cos, sin).contiguous()
+    check_rope("rope", x, cos, sin)
+    x, cos, sin = (unit_stride(t) for t in (x, cos, sin))
+    out = fresh(x)
+    if out.numel():
+        tokens, heads, dim = x.shape[1:]
+        rows = x.shape[0] * tokens * heads
+        per_program, warps = head_plan(rows, dim)
+        _rope_kernel[(-(-rows // per_program),)](
+            x, cos, sin, out, rows, tokens, *x.stride()[:3], *angle_strides(cos, sin),
+            heads, dim // 2, power_of_two(dim // 2), per_program, num_warps=warps, **pdl_options(),
+        )  # fmt: skip
+    return out
 
 
 def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

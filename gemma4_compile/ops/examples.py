@@ -1,0 +1,144 @@
+"""Random arguments for every op at given sizes: one registry for the tests, the benchmark and the docs.
+
+An op without an example fails tests/ops/test_registry.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The dimensions of one model (or of a small test) that the ops see."""
+
+    hidden: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int = 64
+    ple: int = 256
+    layers: int = 35
+    vocabulary: int = 4096
+    experts: int = 128
+    top_k: int = 8
+    shared_kv: bool = False  # attention_k_eq_v: the op is given one tensor as k and v
+
+
+SMALL = Sizes(
+    hidden=24, q_heads=3, kv_heads=2, head_dim=16, intermediate=40, ple=12, layers=3, vocabulary=11, experts=10, top_k=3
+)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws tensors of one dtype on one device: activations N(0, 1), norm weights around 1, matrices N(0, 0.02)."""
+
+    sizes: Sizes
+    batch: int
+    tokens: int
+    dtype: torch.dtype
+    device: str
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=torch.float32).to(self.dtype)
+
+    def states(self, width: int | None = None) -> Tensor:
+        return self.normal(self.batch, self.tokens, width or self.sizes.hidden)
+
+    def flat(self, width: int) -> Tensor:
+        return self.normal(self.batch * self.tokens, width)
+
+    def heads(self, count: int) -> Tensor:
+        return self.normal(self.batch, self.tokens, count, self.sizes.head_dim)
+
+    def weight(self, width: int | None = None) -> Tensor:
+        return 1 + 0.1 * self.normal(width or self.sizes.hidden)
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        return 0.02 * self.normal(rows, columns)
+
+    def scalar(self) -> Tensor:
+        return torch.full((1,), 0.75, device=self.device, dtype=self.dtype)
+
+    def angles(self) -> tuple[Tensor, Tensor]:
+        angle = 3 * torch.randn(1, self.tokens, self.sizes.head_dim // 2, device=self.device)
+        angle = torch.cat((angle, angle), -1)
+        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+
+    def ids(self) -> Tensor:
+        return torch.randint(self.sizes.vocabulary, (self.batch, self.tokens), device=self.device)
+
+
+EPS = 1e-6
+
+
+def _qkv(d: Draw) -> tuple:
+    k = d.heads(d.sizes.kv_heads)
+    v = k if d.sizes.shared_kv else d.heads(d.sizes.kv_heads)
+    return d.heads(d.sizes.q_heads), k, v, d.weight(d.sizes.head_dim), d.weight(d.sizes.head_dim), *d.angles(), EPS
+
+
+def _moe_tail(d: Draw) -> tuple:
+    weights = d.weight(), d.weight(), d.weight()
+    return d.states(), d.flat(d.sizes.hidden), d.states(), *weights, d.scalar()
+
+
+def _ple_tail(d: Draw) -> tuple:
+    s = d.sizes
+    slices = d.normal(d.batch, d.tokens, 3, s.ple)[:, :, 1, :]
+    return d.states(), slices, d.matrix(s.ple, s.hidden), d.matrix(s.hidden, s.ple), d.weight(), d.scalar()
+
+
+def _ple_inputs(d: Draw) -> tuple:
+    s = d.sizes
+    table = 0.02 * d.normal(s.vocabulary, s.layers * s.ple)
+    scale = torch.tensor(s.ple**0.5, device=d.device)
+    return d.ids(), table, scale, d.states(s.layers * s.ple), d.weight(s.ple), s.hidden**-0.5, 2**-0.5, EPS
+
+
+def _ple_combine(d: Draw) -> tuple:
+    s = d.sizes
+    token_inputs = d.normal(d.batch, d.tokens, s.layers, s.ple)
+    return token_inputs, d.states(s.layers * s.ple), d.weight(s.ple), s.hidden**-0.5, 2**-0.5, EPS
+
+
+def _post_attention_norms(d: Draw) -> tuple:
+    return *_two_states(d), d.weight(), d.weight(), d.weight(), d.sizes.hidden**-0.5, d.weight(), EPS
+
+
+def _two_states(d: Draw) -> tuple[Tensor, Tensor]:
+    return d.states(), d.states()
+
+
+EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
+    "rms_norm": lambda d: (d.states(), d.weight(), EPS),
+    "rms_norm_noscale": lambda d: (d.states(), EPS),
+    "rope": lambda d: (d.heads(d.sizes.q_heads), *d.angles()),
+    "geglu": lambda d: (d.states(d.sizes.intermediate), d.states(d.sizes.intermediate)),
+    "route": lambda d: (d.flat(d.sizes.experts), d.weight(d.sizes.experts), d.sizes.top_k),
+    "post_attention_norm": lambda d: (*_two_states(d), d.weight(), d.weight(), EPS),
+    "post_attention_norms": _post_attention_norms,
+    "feed_forward_tail": lambda d: (*_two_states(d), d.weight(), None, EPS),
+    "feed_forward_tail_norm": lambda d: (*_two_states(d), d.weight(), d.scalar(), d.weight(), EPS),
+    "moe_feed_forward_tail": lambda d: (*_moe_tail(d), EPS),
+    "moe_feed_forward_tail_norm": lambda d: (*_moe_tail(d), d.weight(), EPS),
+    "ple_tail": lambda d: (*_ple_tail(d), EPS),
+    "ple_tail_norm": lambda d: (*_ple_tail(d), d.weight(), EPS),
+    "ple_inputs": _ple_inputs,
+    "ple_combine": _ple_combine,
+    "qkv_norm_rope": _qkv,
+    "q_norm_rope": lambda d: (d.heads(d.sizes.q_heads), d.weight(d.sizes.head_dim), *d.angles(), EPS),
+}
+
+
+def example(
+    op: str, sizes: Sizes, tokens: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", batch: int = 1
+) -> tuple[Any, ...]:
+    """Fresh random arguments of gemma4::op for `batch` sequences of `tokens` tokens."""
+    return EXAMPLES[op](Draw(sizes, batch, tokens, dtype, device))
