@@ -13,21 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import (
-    as_rows,
-    await_previous,
-    expect,
-    fresh,
-    jit,
-    mean_square_norm,
-    pinned,
-    power_of_two,
-    register,
-    rounded,
-    tl,
-)
-from .plans import pdl_options, row_plan
+from .library import as_rows, expect, fresh, jit, pinned, register, tl
+from .plans import row_plan
 from .rms_norm import normalize
+from .rows import add_rows, chunk_size, load_row, norm_row, store_row, times_row
 
 
 def scale_by(hidden: Tensor, layer_scalar: Tensor | None) -> Tensor:
@@ -106,43 +95,41 @@ def _check_experts(op: str, experts: Tensor, residual: Tensor) -> None:
 @jit
 def _tail_kernel(
     x_ptr, experts_ptr, residual_ptr, dense_weight_ptr, expert_weight_ptr, weight_ptr, scalar_ptr, next_weight_ptr,
-    hidden_ptr, normed_ptr, rows, x_stride, experts_stride, residual_stride, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    hidden_ptr, normed_ptr, x_stride, experts_stride, residual_stride, eps,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
-    dtype = hidden_ptr.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    if PDL:
-        await_previous()
-    # All loads stand before the first reduction: a lone row waits for memory once.
-    if experts_ptr is not None:
-        dense_weight = tl.load(dense_weight_ptr + column, inside, other=0.0)
-        expert_weight = tl.load(expert_weight_ptr + column, inside, other=0.0)
-    weight = tl.load(weight_ptr + column, inside, other=0.0)
-    if next_weight_ptr is not None:
-        next_weight = tl.load(next_weight_ptr + column, inside, other=0.0)
-    if scalar_ptr is not None:
-        scalar = tl.load(scalar_ptr).to(tl.float32)
+    weight, dense_weight, expert_weight, next_weight = None, None, None, None
 
-    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        x = tl.load(x_ptr + row * x_stride + column, inside, other=0.0).to(tl.float32)
+    if CHAINED:  # after a kernel of the same op: only x is its output, so all else may be read while it still runs
+        residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
+    if WEIGHTS_FIRST:
+        weight = load_row(weight_ptr, WIDTH, CHUNK)
         if experts_ptr is not None:
-            experts = tl.load(experts_ptr + row * experts_stride + column, inside, other=0.0).to(tl.float32)
-        residual = tl.load(residual_ptr + row * residual_stride + column, inside, other=0.0).to(tl.float32)
-
-        if experts_ptr is not None:
-            x = rounded(mean_square_norm(x, WIDTH, eps) * dense_weight.to(tl.float32), dtype)
-            x += rounded(mean_square_norm(experts, WIDTH, eps) * expert_weight.to(tl.float32), dtype)
-            x = rounded(x, dtype)
-        hidden = residual + rounded(mean_square_norm(x, WIDTH, eps) * weight.to(tl.float32), dtype)
-        hidden = rounded(hidden, dtype)
-        if scalar_ptr is not None:
-            hidden = rounded(hidden * scalar, dtype)
-        tl.store(hidden_ptr + row * WIDTH + column, hidden, inside)
+            dense_weight = load_row(dense_weight_ptr, WIDTH, CHUNK)
+            expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK)
         if next_weight_ptr is not None:
-            normed = mean_square_norm(hidden, WIDTH, eps) * next_weight.to(tl.float32)
-            tl.store(normed_ptr + row * WIDTH + column, normed, inside)
+            next_weight = load_row(next_weight_ptr, WIDTH, CHUNK)
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+    x = load_row(x_ptr + row * x_stride, WIDTH, CHUNK)
+    if experts_ptr is not None:
+        experts = load_row(experts_ptr + row * experts_stride, WIDTH, CHUNK)
+    if not CHAINED:
+        residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
+
+    if experts_ptr is not None:
+        x = norm_row(x, dense_weight, dense_weight_ptr, WIDTH, CHUNK, eps)
+        x = add_rows(x, norm_row(experts, expert_weight, expert_weight_ptr, WIDTH, CHUNK, eps))
+    hidden = add_rows(residual, norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps))
+    if scalar_ptr is not None:
+        hidden = times_row(hidden, tl.load(scalar_ptr).to(tl.float32))
+    store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
+
+    if next_weight_ptr is not None:
+        normed = norm_row(hidden, next_weight, next_weight_ptr, WIDTH, CHUNK, eps)
+        store_row(normed_ptr + row * WIDTH, normed, WIDTH, CHUNK)
 
 
 def launch_tail(
@@ -155,22 +142,26 @@ def launch_tail(
     experts: Tensor | None = None,
     dense_weight: Tensor | None = None,
     expert_weight: Tensor | None = None,
+    chained: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The one launcher of every chain that ends in residual + norm [* scalar] [, next norm]; arguments are checked."""
+    """The one launcher of every chain that ends in residual + norm [* scalar] [, next norm]; arguments are checked.
+
+    chained: x is the output of a kernel that lets its dependents start early (ple_tail); nothing else is.
+    """
     hidden = fresh(residual)
     normed = None if next_weight is None else fresh(residual)
     if hidden.numel():
         x_rows, residual_rows = as_rows(x), as_rows(residual)
         expert_rows = None if experts is None else as_rows(experts)
         rows, width = x_rows.shape
-        block = power_of_two(width)
-        programs, warps = row_plan(rows, block)
+        warps, weights_first = row_plan(rows, width)
         weights = (t if t is None else t.contiguous() for t in (dense_weight, expert_weight, weight))
-        _tail_kernel[(programs,)](
+        options = {"launch_pdl": True} if chained else {}
+        _tail_kernel[(rows,)](
             x_rows, expert_rows, residual_rows, *weights, layer_scalar,
             next_weight if next_weight is None else next_weight.contiguous(), hidden, normed,
-            rows, x_rows.stride(0), 0 if expert_rows is None else expert_rows.stride(0), residual_rows.stride(0), eps,
-            width, block, num_warps=warps, **pdl_options(),
+            x_rows.stride(0), 0 if expert_rows is None else expert_rows.stride(0), residual_rows.stride(0), eps,
+            width, chunk_size(width, warps), weights_first, chained, num_warps=warps, **options,
         )  # fmt: skip
     return hidden, normed
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .library import (
     as_rows,
-    await_previous,
     expect,
     fresh,
     gelu_tanh,
@@ -21,7 +20,6 @@ from .library import (
     rounded,
     tl,
 )
-from .plans import pdl_options
 
 
 def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -35,12 +33,10 @@ def _check(gate: Tensor, up: Tensor) -> None:
 
 
 @jit
-def _geglu_kernel(gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _geglu_kernel(gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    if PDL:
-        await_previous()
 
     gate = tl.load(gate_ptr + row * gate_stride + column, inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, inside, other=0.0).to(tl.float32)
@@ -57,7 +53,7 @@ def launch_geglu(gate: Tensor, up: Tensor) -> Tensor:
         rows, width = gates.shape
         block = min(power_of_two(width), 1024)
         _geglu_kernel[(rows, -(-width // block))](
-            gates, ups, out, width, gates.stride(0), ups.stride(0), block, num_warps=4, **pdl_options()
+            gates, ups, out, width, gates.stride(0), ups.stride(0), block, num_warps=4
         )
     return out
 

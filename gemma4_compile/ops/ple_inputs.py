@@ -11,18 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import (
-    await_previous,
+    UNFUSED,
     expect,
     fresh,
     jit,
-    mean_square_norm,
     pinned,
     power_of_two,
     register,
     rounded,
     tl,
 )
-from .plans import head_plan, pdl_options
+from .plans import head_plan
 from .rms_norm import normalize
 
 
@@ -94,7 +93,7 @@ def _check_inputs(input_ids: Tensor, table: Tensor, projection: Tensor, norm_wei
 def _ple_inputs_kernel(
     ids_ptr, token_ptr, embed_scale_ptr, projection_ptr, weight_ptr, out_ptr, rows,
     projection_scale, combine_scale, eps,
-    LAYERS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    LAYERS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     eps = pinned(eps)
     projection_scale = pinned(projection_scale)
@@ -103,8 +102,6 @@ def _ple_inputs_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < WIDTH)
-    if PDL:
-        await_previous()
 
     projection = tl.load(projection_ptr + row * WIDTH + column, inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, column < WIDTH, other=0.0).to(tl.float32)
@@ -116,7 +113,8 @@ def _ple_inputs_kernel(
         token = rounded(token * tl.load(embed_scale_ptr).to(dtype).to(tl.float32), dtype)
 
     projection = rounded(projection * projection_scale, dtype)
-    projection = rounded(mean_square_norm(projection, WIDTH, eps) * weight, dtype)
+    scale = tl.rsqrt(tl.sum(projection * projection, axis=1)[:, None] / WIDTH + eps)
+    projection = rounded(projection * scale * weight, dtype)
     out = rounded(projection + token, dtype) * combine_scale
 
     tl.store(out_ptr + row * WIDTH + column, out, inside)
@@ -171,7 +169,7 @@ def _launch(
     _ple_inputs_kernel[(-(-rows // per_program),)](
         None if input_ids is None else input_ids.contiguous(), token_rows.contiguous(), embed_scale,
         projection.contiguous(), norm_weight.contiguous(), out, rows, projection_scale, combine_scale, eps,
-        layers, width, power_of_two(width), per_program, num_warps=warps, **pdl_options(),
+        layers, width, power_of_two(width), per_program, num_warps=warps, **UNFUSED,
     )  # fmt: skip
 
 

@@ -13,21 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .feed_forward_tail import launch_tail, scale_by
-from .library import (
-    as_rows,
-    await_previous,
-    expect,
-    fresh,
-    gelu_tanh,
-    jit,
-    mean_square_norm,
-    pinned,
-    power_of_two,
-    register,
-    rounded,
-    tl,
-)
-from .plans import pdl_options, ple_plan
+from .library import as_rows, expect, fresh, gelu_tanh, jit, power_of_two, register, rounded, tl
+from .plans import PlePlan, can_chain, ple_plan
 from .rms_norm import normalize
 
 
@@ -78,88 +65,76 @@ def _check(op: str, hidden: Tensor, per_layer_input: Tensor, gate: Tensor, proje
 
 @jit
 def _gate_kernel(
-    hidden_ptr, input_ptr, weight_ptr, gated_ptr, arrived_ptr, rows, hidden_stride, input_stride,
-    WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
+    hidden_ptr, weight_ptr, partial_ptr, rows, hidden_stride,
+    WIDTH: tl.constexpr, P: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """gated[t, p] = gelu(hidden[t] . weight[p]) * input[t, p]: a program owns OUTPUTS values of p for ROWS tokens."""
-    dtype = gated_ptr.dtype.element_ty
-    group = tl.program_id(1)
-    p = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    column = tl.arange(0, BLOCK)[None, :]
-    mine = p < P
-    if PDL:
-        await_previous()
-    if tl.program_id(0) == 0:
-        tl.store(arrived_ptr + group, 0)  # the next kernel counts on it: no state outlives a call
+    """partial[split, t, p] = the split's share of hidden[t] . weight[p], in fp32: few tokens need many programs."""
+    if CHAINED:  # this kernel itself waited for all before it, so the next may read whatever older kernels wrote
+        tl.extra.cuda.gdc_launch_dependents()
+    split = tl.program_id(1)
+    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    hidden_ptr += token.to(tl.int64) * hidden_stride
+    weight_ptr += output * WIDTH
+    SHARE: tl.constexpr = (WIDTH + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
 
-    weight = tl.load(weight_ptr + p[:, None] * WIDTH + column, mine[:, None] & (column < WIDTH), other=0.0)
-    weight = weight.to(tl.float32)
-    for i in tl.static_range(ROWS):
-        row = (group * ROWS + i).to(tl.int64)
-        present = row < rows
-        hidden = tl.load(hidden_ptr + row * hidden_stride + column, present & (column < WIDTH), other=0.0)
-        per_layer = tl.load(input_ptr + row * input_stride + p, present & mine, other=0.0).to(tl.float32)
-        gate = rounded(tl.sum(weight * hidden.to(tl.float32), axis=1), dtype)
-        tl.store(gated_ptr + row * P + p, rounded(gelu_tanh(gate), dtype) * per_layer, present & mine)
+    total = tl.zeros((OUTPUTS, BLOCK if TOKENS == 1 else TOKENS), tl.float32)
+    for start in tl.static_range(0, SHARE, BLOCK):
+        column = split * SHARE + start + tl.arange(0, BLOCK)
+        inside = column < WIDTH
+        weight = tl.load(weight_ptr[:, None] + column[None, :], (output < P)[:, None] & inside[None, :], other=0.0)
+        if TOKENS == 1:
+            hidden = tl.load(hidden_ptr[None, :] + column[None, :], inside[None, :], other=0.0)
+            total += weight.to(tl.float32) * hidden.to(tl.float32)
+        else:
+            hidden = tl.load(
+                hidden_ptr[None, :] + column[:, None], (token < rows)[None, :] & inside[:, None], other=0.0
+            )
+            total = tl.dot(weight, hidden, total, input_precision="ieee")
+    if TOKENS == 1:
+        total = tl.sum(total, axis=1)[:, None]
+
+    target = (split * rows + token)[None, :] * P + output[:, None]
+    tl.store(partial_ptr + target, total, (token < rows)[None, :] & (output < P)[:, None])
 
 
 @jit
 def _projection_kernel(
-    gated_ptr, weight_ptr, hidden_ptr, norm_weight_ptr, scalar_ptr, next_weight_ptr, out_ptr, normed_ptr, arrived_ptr,
-    rows, hidden_stride, eps,
-    WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, P_BLOCK: tl.constexpr, OUTPUTS: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    partial_ptr, input_ptr, weight_ptr, projected_ptr, rows, input_stride,
+    WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = gated[t] @ weight.T by OUTPUTS columns a program; the last to finish a group of rows norms the group."""
-    eps = pinned(eps)
-    dtype = out_ptr.dtype.element_ty
-    group = tl.program_id(1)
+    """projected[t] = (gelu(sum of the splits)[t] * input[t]) @ weight.T, OUTPUTS columns a program."""
+    dtype = projected_ptr.dtype.element_ty
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    p = tl.arange(0, P_BLOCK)[None, :]
-    mine = output < WIDTH
-    if PDL:
-        await_previous()
+    p = tl.arange(0, BLOCK)
+    present = (token < rows)[:, None] & (p < P)[None, :]
 
-    weight = tl.load(weight_ptr + output[:, None] * P + p, mine[:, None] & (p < P), other=0.0).to(tl.float32)
-    for i in tl.static_range(ROWS):
-        row = (group * ROWS + i).to(tl.int64)
-        present = row < rows
-        gated = tl.load(gated_ptr + row * P + p, present & (p < P), other=0.0).to(tl.float32)
-        tl.store(out_ptr + row * WIDTH + output, tl.sum(weight * gated, axis=1), present & mine)
+    weight = tl.load(weight_ptr + output[:, None] * P + p[None, :], (output < WIDTH)[:, None] & (p < P)[None, :], 0.0)
+    per_layer = tl.load(input_ptr + token.to(tl.int64)[:, None] * input_stride + p[None, :], present, 0.0)
+    if CHAINED:  # of all that is read here, only the partial sums are the previous kernel's
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    gate = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for split in tl.static_range(SPLITS):
+        gate += tl.load(partial_ptr + (split * rows + token)[:, None] * P + p[None, :], present, 0.0)
 
-    # Until here `out` held the projection, rounded as the linear rounds it. The barrier orders this program's stores
-    # before its arrival; acquire-release makes all stores visible to the program that arrives last.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrived_ptr + group, 1, sem="acq_rel", scope="gpu")
-    if arrived == tl.num_programs(0) - 1:
-        column = tl.arange(0, BLOCK)
-        inside = column < WIDTH
-        norm_weight = tl.load(norm_weight_ptr + column, inside, other=0.0).to(tl.float32)
-        for i in tl.static_range(ROWS):
-            row = (group * ROWS + i).to(tl.int64)
-            present = inside & (row < rows)
-            x = tl.load(out_ptr + row * WIDTH + column, present, other=0.0, cache_modifier=".cg").to(tl.float32)
-            residual = tl.load(hidden_ptr + row * hidden_stride + column, present, other=0.0).to(tl.float32)
-            hidden = residual + rounded(mean_square_norm(x, WIDTH, eps) * norm_weight, dtype)
-            hidden = rounded(hidden, dtype)
-            if scalar_ptr is not None:
-                hidden = rounded(hidden * tl.load(scalar_ptr).to(tl.float32), dtype)
-            tl.store(out_ptr + row * WIDTH + column, hidden, present)
-            if next_weight_ptr is not None:
-                next_weight = tl.load(next_weight_ptr + column, inside, other=0.0).to(tl.float32)
-                normed = mean_square_norm(hidden, WIDTH, eps) * next_weight
-                tl.store(normed_ptr + row * WIDTH + column, normed, present)
+    gated = rounded(gelu_tanh(rounded(gate, dtype)), dtype) * per_layer.to(tl.float32)
+    if TOKENS == 1:
+        projected = tl.sum(weight.to(tl.float32) * rounded(gated, dtype), axis=1)[:, None]
+    else:
+        projected = tl.dot(weight, tl.trans(gated.to(dtype)), input_precision="ieee")
+
+    target = token.to(tl.int64)[None, :] * WIDTH + output[:, None]
+    tl.store(projected_ptr + target, projected, (token < rows)[None, :] & (output < WIDTH)[:, None])
 
 
 @jit
-def _gelu_times_kernel(
-    gate_ptr, input_ptr, out_ptr, count, input_stride, P: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _gelu_times_kernel(gate_ptr, input_ptr, out_ptr, count, input_stride, P: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
-    if PDL:
-        await_previous()
 
     gate = tl.load(gate_ptr + index, inside, other=0.0).to(tl.float32)
     per_layer = tl.load(input_ptr + (index // P) * input_stride + index % P, inside, other=0.0).to(tl.float32)
@@ -207,33 +182,45 @@ def _launch(
     if not hidden.numel():
         return fresh(hidden), None if next_weight is None else fresh(hidden)
     hiddens, inputs = as_rows(hidden), as_rows(per_layer_input)
-    rows, width = hiddens.shape
-    p = inputs.shape[1]
-    plan = ple_plan(rows, width)
-    if plan is None:  # many tokens: cuBLAS, and one kernel after each product
-        gate = F.linear(hiddens, gate_weight)
-        gated = fresh(gate)
-        _gelu_times_kernel[(-(-gate.numel() // 1024),)](
-            gate, inputs, gated, gate.numel(), inputs.stride(0), p, 1024, num_warps=4, **pdl_options()
-        )
-        projected = F.linear(gated, projection_weight).view(hidden.shape)
-        return launch_tail(projected, hidden, norm_weight, layer_scalar, next_weight, eps)
-    out = fresh(hidden)
-    normed = None if next_weight is None else fresh(hidden)
-    groups = -(-rows // plan.rows)
-    gated = hiddens.new_empty((rows, p))
-    arrived = torch.empty(groups, dtype=torch.int32, device=hidden.device)
-    _gate_kernel[(-(-p // plan.gate_outputs), groups)](
-        hiddens, inputs, gate_weight.contiguous(), gated, arrived, rows, hiddens.stride(0), inputs.stride(0),
-        width, p, power_of_two(width), plan.gate_outputs, plan.rows, num_warps=plan.gate_warps, **pdl_options(),
+    plan = ple_plan(*hiddens.shape)
+    if plan is None:
+        projected = _project_many(hiddens, inputs, gate_weight, projection_weight)
+    else:
+        projected = _project_few(hiddens, inputs, gate_weight.contiguous(), projection_weight.contiguous(), plan)
+    chained = plan is not None and can_chain()
+    return launch_tail(
+        projected.view(hidden.shape), hidden, norm_weight, layer_scalar, next_weight, eps, chained=chained
+    )
+
+
+def _project_many(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor) -> Tensor:
+    """Both matrix products by cuBLAS."""
+    gate = F.linear(hidden, gate_weight)
+    gated = fresh(gate)
+    _gelu_times_kernel[(-(-gate.numel() // 1024),)](
+        gate, inputs, gated, gate.numel(), inputs.stride(0), inputs.shape[1], 1024, num_warps=4
+    )
+    return F.linear(gated, projection_weight)
+
+
+def _project_few(
+    hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor, plan: PlePlan
+) -> Tensor:
+    """Both matrix products here: cuBLAS has too few programs for a handful of tokens, and a launch more."""
+    (rows, width), p = hidden.shape, inputs.shape[1]
+    partial = torch.empty((plan.splits, rows, p), dtype=torch.float32, device=hidden.device)
+    projected = hidden.new_empty((rows, width))
+    groups, chained = -(-rows // plan.tokens), can_chain()
+    _gate_kernel[(-(-p // plan.gate_outputs), plan.splits, groups)](
+        hidden, gate_weight, partial, rows, hidden.stride(0),
+        width, p, plan.gate_outputs, plan.tokens, plan.gate_block, plan.splits, chained, num_warps=plan.gate_warps,
     )  # fmt: skip
     _projection_kernel[(-(-width // plan.outputs), groups)](
-        gated, projection_weight.contiguous(), hiddens, norm_weight.contiguous(), layer_scalar,
-        next_weight if next_weight is None else next_weight.contiguous(), out, normed, arrived,
-        rows, hiddens.stride(0), eps, width, p, power_of_two(width), power_of_two(p), plan.outputs, plan.rows,
-        num_warps=plan.warps, **pdl_options(),
+        partial, inputs, projection_weight, projected, rows, inputs.stride(0),
+        width, p, max(16, power_of_two(p)), plan.outputs, plan.tokens, plan.splits, chained,
+        num_warps=plan.warps, **({"launch_pdl": True} if chained else {}),
     )  # fmt: skip
-    return out, normed
+    return projected
 
 
 def _ple_tail_fake(

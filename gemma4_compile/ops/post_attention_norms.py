@@ -12,21 +12,10 @@ import torch
 from torch import Tensor
 
 from .feed_forward_tail import launch_tail
-from .library import (
-    as_rows,
-    await_previous,
-    expect,
-    fresh,
-    jit,
-    mean_square_norm,
-    pinned,
-    power_of_two,
-    register,
-    rounded,
-    tl,
-)
-from .plans import pdl_options, row_plan
+from .library import as_rows, expect, fresh, jit, pinned, register, tl
+from .plans import row_plan
 from .rms_norm import normalize
+from .rows import add_rows, chunk_size, inverse_rms, load_row, norm_row, scale_row, store_row, times_row
 
 
 def post_attention_norm_reference(
@@ -63,35 +52,35 @@ def _check(op: str, x: Tensor, residual: Tensor, *weights: Tensor) -> None:
 @jit
 def _post_attention_norms_kernel(
     x_ptr, residual_ptr, weight_ptr, feed_forward_weight_ptr, router_scale_ptr, expert_weight_ptr,
-    hidden_ptr, feed_forward_ptr, router_ptr, expert_ptr, rows, x_stride, residual_stride, router_root, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    hidden_ptr, feed_forward_ptr, router_ptr, expert_ptr, x_stride, residual_stride, router_root, eps,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
     router_root = pinned(router_root)
     dtype = hidden_ptr.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    if PDL:
-        await_previous()
-    weight = tl.load(weight_ptr + column, inside, other=0.0)
-    feed_forward_weight = tl.load(feed_forward_weight_ptr + column, inside, other=0.0)
-    router_scale = tl.load(router_scale_ptr + column, inside, other=0.0)
-    expert_weight = tl.load(expert_weight_ptr + column, inside, other=0.0)
 
-    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        x = tl.load(x_ptr + row * x_stride + column, inside, other=0.0).to(tl.float32)
-        residual = tl.load(residual_ptr + row * residual_stride + column, inside, other=0.0).to(tl.float32)
+    x = load_row(x_ptr + row * x_stride, WIDTH, CHUNK)
+    residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
+    weight = None
+    if WEIGHTS_FIRST:
+        weight = load_row(weight_ptr, WIDTH, CHUNK)
+        feed_forward_weight = load_row(feed_forward_weight_ptr, WIDTH, CHUNK)
+        router_scale = load_row(router_scale_ptr, WIDTH, CHUNK)
+        expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK)
 
-        hidden = residual + rounded(mean_square_norm(x, WIDTH, eps) * weight.to(tl.float32), dtype)
-        hidden = rounded(hidden, dtype)
-        normed = mean_square_norm(hidden, WIDTH, eps)
-        router = rounded(rounded(normed, dtype) * router_scale.to(tl.float32), dtype) * router_root
+    hidden = add_rows(residual, norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps))
+    store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
+    scale = inverse_rms(hidden, WIDTH, eps)  # one for all three norms
+    if not WEIGHTS_FIRST:
+        feed_forward_weight = load_row(feed_forward_weight_ptr, WIDTH, CHUNK)
+        router_scale = load_row(router_scale_ptr, WIDTH, CHUNK)
+        expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK)
 
-        target = row * WIDTH + column
-        tl.store(hidden_ptr + target, hidden, inside)
-        tl.store(feed_forward_ptr + target, normed * feed_forward_weight.to(tl.float32), inside)
-        tl.store(router_ptr + target, router, inside)
-        tl.store(expert_ptr + target, normed * expert_weight.to(tl.float32), inside)
+    store_row(feed_forward_ptr + row * WIDTH, scale_row(hidden, scale, feed_forward_weight, dtype), WIDTH, CHUNK)
+    router = scale_row(scale_row(hidden, scale, None, dtype), 1.0, router_scale, dtype)
+    store_row(router_ptr + row * WIDTH, times_row(router, router_root), WIDTH, CHUNK)
+    store_row(expert_ptr + row * WIDTH, scale_row(hidden, scale, expert_weight, dtype), WIDTH, CHUNK)
 
 
 def launch_post_attention_norm(
@@ -116,12 +105,11 @@ def launch_post_attention_norms(
     if x.numel():
         x_rows, residual_rows = as_rows(x), as_rows(residual)
         rows, width = x_rows.shape
-        block = power_of_two(width)
-        programs, warps = row_plan(rows, block)
+        warps, weights_first = row_plan(rows, width)
         weights = (t.contiguous() for t in (weight, feed_forward_weight, router_scale, expert_weight))
-        _post_attention_norms_kernel[(programs,)](
-            x_rows, residual_rows, *weights, *outputs, rows, x_rows.stride(0), residual_rows.stride(0),
-            router_root, eps, width, block, num_warps=warps, **pdl_options(),
+        _post_attention_norms_kernel[(rows,)](
+            x_rows, residual_rows, *weights, *outputs, x_rows.stride(0), residual_rows.stride(0),
+            router_root, eps, width, chunk_size(width, warps), weights_first, num_warps=warps,
         )  # fmt: skip
     return outputs
 

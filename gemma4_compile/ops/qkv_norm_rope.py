@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .library import (
-    await_previous,
+    UNFUSED,
     expect,
     fresh,
     jit,
@@ -22,7 +22,7 @@ from .library import (
     tl,
     unit_stride,
 )
-from .plans import head_plan, pdl_options
+from .plans import head_plan
 from .rms_norm import normalize
 from .rope import angle_strides, check_rope, rotate, rotated
 
@@ -98,14 +98,11 @@ def _qkv_norm_rope_kernel(
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride, cos_batch_stride, cos_token_stride, eps,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     eps = pinned(eps)
     q_programs = tl.cdiv(q_rows, ROWS)
     k_programs = tl.cdiv(k_rows, ROWS)
     program = tl.program_id(0)
-    if PDL:
-        await_previous()
     if program < q_programs:
         _norm_heads(
             q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, program * ROWS, q_rows, tokens,
@@ -164,7 +161,7 @@ def _launch(
             q, k, v, q_weight, q_weight if k_weight is None else k_weight.contiguous(), cos, sin,
             q_out, outputs[-2 % len(outputs)], outputs[-1], q_rows, k_rows, tokens,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *angle_strides(cos, sin), eps,
-            q_heads, k_heads, dim // 2, power_of_two(dim // 2), rows, num_warps=warps, **pdl_options(),
+            q_heads, k_heads, dim // 2, power_of_two(dim // 2), rows, num_warps=warps, **UNFUSED,
         )  # fmt: skip
     return outputs
 

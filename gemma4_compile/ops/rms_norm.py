@@ -9,19 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import (
-    as_rows,
-    await_previous,
-    expect,
-    fresh,
-    jit,
-    mean_square_norm,
-    pinned,
-    power_of_two,
-    register,
-    tl,
-)
-from .plans import pdl_options, row_plan
+from .library import as_rows, expect, fresh, jit, pinned, register, tl
+from .plans import row_plan
+from .rows import chunk_size, inverse_rms, load_row, scale_row, store_row
 
 
 def normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -47,24 +37,18 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 
 @jit
-def _rms_norm_kernel(
-    x_ptr, weight_ptr, out_ptr, rows, x_stride, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, eps, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    if PDL:
-        await_previous()
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)
 
-    for row in tl.range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        x = tl.load(x_ptr + row * x_stride + column, inside, other=0.0).to(tl.float32)
-        normed = mean_square_norm(x, WIDTH, eps)
-        if weight_ptr is not None:
-            normed *= weight
-        tl.store(out_ptr + row * WIDTH + column, normed, inside)
+    x = load_row(x_ptr + row * x_stride, WIDTH, CHUNK)
+    weights = None
+    if weight_ptr is not None:
+        weights = load_row(weight_ptr, WIDTH, CHUNK)
+
+    out = scale_row(x, inverse_rms(x, WIDTH, eps), weights, out_ptr.dtype.element_ty)
+
+    store_row(out_ptr + row * WIDTH, out, WIDTH, CHUNK)
 
 
 def launch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -74,11 +58,9 @@ def launch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     rows, out = as_rows(x), fresh(x)
     if out.numel():
         count, width = rows.shape
-        block = power_of_two(width)
-        programs, warps = row_plan(count, block)
-        _rms_norm_kernel[(programs,)](
-            rows, weight, out, count, rows.stride(0), eps, width, block, num_warps=warps, **pdl_options()
-        )
+        warps, _ = row_plan(count, width)
+        chunk = chunk_size(width, warps)
+        _rms_norm_kernel[(count,)](rows, weight, out, rows.stride(0), eps, width, chunk, num_warps=warps)
     return out
 
 

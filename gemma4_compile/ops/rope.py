@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .library import (
-    await_previous,
+    UNFUSED,
     expect,
     fresh,
     jit,
@@ -20,7 +20,7 @@ from .library import (
     tl,
     unit_stride,
 )
-from .plans import head_plan, pdl_options
+from .plans import head_plan
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def rotated(low, high, cos_ptr, sin_ptr, column, inside, HALF: tl.constexpr, dty
 def _rope_kernel(
     x_ptr, cos_ptr, sin_ptr, out_ptr, rows, tokens,
     x_batch_stride, x_token_stride, x_head_stride, cos_batch_stride, cos_token_stride,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -83,8 +83,6 @@ def _rope_kernel(
     x_ptr += batch * x_batch_stride + step * x_token_stride + (row % HEADS) * x_head_stride
     angle = batch * cos_batch_stride + step * cos_token_stride
     dtype = out_ptr.dtype.element_ty
-    if PDL:
-        await_previous()
 
     low = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
     high = tl.load(x_ptr + HALF + column, inside, other=0.0).to(tl.float32)
@@ -106,7 +104,7 @@ def launch_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         per_program, warps = head_plan(rows, dim)
         _rope_kernel[(-(-rows // per_program),)](
             x, cos, sin, out, rows, tokens, *x.stride()[:3], *angle_strides(cos, sin),
-            heads, dim // 2, power_of_two(dim // 2), per_program, num_warps=warps, **pdl_options(),
+            heads, dim // 2, power_of_two(dim // 2), per_program, num_warps=warps, **UNFUSED,
         )  # fmt: skip
     return out
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import await_previous, expect, jit, power_of_two, register, tl
-from .plans import pdl_options, route_plan
+from .library import expect, jit, power_of_two, register, tl
+from .plans import route_plan
 
 
 def route_reference(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -37,17 +37,16 @@ def _check(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> None:
 def _route_kernel(
     logits_ptr, scale_ptr, weights_ptr, indices_ptr, tokens, logits_stride, expert_stride,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, TOP_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK)[None, :]
     place = tl.arange(0, TOP_BLOCK)[None, :]
     inside = (row[:, None] < tokens) & (expert < EXPERTS)
     logits_ptr += row.to(tl.int64)[:, None] * logits_stride
-    if PDL:
-        await_previous()
 
-    logits = tl.load(logits_ptr + expert * expert_stride, inside, other=float("-inf")).to(tl.float32)
+    logits = tl.load(logits_ptr + expert * expert_stride, inside, other=0.0).to(tl.float32)
+    logits = tl.where(expert < EXPERTS, logits, float("-inf"))
 
     # A lane outside the table has probability 0, like an expert whose probability underflows: the index decides.
     exponent = tl.exp(logits - tl.max(logits, axis=1)[:, None])
@@ -79,7 +78,7 @@ def launch_route(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[
         rows, warps = route_plan(tokens)
         _route_kernel[(-(-tokens // rows),)](
             logits, per_expert_scale.contiguous(), weights, indices, tokens, *logits.stride(),
-            experts, power_of_two(experts), top_k, power_of_two(top_k), rows, num_warps=warps, **pdl_options(),
+            experts, power_of_two(experts), top_k, power_of_two(top_k), rows, num_warps=warps,
         )  # fmt: skip
     return weights, indices
 

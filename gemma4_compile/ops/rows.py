@@ -1,0 +1,79 @@
+"""A row of a hidden state in registers: a tuple of chunks, so that a width of 5376 takes 6144 lanes and not 8192.
+
+A program holds one row from its first load to its last store. WIDTH is the row's length, CHUNK a power of two: eight
+elements a thread, 16-byte accesses in 16-bit types. A row is kept in its own dtype and widened where it is used: at
+width 5376 that is 63 registers a thread, four programs of 8 warps an SM, where one block of 8192 lanes fitted two.
+"""
+
+from __future__ import annotations
+
+from .library import jit, power_of_two, tl
+
+
+def chunk_size(width: int, warps: int) -> int:
+    return min(power_of_two(width), 256 * warps)
+
+
+@jit
+def load_row(ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    chunks = ()
+    for i in tl.static_range((WIDTH + CHUNK - 1) // CHUNK):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        chunks = chunks + (tl.load(ptr + column, column < WIDTH, other=0.0),)  # type: ignore[assignment]
+    return chunks
+
+
+@jit
+def store_row(ptr, chunks, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    for i in tl.static_range(len(chunks)):
+        column = i * CHUNK + tl.arange(0, CHUNK)
+        tl.store(ptr + column, chunks[i], column < WIDTH)
+
+
+@jit
+def inverse_rms(chunks, WIDTH: tl.constexpr, eps):
+    x = chunks[0].to(tl.float32)
+    squares = x * x
+    for i in tl.static_range(1, len(chunks)):
+        x = chunks[i].to(tl.float32)
+        squares += x * x
+    return tl.rsqrt(tl.sum(squares) / WIDTH + eps)
+
+
+@jit
+def scale_row(chunks, scale, weights, dtype: tl.constexpr):
+    """chunks * scale [* weights] in fp32, rounded once to dtype."""
+    out = ()
+    for i in tl.static_range(len(chunks)):
+        x = chunks[i].to(tl.float32) * scale
+        if weights is not None:
+            x *= weights[i].to(tl.float32)
+        out = out + (x.to(dtype),)  # type: ignore[assignment]
+    return out
+
+
+@jit
+def norm_row(chunks, weights, weight_ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps):
+    """Gemma4RMSNorm of a row, in its dtype. Weights None: read from weight_ptr after the reduction."""
+    scale = inverse_rms(chunks, WIDTH, eps)
+    if weights is None:
+        weights = load_row(weight_ptr, WIDTH, CHUNK)
+    return scale_row(chunks, scale, weights, chunks[0].dtype)
+
+
+@jit
+def add_rows(left, right):
+    """Sum of two rows, rounded to their dtype."""
+    out = ()
+    for i in tl.static_range(len(left)):
+        out += ((left[i].to(tl.float32) + right[i].to(tl.float32)).to(left[0].dtype),)
+    return out
+
+
+@jit
+def times_row(chunks, factor):
+    """A row times one fp32 number, rounded to the row's dtype."""
+    out = ()
+    for i in tl.static_range(len(chunks)):
+        out += ((chunks[i].to(tl.float32) * factor).to(chunks[0].dtype),)
+    return out
