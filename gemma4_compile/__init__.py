@@ -1,0 +1,10 @@
+"""gemma4-compile: torch.compile passes and fused Triton ops that make Hugging Face Gemma-4 models fast and leave them correct."""
+
+from .config import OptimizeConfig
+from .demo import demo_checkpoint
+from .inductor import inductor_options
+from .optimize import optimize, restore
+from .report import report
+
+__version__ = "0.1.0"
+__all__ = ["OptimizeConfig", "demo_checkpoint", "inductor_options", "optimize", "report", "restore"]

@@ -13,27 +13,36 @@ from .fuse import FUSE_FEED_FORWARD_TAIL, FUSE_PLE_INPUTS, FUSE_PLE_TAIL, FUSE_P
 from .lower import Lower
 from .raise_ops import RAISE_GEGLU, RAISE_RMS_NORM, RAISE_ROPE, RAISE_ROUTE, Functionalize
 
-__all__ = ["Pass", "PatternPass", "Record", "Site", "pipeline", "run"]
+__all__ = ["Pass", "PatternPass", "Record", "Site", "pipeline", "prepare", "run"]
 
+_FUSE = (
+    FUSE_QKV_NORM_ROPE,
+    FUSE_POST_ATTENTION_NORMS,
+    FUSE_PLE_INPUTS,
+    FUSE_PLE_TAIL,  # before feed_forward_tail, whose scalar form it contains; takes the gate's geglu with it
+    FUSE_FEED_FORWARD_TAIL,
+)
+FUSED = frozenset(step.name for step in _FUSE)
 # Fusions that are one raised op: switched off, the op is lowered again.
 RAISED_FUSIONS = ("route", "geglu")
 
 
+def prepare() -> None:
+    """Trace all patterns now. Later it would happen inside a compilation, where capturing is nested and counted there."""
+    for step in pipeline(FUSED):
+        if isinstance(step, PatternPass):
+            for rewrite in step.rewrites():
+                _ = rewrite.searched, rewrite.replacement
+
+
 def pipeline(enabled: Collection[str]) -> tuple[Pass, ...]:
     """The steps with the fusions in `enabled`; every other fusion's sites are left to Inductor."""
-    fuse = (
-        FUSE_QKV_NORM_ROPE,
-        FUSE_POST_ATTENTION_NORMS,
-        FUSE_PLE_INPUTS,
-        FUSE_PLE_TAIL,  # before feed_forward_tail, whose scalar form it contains; takes the gate's geglu with it
-        FUSE_FEED_FORWARD_TAIL,
-    )
     return (
         Functionalize(),  # first: Hugging Face's in-place forms would need patterns of their own
         RAISE_RMS_NORM,
         RAISE_ROPE,
         RAISE_GEGLU,
         RAISE_ROUTE,
-        *(step for step in fuse if step.name in enabled),
+        *(step for step in _FUSE if step.name in enabled),
         Lower(keep=frozenset(name for name in RAISED_FUSIONS if name in enabled)),  # last: no raised op is left as a wall
     )

@@ -65,7 +65,6 @@ class PatternPass:
 
     name: str
     rewrites: Callable[[], Sequence[Rewrite]]
-    reason: str = ""  # why the pass stands where it stands in the pipeline
 
     def __call__(self, graph: Graph, record: Record) -> None:
         nearest: dict[Node, Miss] = {}

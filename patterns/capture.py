@@ -4,13 +4,13 @@ A new transformers release that writes RMSNorm differently gives a different tem
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from ..dynamo import own_code
 from .functionalize import functionalize
 from .template import Template, from_graph, source_of
 
@@ -36,15 +36,10 @@ def capture(
         return gm.forward
 
     with torch.no_grad():
-        torch.compile(partial(_call, function), backend=keep, fullgraph=True, dynamic=False)(*inputs.values())
+        torch.compile(own_code(function), backend=keep, fullgraph=True, dynamic=False)(*inputs.values())
     (gm, example_inputs), = graphs
     functionalize(gm.graph)
     return _name_inputs(gm.graph, example_inputs, inputs, literals or {}, cut, source_of(source or function))
-
-
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    # A code object of our own, so that captures of one forward with several examples do not count as its recompilations.
-    return function(*args)
 
 
 def _name_inputs(graph: Graph, examples: Sequence[Any], inputs: dict[str, Tensor], literals: dict[str, Any], cut: Any, source: str) -> Template:

@@ -1,0 +1,71 @@
+"""The Dynamo backend: the passes, then Inductor. Keeps what the passes did to each graph, for `report`.
+
+The passes run on each compilation before Inductor looks into its cache, so what is reported is true on a warm cache too.
+"""
+
+import hashlib
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
+
+from . import passes, patterns
+from .config import OptimizeConfig
+from .passes import Record, pipeline, run
+
+_SOURCES = (Path(__file__).parent, Path(passes.__file__).parent, Path(patterns.__file__).parent)
+
+
+@cache
+def _source_digest() -> str:
+    """Of every file that can change what is compiled: the whole package, not a list kept by hand."""
+    digest = hashlib.sha256()
+    for folder in _SOURCES:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    versions = (torch.__version__, transformers.__version__, platform.python_version())
+    return hashlib.sha256(digest.digest() + repr(versions).encode()).hexdigest()
+
+
+def uuid(config: OptimizeConfig, enabled: frozenset[str]) -> str:
+    """Changes with any source file of the package, the enabled fusions, the options and the versions of what compiles."""
+    options = (sorted(enabled), config.cuda_graphs, sorted(config.inductor.items(), key=repr))
+    return hashlib.sha256(f"{_source_digest()} {options!r}".encode()).hexdigest()
+
+
+@dataclass
+class Backend:
+    """Callable as torch.compile(backend=...).
+
+    enabled     the fusions, resolved once: a change of the environment does not reach a model already optimized
+    records     one Record for each graph compiled, in order
+    progress    entered with a title while a graph compiles
+    """
+
+    config: OptimizeConfig
+    enabled: frozenset[str]
+    compile: Callable[..., Any] = compile_fx
+    records: list[Record] = field(default_factory=list)
+    progress: Callable[[str], AbstractContextManager[Any]] = lambda title: nullcontext()
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        record = run(pipeline(self.enabled), gm.graph)
+        gm.recompile()
+        self.records.append(record)
+        title = f"compiling graph {len(self.records)} ({len(gm.graph.nodes)} nodes)"
+        with torch.compiler.config.patch(cache_key_tag=uuid(self.config, self.enabled)), self.progress(title):
+            return self.compile(gm, example_inputs, config_patches=self._options())
+
+    def _options(self) -> dict[str, Any]:
+        options = dict(self.config.inductor)
+        if self.config.cuda_graphs:
+            options["triton.cudagraphs"] = True
+        return options

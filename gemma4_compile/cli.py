@@ -1,0 +1,118 @@
+"""gemma4-compile: the command line. Results go to stdout, progress and errors to stderr; exit codes 0, 1 (failed), 2 (usage)."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from . import __version__
+
+DEMO_PROMPT = 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self'
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.func(options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"gemma4-compile: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gemma4-compile", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="a compiled Gemma 4 writes text, then reports its fusions")
+    demo.add_argument("--model", default="e", help='"e" or "moe" for an embedded demo checkpoint, or a checkpoint folder')
+    demo.add_argument("--prompt", default=DEMO_PROMPT)
+    demo.add_argument("--max-tokens", type=int, default=120, help="new tokens to generate (default: %(default)s)")
+    _add_common(demo)
+    demo.set_defaults(func=_demo)
+
+    report = commands.add_parser("report", help="compile a model and print which fusions matched")
+    report.add_argument("model", help='"e", "moe", a checkpoint folder, or a bare config.json (random weights)')
+    report.add_argument("--layers", type=int, help="cut a bare config to so many layers")
+    report.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's; bfloat16 for a config")
+    _add_common(report)
+    report.set_defaults(func=_report)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--disable", default="", metavar="NAME,...", help="fusions to switch off")
+    parser.add_argument("--enable", default="", metavar="NAME,...", help="fusions to switch on that are off by default")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    if options.max_tokens < 1:
+        raise ValueError(f"--max-tokens must be at least 1, got {options.max_tokens}; use 120")
+    import torch
+    from transformers import TextStreamer
+
+    from . import report
+
+    model, tokenizer = _optimized(options, dtype=None)
+    if tokenizer is None:
+        raise ValueError(f"the demo needs a tokenizer, got none in {options.model}; use `report` for models without")
+    inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    streamer = None if options.json else TextStreamer(tokenizer, skip_special_tokens=True)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=options.max_tokens, do_sample=False, streamer=streamer)
+    seconds = time.perf_counter() - start
+    if options.json:
+        text = tokenizer.decode(output[0], skip_special_tokens=True)
+        print(json.dumps({"text": text, "seconds": seconds, "report": as_dict(report(model))}))
+    else:
+        print(f"\n{report(model)}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    import torch
+
+    from . import report
+
+    model, _ = _optimized(options, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    prompt = torch.randint(3, model.config.get_text_config().vocab_size, (1, 8), device=model.device)
+    with torch.inference_mode():
+        model.generate(prompt, max_new_tokens=2, do_sample=False)
+    print(json.dumps(as_dict(report(model))) if options.json else report(model))
+    return 0
+
+
+def _optimized(options: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
+    import torch
+
+    from . import OptimizeConfig, demo_checkpoint, optimize
+    from .demo import DEMO_NAMES
+    from .loading import load, random_model
+
+    def names(text: str) -> tuple[str, ...]:
+        return tuple(name for name in text.split(",") if name)
+
+    config = OptimizeConfig(enable=names(options.enable), disable=names(options.disable), progress=True)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU that torch can see, got none; use --device cpu")
+    if options.model.endswith(".json"):
+        return optimize(random_model(options.model, options.layers, device, dtype or torch.bfloat16), config), None
+    if getattr(options, "layers", None):
+        raise ValueError(f"--layers cuts a bare config.json, got {options.model}; leave it out")
+    folder = demo_checkpoint(options.model) / "target" if options.model in DEMO_NAMES else options.model
+    model, tokenizer = load(folder, device, dtype)
+    return optimize(model, config), tokenizer
+
+
+def as_dict(report: Any) -> dict[str, Any]:
+    """A Report as plain JSON data."""
+    from dataclasses import asdict
+
+    return asdict(report)

@@ -1,0 +1,74 @@
+"""Every switch, each with its reason. Frozen: a compiled model never changes its mind."""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .fusions import FUSIONS
+
+DISABLE_VARIABLE = "GEMMA4_COMPILE_DISABLE"
+
+
+@dataclass(frozen=True)
+class OptimizeConfig:
+    """How `optimize` compiles a model.
+
+    enable          fusions to switch on that are off by default, by name (`docs/fusions.md` says why they are off)
+    disable         fusions to switch off, by name; also GEMMA4_COMPILE_DISABLE=name,... in the environment
+    device          "cpu" or "cuda": refuse a model that lies elsewhere. None takes the model's own
+    cuda_graphs     let Inductor replay each graph as a CUDA graph; for static caches, as every new shape is captured anew
+    max_graphs      graphs that one model may compile before it refuses, at least 2 (prefill and decode)
+    progress        show a progress bar on stderr while a graph compiles
+    inductor        further Inductor options, such as {"max_autotune": True}
+
+    Raises ValueError for an unknown fusion, a fusion both enabled and disabled, or a value out of range.
+    """
+
+    enable: tuple[str, ...] = ()
+    disable: tuple[str, ...] = ()
+    device: Literal["cpu", "cuda"] | None = None
+    cuda_graphs: bool = False
+    max_graphs: int = 32
+    progress: bool = False
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for option in ("enable", "disable"):
+            value = getattr(self, option)
+            if isinstance(value, str):
+                raise ValueError(f"{option} must be a sequence of fusion names, got the string {value!r}; write ({value!r},)")
+            object.__setattr__(self, option, tuple(value))
+        check_names(self.enable, "enable")
+        check_names(self.disable, "disable")
+        if both := sorted(set(self.enable) & set(self.disable)):
+            raise ValueError(f"a fusion is enabled or disabled, got both for {', '.join(both)}; name it once")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ValueError(f'device must be "cpu", "cuda" or None, got {self.device!r}; leave it out to take the model\'s')
+        if not isinstance(self.max_graphs, int) or self.max_graphs < 2:
+            raise ValueError(f"max_graphs must be an integer of at least 2 (prefill, decode), got {self.max_graphs!r}; use 32")
+
+    def enabled(self) -> frozenset[str]:
+        """The fusions that run: the defaults, with `enable`, without `disable` and GEMMA4_COMPILE_DISABLE."""
+        disabled = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")} - {""}
+        check_names(sorted(disabled), DISABLE_VARIABLE)
+        default = {name for name, fusion in FUSIONS.items() if fusion.on_by_default}
+        return frozenset((default | set(self.enable)) - set(self.disable) - disabled)
+
+    def why_off(self, name: str) -> str:
+        """The reason, for the report, that a fusion is not in `enabled()`."""
+        if name in self.disable:
+            return "disabled in the config"
+        if not FUSIONS[name].on_by_default and name not in self.enable:
+            return "off by default: no faster than Inductor, see docs/fusions.md"
+        return f"disabled by {DISABLE_VARIABLE}"
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Raises ValueError for a name that is no fusion, with the nearest one that is."""
+    for name in names:
+        if name not in FUSIONS:
+            near = difflib.get_close_matches(str(name), FUSIONS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FUSIONS)}"
+            raise ValueError(f"{where} must name fusions, got {name!r}; {hint}")

@@ -1,0 +1,254 @@
+"""optimize(model): a Hugging Face Gemma-4 in, the same model out, compiled. restore(model) takes it back.
+
+The model is not edited: a compiled callable is put where nn.Module.compile() puts its own, and taken away again.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.gemma4 import modeling_gemma4 as hf
+
+from . import ops  # noqa: F401  (registers the ops)
+from .backend import Backend
+from .config import OptimizeConfig
+from .dynamo import own_code
+from .geometry import Geometry, geometry
+from .passes import prepare
+from .progress import compiling
+from .step_cache import Step, StepCache, UnsupportedCache, commit, plan
+
+_MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+_STATES: "WeakKeyDictionary[nn.Module, _Compiled]" = WeakKeyDictionary()
+
+
+def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Module:
+    """Compile a Gemma-4 in place and return it; `model(...)` and `model.generate(...)` work as before, faster.
+
+    model     Gemma4ForCausalLM, Gemma4TextModel, or Gemma4ForConditionalGeneration (then its text part is compiled);
+              in eval mode, fp32, fp16 or bf16
+    config    OptimizeConfig; the default enables each fusion that was measured to pay
+
+    Compilation happens at the first calls: one graph for prefill, one for decode, for any length. Optimizing twice is
+    harmless, with another config it starts anew. Gradients are refused when the model is called, not here: parameters as
+    from_pretrained leaves them are fine under torch.no_grad() or inference_mode().
+
+    Raises TypeError for another model, ValueError for training mode, experts that cannot be traced, or a device other than
+    config.device. The model is then as it was.
+    """
+    config = config or OptimizeConfig()
+    target = compiled_part(model)
+    _check(target, config)
+    enabled = config.enabled()
+    previous = _STATES.get(target)
+    if previous is not None and (previous.backend.config, previous.backend.enabled) == (config, enabled):
+        return model
+    prepare()
+    restore(model)
+    _STATES[target] = state = _Compiled(target, Backend(config, enabled))
+    state.install(model)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `optimize`; harmless for a model that was not optimized. Returns the model."""
+    state = _STATES.pop(compiled_part(model), None)
+    if state is not None:
+        state.uninstall()
+    return model
+
+
+def state_of(model: nn.Module) -> "_Compiled":
+    """What `optimize` keeps for a model. Raises ValueError for a model that was not optimized."""
+    state = _STATES.get(compiled_part(model))
+    if state is None:
+        raise ValueError(f"the model must be optimized first, got a plain {type(model).__name__}; call optimize(model)")
+    return state
+
+
+def compiled_part(model: nn.Module) -> nn.Module:
+    """The module that is compiled: the model itself, or the text part of a multimodal one."""
+    if isinstance(model, (hf.Gemma4ForCausalLM, hf.Gemma4TextModel)):
+        return model
+    if isinstance(model, hf.Gemma4ForConditionalGeneration):
+        return model.model.language_model
+    raise TypeError(
+        "optimize() takes Gemma4ForCausalLM, Gemma4TextModel or Gemma4ForConditionalGeneration, "
+        f"got {type(model).__name__}; load a Gemma-4 checkpoint with AutoModelForCausalLM"
+    )
+
+
+def _check(target: nn.Module, config: OptimizeConfig) -> None:
+    if target.training:
+        raise ValueError("the model must be in eval mode, got training mode; call model.eval() first")
+    experts = getattr(target.config, "_experts_implementation", None)
+    if target.config.enable_moe_block and experts == "eager":
+        raise ValueError(
+            "the experts must be traceable as one graph, got experts_implementation='eager'; "
+            "call model.set_experts_implementation('grouped_mm')"
+        )
+    device = next(target.parameters()).device.type
+    if config.device not in (None, device):
+        raise ValueError(f"the model must be on {config.device}, as the config asks, got {device}; call model.to({config.device!r})")
+
+
+class _Compiled:
+    """One optimized model: the compiled step, and what the host does around it."""
+
+    def __init__(self, module: nn.Module, backend: Backend):
+        self.backend = backend
+        if backend.config.progress:
+            backend.progress = compiling
+        self.geometry: Geometry = geometry(module.config)
+        self.signature = inspect.signature(module.forward)
+        self.eager_reason = ""  # why the last call was not compiled
+        self._step = torch.compile(own_code(_make_step(module)), backend=backend, fullgraph=True, dynamic=None)
+        self._module_ref = module
+        self._outer: nn.Module | None = None
+        self._disable_compile: bool | None = None
+
+    def install(self, outer: nn.Module) -> None:
+        """Take the module's calls. generate() must not compile the compiled model again, as it does for static caches."""
+        self._module_ref._compiled_call_impl = self
+        self._outer = outer
+        generation = getattr(outer, "generation_config", None)
+        if generation is not None:
+            self._disable_compile = generation.disable_compile
+            generation.disable_compile = True
+
+    def uninstall(self) -> None:
+        """Give the calls back."""
+        self._module_ref._compiled_call_impl = None
+        generation = getattr(self._outer, "generation_config", None)
+        if generation is not None:
+            generation.disable_compile = self._disable_compile
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module_ref
+        if torch.compiler.is_compiling():  # the user compiles something around us: let it see the plain model
+            return module._call_impl(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
+        inputs = dict(bound.arguments)
+        inputs |= inputs.pop("kwargs", {})
+        self._check_call(module)
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if not isinstance(tokens, Tensor):  # Hugging Face says what is wrong
+            return module._call_impl(*args, **kwargs)
+        cache = inputs.pop("past_key_values", None)
+        use_cache = inputs.get("use_cache")
+        if cache is None and (module.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=module.config)
+        try:
+            steps = self._plan(cache, tokens)
+        except UnsupportedCache as error:
+            self._warn_eager(str(error))
+            return module._call_impl(*args, **kwargs)
+        return self._run(inputs, tokens, cache, steps)
+
+    def _run(self, inputs: dict[str, Any], tokens: Tensor, cache: Any, steps: list[Step] | None) -> Any:
+        self._prepare(inputs, tokens, cache)
+        return_dict = inputs.pop("return_dict", None)
+        inputs |= {"return_dict": True, "use_cache": cache is not None}
+        _mark_dynamic(inputs, steps)
+        limits = {"recompile_limit": self.backend.config.max_graphs, "accumulated_recompile_limit": 2**16}
+        with torch.no_grad(), torch._dynamo.config.patch(**limits):
+            output, new = self._step(inputs, steps)
+        if cache is not None:
+            assert steps is not None
+            commit(cache, steps, new, tokens.shape[1])
+            output.past_key_values = cache
+        if return_dict is None:
+            return_dict = self._module_ref.config.return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _prepare(self, inputs: dict[str, Any], tokens: Tensor, cache: Any) -> None:
+        """Positions and masks, as the model's own forward would make them: both come from the cache's lengths.
+
+        Masks are always built, also where SDPA could do without: otherwise a prompt longer than the window, a padded one
+        and a decode step would each need a graph of its own, and finding out whether a mask hides anything waits for the GPU."""
+        batch, length = tokens.shape[:2]
+        seen = 0 if cache is None else cache.get_seq_length()
+        if inputs.get("position_ids") is None:
+            inputs["position_ids"] = (torch.arange(length, device=tokens.device) + seen).unsqueeze(0)
+        given = inputs.get("attention_mask")
+        if not isinstance(given, dict):
+            given = dict.fromkeys(_MASKS)
+            padding = inputs.get("attention_mask")
+        else:  # generate() makes the masks of static caches itself, with None for a plain causal one
+            padding = None
+        # Only shape, dtype and device are read.
+        embeds = torch.empty((), dtype=self._dtype, device=tokens.device).expand(batch, length, self.geometry.hidden)
+        arguments = {
+            "config": self._module_ref.config,
+            "inputs_embeds": embeds,
+            "attention_mask": padding,
+            "past_key_values": cache,
+            "position_ids": inputs["position_ids"],
+            "allow_is_causal_skip": False,
+        }
+        inputs["attention_mask"] = {
+            kind: make(**arguments) if given.get(kind) is None else given[kind] for kind, make in _MASKS.items()
+        }
+
+    def _plan(self, cache: Any, tokens: Tensor) -> list[Step] | None:
+        if cache is None:
+            return None
+        return plan(cache, self.geometry, tokens.shape[1], tokens.shape[0], self._dtype, tokens.device)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self._module_ref.parameters()).dtype
+
+    def _check_call(self, module: nn.Module) -> None:
+        if module.training:
+            raise ValueError("an optimized model is for inference, got training mode; call model.eval(), or restore(model) to train")
+        if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                "an optimized model computes no gradients, got enabled gradients and parameters that require them; "
+                "call it under torch.inference_mode(), or model.requires_grad_(False)"
+            )
+
+    def _warn_eager(self, reason: str) -> None:
+        if reason != self.eager_reason:
+            self.eager_reason = reason
+            warnings.warn(f"gemma4_compile runs this call uncompiled: it does not know {reason}", stacklevel=3)
+
+
+def _make_step(module: nn.Module) -> Callable[..., Any]:
+    def step(inputs: dict[str, Any], steps: list[Step] | None) -> Any:
+        """What Dynamo traces: the model's own call, with tensors in the place of its cache."""
+        if steps is None:
+            return module._call_impl(**inputs), []
+        cache = StepCache(steps)
+        output = module._call_impl(**inputs, past_key_values=cache)
+        output.past_key_values = None
+        return output, cache.new
+
+    return step
+
+
+def _mark_dynamic(inputs: dict[str, Any], steps: list[Step] | None) -> None:
+    """Batch, token and cache dimensions may change without compiling again; sizes 0 and 1 are always graphs of their own."""
+    sizes: list[tuple[Any, tuple[int, ...]]] = [(inputs.get("logits_to_keep"), (0,))]
+    for name in ("input_ids", "inputs_embeds", "position_ids", "per_layer_inputs", "labels"):
+        sizes.append((inputs.get(name), (0, 1)))
+    masks = inputs.get("attention_mask")
+    for mask in masks.values() if isinstance(masks, dict) else (masks,):
+        sizes.append((mask, (0, 1) if getattr(mask, "ndim", 0) == 2 else (0, 2, 3)))
+    for step in steps or ():
+        sizes += [(step.keys, (0, 2)), (step.values, (0, 2))]
+    for tensor, dims in sizes:
+        if isinstance(tensor, Tensor):
+            for dim in dims:
+                if dim < tensor.dim() and tensor.shape[dim] > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+assert tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 17), "pyproject.toml asks for 5.17"

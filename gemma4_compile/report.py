@@ -1,0 +1,107 @@
+"""report(model): for each fusion the sites that the config promises, those that matched, and why the others did not."""
+
+import re
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .fusions import FUSIONS
+from .geometry import WHOLE_MODEL
+from .optimize import state_of
+from .passes import Record
+
+_LAYER = re.compile(r"layers\.\d+")
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A site that was expected and not fused. `graph` counts from 1 in the order of compilation."""
+
+    site: str
+    graph: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """One fusion. `matched` counts the sites that are fused in every compiled graph."""
+
+    name: str
+    enabled: bool
+    expected: int
+    matched: int
+    unmatched: tuple[Unmatched, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Prints as a table.
+
+    fusions           name -> FusionReport
+    graphs_compiled   graphs that Dynamo traced for this model so far: recompilations would show here
+    pieces            compiled pieces of the graphs in use; unique_pieces, those that differ. A graph is one piece as yet
+    """
+
+    fusions: dict[str, FusionReport]
+    graphs_compiled: int
+    pieces: int
+    unique_pieces: int
+    seconds: float = 0.0
+    eager_reason: str = field(default="")
+
+    def __str__(self) -> str:
+        rows = [("fusion", "expected", "matched", "")]
+        for fusion in self.fusions.values():
+            rows.append((fusion.name, str(fusion.expected), str(fusion.matched) if fusion.enabled else "-", fusion.note))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
+        for fusion in self.fusions.values():
+            lines += [f"  {fusion.name} at {u.site}, graph {u.graph}: {u.reason}" for u in fusion.unmatched]
+        if self.graphs_compiled:
+            lines.append(f"{self.graphs_compiled} graphs compiled, no graph breaks; passes took {self.seconds:.2f} s")
+        else:
+            lines.append("nothing compiled yet; call the model once")
+        if self.eager_reason:
+            lines.append(f"some calls ran uncompiled: {self.eager_reason}")
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """What the passes did to an optimized model. Raises ValueError if it was not optimized.
+
+    True on a warm compile cache too: the passes run before Inductor looks into it."""
+    state = state_of(model)
+    records = state.backend.records
+    fusions = {}
+    for name, sites in state.geometry.expected_sites().items():
+        enabled = name in state.backend.enabled
+        if not enabled:
+            fusions[name] = FusionReport(name, False, len(sites), 0, note=state.backend.config.why_off(name))
+            continue
+        unmatched = [u for i, record in enumerate(records, 1) for u in _unmatched(record, name, sites, i)]
+        missing = {u.site for u in unmatched} if records else set(sites)
+        fusions[name] = FusionReport(name, True, len(sites), len(sites) - len(missing), tuple(unmatched), FUSIONS[name].replaces)
+    seconds = sum(sum(record.seconds.values()) for record in records)
+    return Report(fusions, len(records), len(records), len(records), seconds, state.eager_reason)
+
+
+def _unmatched(record: Record, fusion: str, sites: tuple[str, ...], graph: int) -> list[Unmatched]:
+    matched = {site_of(site.path) for site in record.matched(fusion) if _counts(fusion, site.path)}
+    return [Unmatched(site, graph, _reason(record, fusion, site)) for site in sites if site not in matched]
+
+
+def _counts(fusion: str, path: str) -> bool:
+    # gelu(gate) * up also occurs in the PLE gate and in the experts; the sites promised are the dense MLPs.
+    return fusion != "geglu" or path.endswith("mlp")
+
+
+def _reason(record: Record, fusion: str, site: str) -> str:
+    near = [miss for miss in record.misses if miss.fusion == fusion and site_of(miss.path) == site]
+    return max(near, key=lambda miss: miss.depth).reason if near else "nothing like it in this layer's graph"
+
+
+def site_of(path: str) -> str:
+    """`layers.N` of a module path, or `model` for what belongs to no layer."""
+    found = _LAYER.search(path)
+    return found.group() if found else WHOLE_MODEL

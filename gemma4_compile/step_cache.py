@@ -1,0 +1,165 @@
+"""Hugging Face's KV cache as plain tensors, for one step.
+
+A DynamicCache or StaticCache handed to torch.compile is guarded by its Python integers, so plain compilation compiles again
+whenever a length crosses one. Here the host reads the integers and picks a mode for each layer; the graph sees tensors only:
+
+    steps = plan(cache, ...)              host: what each layer has to do
+    StepCache(steps)                      inside the graph: stands in for the cache
+    commit(cache, steps, new, tokens)     host: the new rows go into the user's cache
+
+Owns the meaning of transformers' four attention cache layers. Other kinds (quantized, offloaded) are not compiled: see `plan`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from .geometry import Geometry
+
+GROW = "grow"  # dynamic: past and new, concatenated
+WRITE = "write"  # static: new rows written behind the past ones
+ROLL = "roll"  # static sliding, full, one new row: shift by one
+SLIDE = "slide"  # static sliding, full, several new rows
+FILL = "fill"  # static sliding, empty, more new rows than the window holds
+
+
+@dataclass
+class Step:
+    """What one cache layer does in this step.
+
+    keys, values   [batch, kv_heads, length, head_dim], or None where a dynamic layer is still empty
+    length         0-dim int64 on the device: rows written so far (WRITE only)
+    window         the sliding window, 0 for full attention
+    """
+
+    mode: str
+    window: int
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    length: Tensor | None = None
+
+
+class UnsupportedCache(Exception):
+    """What the cache has to do in this step is not known here; the step runs as Hugging Face wrote it."""
+
+
+def plan(cache: Cache, model_geometry: Geometry, tokens: int, batch: int, dtype: torch.dtype, device: torch.device) -> list[Step]:
+    """The steps of all layers that own KV, in order. Static layers are allocated here, so that the graph only writes.
+
+    Raises UnsupportedCache for any other kind of layer, and for a sliding layer that records its past."""
+    if getattr(cache, "offloading", False):
+        raise UnsupportedCache("an offloaded cache")
+    owners = [layer for layer in model_geometry.layers if not layer.shares_kv]
+    replicate = getattr(cache, "layer_class_to_replicate", None)
+    while replicate is not None and len(cache.layers) < len(owners):
+        cache.layers.append(replicate())
+    if len(cache.layers) < len(owners):
+        raise UnsupportedCache(f"a cache of {len(cache.layers)} layers for a model with {len(owners)}")
+    steps = []
+    for owner in owners:
+        layer = cache.layers[owner.index]
+        kind = type(layer)
+        if kind in (StaticLayer, StaticSlidingWindowLayer):
+            if not layer.is_initialized:
+                row = torch.empty((batch, owner.kv_heads, 0, owner.head_dim), dtype=dtype, device=device)
+                layer.lazy_initialization(row, row)
+            steps.append(_static_step(layer, tokens))
+        elif kind in (DynamicLayer, DynamicSlidingWindowLayer) and not getattr(layer, "record_past", False):
+            window = layer.sliding_window if kind is DynamicSlidingWindowLayer else 0
+            filled = layer.is_initialized and layer.keys.numel() > 0
+            past = (_dense(layer.keys), _dense(layer.values)) if filled else ()
+            steps.append(Step(GROW, window, *past))
+        else:
+            raise UnsupportedCache(f"{kind.__name__} layers")
+    return steps
+
+
+def _static_step(layer: StaticLayer, tokens: int) -> Step:
+    if type(layer) is StaticLayer:
+        return Step(WRITE, 0, layer.keys, layer.values, layer.cumulative_length)
+    seen, window = layer.cumulative_length_int, layer.max_cache_len
+    if seen >= window:
+        return Step(ROLL if tokens == 1 else SLIDE, window, layer.keys, layer.values)
+    if seen + tokens > window:
+        if seen > 0:
+            raise UnsupportedCache("a static sliding layer that becomes full in the middle of a chunk")
+        return Step(FILL, window, layer.keys, layer.values)
+    return Step(WRITE, window, layer.keys, layer.values, layer.cumulative_length)
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """The rows with the strides of their shape. A view brings those of a longer tensor, and Dynamo compiles again for them,
+    also for the strides of dimensions of size 1, that contiguous() leaves as they are."""
+    rows = rows.contiguous()
+    _, heads, length, head_dim = rows.shape
+    return rows.as_strided(rows.shape, (heads * length * head_dim, length * head_dim, head_dim, 1))
+
+
+def commit(cache: Cache, steps: list[Step], new: list[tuple[Tensor, Tensor] | None], tokens: int) -> None:
+    """Give the user's cache the new rows. Static tensors were written inside the graph."""
+    for layer, step, rows in zip(cache.layers, steps, new, strict=False):
+        if rows is not None:
+            layer.update(*rows)
+        elif isinstance(layer, StaticSlidingWindowLayer):
+            layer.cumulative_length_int += tokens
+
+
+class StepCache(Cache):
+    """Stands in for the user's cache while the graph is traced: update() only, as the masks are built before."""
+
+    def __init__(self, steps: list[Step]):
+        # Not Cache.__init__, which asks for layers: there are none here.
+        self.steps = steps
+        self.new: list[tuple[Tensor, Tensor] | None] = [None] * len(steps)
+        self.layers = []
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """New rows in, all rows that attention may see out; [batch, kv_heads, rows, head_dim]."""
+        step = self.steps[layer_idx]
+        keys, values = step.keys, step.values
+        if step.mode == GROW:
+            self.new[layer_idx] = (key_states, value_states)
+            if keys is None or values is None:
+                return key_states, value_states
+            return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        assert keys is not None and values is not None, "static layers are allocated by plan()"
+        if step.mode == WRITE:
+            assert step.length is not None
+            rows = torch.arange(key_states.shape[-2], device=keys.device) + step.length
+            keys.index_copy_(2, rows, key_states)
+            values.index_copy_(2, rows, value_states)
+            step.length.add_(key_states.shape[-2])
+            return keys, values
+        if step.mode == ROLL:
+            # As transformers does it: rolling into a new tensor, so that no row is read after it was overwritten.
+            last = torch.tensor([-1], device=keys.device)
+            for stored, new in ((keys, key_states), (values, value_states)):
+                rolled = stored.roll(-1, dims=-2)
+                rolled[:, :, last] = new
+                stored.copy_(rolled)
+            return keys, values
+        if step.mode == SLIDE:
+            key_states = torch.cat([keys[:, :, 1:], key_states], dim=-2)
+            value_states = torch.cat([values[:, :, 1:], value_states], dim=-2)
+        keys.copy_(key_states[:, :, -step.window :])
+        values.copy_(value_states[:, :, -step.window :])
+        return key_states, value_states
+
+    @property
+    def is_compileable(self) -> bool:
+        """As the cache that it stands for."""
+        return all(step.mode != GROW for step in self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
