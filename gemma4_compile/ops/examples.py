@@ -54,6 +54,11 @@ class Draw:
     def flat(self, width: int) -> Tensor:
         return self.normal(self.batch * self.tokens, width)
 
+    def logits(self) -> Tensor:
+        """Distinct within a token in every dtype: torch.topk leaves the order of equal ones open."""
+        ranks = torch.rand(self.batch * self.tokens, self.sizes.experts, device=self.device).argsort(-1)
+        return ((ranks - self.sizes.experts / 2) / 16).to(self.dtype)
+
     def heads(self, count: int) -> Tensor:
         return self.normal(self.batch, self.tokens, count, self.sizes.head_dim)
 
@@ -121,7 +126,7 @@ EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
     "rms_norm_noscale": lambda d: (d.states(), EPS),
     "rope": lambda d: (d.heads(d.sizes.q_heads), *d.angles()),
     "geglu": lambda d: (d.states(d.sizes.intermediate), d.states(d.sizes.intermediate)),
-    "route": lambda d: (d.flat(d.sizes.experts), d.weight(d.sizes.experts), d.sizes.top_k),
+    "route": lambda d: (d.logits(), d.weight(d.sizes.experts), d.sizes.top_k),
     "post_attention_norm": lambda d: (*_two_states(d), d.weight(), d.weight(), EPS),
     "post_attention_norms": _post_attention_norms,
     "feed_forward_tail": lambda d: (*_two_states(d), d.weight(), None, EPS),

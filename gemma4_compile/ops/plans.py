@@ -25,18 +25,25 @@ def row_plan(rows: int, width: int) -> tuple[int, bool]:
 
     A lone row waits for memory once if all loads stand first; many rows want registers, for more programs an SM.
     """
-    if rows <= 64:
-        return (8 if width > 4096 else 4), True
-    return (8 if width > 4096 else 4), False
+    if width <= 4096:
+        return (2, True) if width <= 2048 and rows > 1024 else (4, rows <= 1024)
+    if 256 < rows <= 1024:
+        return 2, True
+    return 8, rows <= 256
 
 
 def head_plan(rows: int, dim: int) -> tuple[int, int]:
     """Heads a program, warps of a kernel that norms and rotates heads."""
-    if rows <= 1024:
+    if dim <= 256:
+        return 8, 8
+    return (1, 1) if rows <= 2048 else (2, 1)
+
+
+def ple_inputs_plan(rows: int) -> tuple[int, int]:
+    """Layers' rows a program, warps."""
+    if rows <= 512:
         return 1, 1
-    if dim > 256 or rows <= 4096:
-        return 2, 1
-    return 8, 8
+    return (4, 4) if rows <= 65536 else (4, 1)
 
 
 def route_plan(tokens: int) -> tuple[int, int]:
@@ -45,10 +52,9 @@ def route_plan(tokens: int) -> tuple[int, int]:
 
 
 class PlePlan(NamedTuple):
-    """The two products of a PLE tail over few tokens; outputs and tokens are a program's."""
+    """The two products of a PLE tail over few tokens; tokens, outputs and warps are a program's."""
 
     tokens: int
-    splits: int
     gate_outputs: int
     gate_block: int
     gate_warps: int
@@ -58,7 +64,12 @@ class PlePlan(NamedTuple):
 
 def ple_plan(rows: int, width: int) -> PlePlan | None:
     """None: enough tokens for cuBLAS."""
-    if rows > 32:
+    if rows > (32 if width <= 2048 else 16):
         return None
-    tokens = 1 if rows == 1 else 8 if rows <= 8 else 16
-    return PlePlan(tokens, splits=4, gate_outputs=16, gate_block=128, gate_warps=4, outputs=16, warps=4)
+    if rows <= 2:
+        return PlePlan(tokens=1, gate_outputs=2, gate_block=256, gate_warps=4, outputs=16, warps=4)
+    if rows <= 8:
+        return PlePlan(tokens=1, gate_outputs=4, gate_block=256, gate_warps=4, outputs=32, warps=4)
+    if rows <= 16 and width <= 2048:
+        return PlePlan(tokens=2, gate_outputs=2, gate_block=256, gate_warps=4, outputs=16, warps=4)
+    return PlePlan(tokens=2, gate_outputs=4, gate_block=256, gate_warps=4, outputs=32, warps=4)

@@ -21,7 +21,7 @@ from .library import (
     rounded,
     tl,
 )
-from .plans import head_plan
+from .plans import ple_inputs_plan
 from .rms_norm import normalize
 
 
@@ -49,8 +49,9 @@ def ple_inputs_reference(
     eps: float,
 ) -> Tensor:
     _check_inputs(input_ids, table, projection, norm_weight)
+    width = norm_weight.shape[0]
     token_inputs = F.embedding(input_ids, table) * embed_scale.to(table.dtype)
-    token_inputs = token_inputs.reshape(*input_ids.shape, -1, norm_weight.shape[0])
+    token_inputs = token_inputs.reshape(*input_ids.shape, table.shape[1] // width, width)
     return ple_combine_reference(token_inputs, projection, norm_weight, projection_scale, combine_scale, eps)
 
 
@@ -165,7 +166,7 @@ def _launch(
         return
     layers, width = out.shape[-2:]
     rows = out.numel() // width
-    per_program, warps = head_plan(rows, width)
+    per_program, warps = ple_inputs_plan(rows)
     _ple_inputs_kernel[(-(-rows // per_program),)](
         None if input_ids is None else input_ids.contiguous(), token_rows.contiguous(), embed_scale,
         projection.contiguous(), norm_weight.contiguous(), out, rows, projection_scale, combine_scale, eps,

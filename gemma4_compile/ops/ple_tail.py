@@ -65,70 +65,58 @@ def _check(op: str, hidden: Tensor, per_layer_input: Tensor, gate: Tensor, proje
 
 @jit
 def _gate_kernel(
-    hidden_ptr, weight_ptr, partial_ptr, rows, hidden_stride,
-    WIDTH: tl.constexpr, P: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, CHAINED: tl.constexpr,
+    hidden_ptr, input_ptr, weight_ptr, gated_ptr, rows, hidden_stride, input_stride,
+    WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, t, p] = the split's share of hidden[t] . weight[p], in fp32: few tokens need many programs."""
-    if CHAINED:  # this kernel itself waited for all before it, so the next may read whatever older kernels wrote
+    """gated[t, p] = gelu(hidden[t] . weight[p]) * input[t, p] for TOKENS values of t and OUTPUTS of p."""
+    if CHAINED:  # this kernel itself started after all before it, so the next may read whatever those wrote
         tl.extra.cuda.gdc_launch_dependents()
-    split = tl.program_id(1)
-    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    dtype = gated_ptr.dtype.element_ty
+    first = tl.program_id(1) * TOKENS
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    hidden_ptr += token.to(tl.int64) * hidden_stride
-    weight_ptr += output * WIDTH
-    SHARE: tl.constexpr = (WIDTH + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
+    mine = output < P
 
-    total = tl.zeros((OUTPUTS, BLOCK if TOKENS == 1 else TOKENS), tl.float32)
-    for start in tl.static_range(0, SHARE, BLOCK):
-        column = split * SHARE + start + tl.arange(0, BLOCK)
-        inside = column < WIDTH
-        weight = tl.load(weight_ptr[:, None] + column[None, :], (output < P)[:, None] & inside[None, :], other=0.0)
-        if TOKENS == 1:
-            hidden = tl.load(hidden_ptr[None, :] + column[None, :], inside[None, :], other=0.0)
-            total += weight.to(tl.float32) * hidden.to(tl.float32)
-        else:
-            hidden = tl.load(
-                hidden_ptr[None, :] + column[:, None], (token < rows)[None, :] & inside[:, None], other=0.0
-            )
-            total = tl.dot(weight, hidden, total, input_precision="ieee")
-    if TOKENS == 1:
-        total = tl.sum(total, axis=1)[:, None]
-
-    target = (split * rows + token)[None, :] * P + output[:, None]
-    tl.store(partial_ptr + target, total, (token < rows)[None, :] & (output < P)[:, None])
+    weights = ()
+    for chunk in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
+        column = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
+        inside = mine[:, None] & (column < WIDTH)
+        weights = weights + (tl.load(weight_ptr + output[:, None] * WIDTH + column, inside, other=0.0),)  # type: ignore[assignment]
+    for i in tl.static_range(TOKENS):
+        token = (first + i).to(tl.int64)
+        present = token < rows
+        per_layer = tl.load(input_ptr + token * input_stride + output, present & mine, other=0.0).to(tl.float32)
+        total = tl.zeros((OUTPUTS, BLOCK), tl.float32)
+        for chunk in tl.static_range(len(weights)):
+            # As wide as the weights: each warp then loads its own copy, and none goes through shared memory.
+            column = tl.broadcast_to(chunk * BLOCK + tl.arange(0, BLOCK)[None, :], (OUTPUTS, BLOCK))
+            hidden = tl.load(hidden_ptr + token * hidden_stride + column, present & (column < WIDTH), other=0.0)
+            total += weights[chunk].to(tl.float32) * hidden.to(tl.float32)
+        gate = rounded(tl.sum(total, axis=1), dtype)
+        tl.store(gated_ptr + token * P + output, rounded(gelu_tanh(gate), dtype) * per_layer, present & mine)
 
 
 @jit
 def _projection_kernel(
-    partial_ptr, input_ptr, weight_ptr, projected_ptr, rows, input_stride,
+    gated_ptr, weight_ptr, projected_ptr, rows,
     WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr, CHAINED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """projected[t] = (gelu(sum of the splits)[t] * input[t]) @ weight.T, OUTPUTS columns a program."""
-    dtype = projected_ptr.dtype.element_ty
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    """projected[t] = gated[t] @ weight.T for TOKENS values of t, OUTPUTS columns a program."""
+    first = tl.program_id(1) * TOKENS
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    p = tl.arange(0, BLOCK)
-    present = (token < rows)[:, None] & (p < P)[None, :]
+    p = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (OUTPUTS, BLOCK))
+    mine = output < WIDTH
 
-    weight = tl.load(weight_ptr + output[:, None] * P + p[None, :], (output < WIDTH)[:, None] & (p < P)[None, :], 0.0)
-    per_layer = tl.load(input_ptr + token.to(tl.int64)[:, None] * input_stride + p[None, :], present, 0.0)
-    if CHAINED:  # of all that is read here, only the partial sums are the previous kernel's
+    weight = tl.load(weight_ptr + output[:, None] * P + p, mine[:, None] & (p < P), other=0.0).to(tl.float32)
+    if CHAINED:  # only `gated` is the previous kernel's: the weight came while that one still ran
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    gate = tl.zeros((TOKENS, BLOCK), tl.float32)
-    for split in tl.static_range(SPLITS):
-        gate += tl.load(partial_ptr + (split * rows + token)[:, None] * P + p[None, :], present, 0.0)
-
-    gated = rounded(gelu_tanh(rounded(gate, dtype)), dtype) * per_layer.to(tl.float32)
-    if TOKENS == 1:
-        projected = tl.sum(weight.to(tl.float32) * rounded(gated, dtype), axis=1)[:, None]
-    else:
-        projected = tl.dot(weight, tl.trans(gated.to(dtype)), input_precision="ieee")
-
-    target = token.to(tl.int64)[None, :] * WIDTH + output[:, None]
-    tl.store(projected_ptr + target, projected, (token < rows)[None, :] & (output < WIDTH)[:, None])
+    for i in tl.static_range(TOKENS):
+        token = (first + i).to(tl.int64)
+        present = token < rows
+        gated = tl.load(gated_ptr + token * P + p, present & (p < P), other=0.0).to(tl.float32)
+        tl.store(projected_ptr + token * WIDTH + output, tl.sum(weight * gated, axis=1), present & mine)
 
 
 @jit
@@ -208,16 +196,14 @@ def _project_few(
 ) -> Tensor:
     """Both matrix products here: cuBLAS has too few programs for a handful of tokens, and a launch more."""
     (rows, width), p = hidden.shape, inputs.shape[1]
-    partial = torch.empty((plan.splits, rows, p), dtype=torch.float32, device=hidden.device)
-    projected = hidden.new_empty((rows, width))
+    gated, projected = hidden.new_empty((rows, p)), hidden.new_empty((rows, width))
     groups, chained = -(-rows // plan.tokens), can_chain()
-    _gate_kernel[(-(-p // plan.gate_outputs), plan.splits, groups)](
-        hidden, gate_weight, partial, rows, hidden.stride(0),
-        width, p, plan.gate_outputs, plan.tokens, plan.gate_block, plan.splits, chained, num_warps=plan.gate_warps,
+    _gate_kernel[(-(-p // plan.gate_outputs), groups)](
+        hidden, inputs, gate_weight, gated, rows, hidden.stride(0), inputs.stride(0),
+        width, p, plan.gate_block, plan.gate_outputs, plan.tokens, chained, num_warps=plan.gate_warps,
     )  # fmt: skip
     _projection_kernel[(-(-width // plan.outputs), groups)](
-        partial, inputs, projection_weight, projected, rows, inputs.stride(0),
-        width, p, max(16, power_of_two(p)), plan.outputs, plan.tokens, plan.splits, chained,
+        gated, projection_weight, projected, rows, width, p, power_of_two(p), plan.outputs, plan.tokens, chained,
         num_warps=plan.warps, **({"launch_pdl": True} if chained else {}),
     )  # fmt: skip
     return projected

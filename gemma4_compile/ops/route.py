@@ -30,7 +30,9 @@ def _check(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> None:
         logits.shape[-1:],
         "pass the scale of this router",
     )
-    expect("route", "top_k must lie in 1..E", 1 <= top_k <= logits.shape[1], True, "use the model's top_k_experts")
+    expect(
+        "route", "top_k must lie in 1..E", bool(1 <= top_k <= logits.shape[1]), True, "use the model's top_k_experts"
+    )
 
 
 @jit

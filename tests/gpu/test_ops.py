@@ -1,0 +1,138 @@
+"""The compiled kernels at the sizes of the real models: accuracy, graphs, streams, offsets past 2**31."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gemma4_compile import ops
+from gemma4_compile.ops import OPS
+from gemma4_compile.ops.examples import SMALL, Sizes, example
+from tests.ops.kernel_cases import CASES, check_op, outputs
+
+E2B = Sizes(hidden=1536, q_heads=8, kv_heads=1, head_dim=256, intermediate=6144, layers=35)
+E4B = Sizes(hidden=2560, q_heads=8, kv_heads=2, head_dim=512, intermediate=10240, layers=42)
+MOE = Sizes(hidden=2816, q_heads=16, kv_heads=8, head_dim=256, intermediate=2112)
+DENSE = Sizes(hidden=5376, q_heads=32, kv_heads=4, head_dim=512, intermediate=21504, shared_kv=True)
+MODELS = {"small": SMALL, "E2B": E2B, "E4B": E4B, "26B-A4B": MOE, "31B": DENSE}
+# Token counts on both sides of every boundary in plans.py.
+TOKENS = (1, 2, 5, 13, 24, 40, 300, 1100)
+
+
+def packet(name: str):
+    return getattr(torch.ops.gemma4, name).default
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", OPS)
+def test_as_accurate_as_eager_bf16(name: str, model: str):
+    for tokens in TOKENS:
+        check_op(name, example(name, MODELS[model], tokens, torch.bfloat16, "cuda", batch=2 if tokens == 5 else 1))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_as_accurate_as_eager_other_dtypes(name: str, dtype: torch.dtype):
+    for sizes in (SMALL, replace(E2B, layers=3)):
+        for tokens in (1, 6, 30, 70):
+            check_op(name, example(name, sizes, tokens, dtype, "cuda"))
+
+
+# Sums and rotations round where eager rounds. Matrix products add in another order than cuBLAS, and one rounding of a
+# square root or an exponential may differ: the share of bf16 outputs that may differ by a unit in the last place.
+DIFFERENT = {"ple_tail": 0.02, "ple_tail_norm": 0.02}
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "route"])
+def test_bits_of_eager_in_bf16(name: str):
+    args = example(name, E2B, 64 if "ple_tail" not in name else 8, torch.bfloat16, "cuda")
+    for actual, wanted in zip(outputs(OPS[name].launch(*args)), outputs(OPS[name].reference(*args)), strict=True):
+        assert (actual != wanted).double().mean().item() <= DIFFERENT.get(name, 5e-4)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str):
+    torch.library.opcheck(packet(name), example(name, SMALL, 5, torch.bfloat16, "cuda", batch=2))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_special_case(case: str):
+    CASES[case]("cuda")
+
+
+def layers(state: torch.Tensor, ple: tuple, tail: tuple) -> torch.Tensor:
+    """A chain in which every kernel reads what the one before it wrote, with other kernels in between."""
+    for i in range(40):
+        state, normed = ops.ple_tail_norm(state, *ple)
+        state, normed = ops.feed_forward_tail_norm(normed, state, *tail)
+        if i % 3 == 0:
+            state = state + normed
+        if i % 5 == 0:
+            state = state + torch.zeros_like(state)
+        state, _ = ops.post_attention_norm(state, normed, tail[0], tail[2], 1e-6)
+    return state
+
+
+def chain(tokens: int) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+    state, *ple = example("ple_tail_norm", E2B, tokens, torch.bfloat16, "cuda")
+    _, _, *tail = example("feed_forward_tail_norm", E2B, tokens, torch.bfloat16, "cuda")
+    return (lambda x: layers(x, tuple(ple), tuple(tail))), state
+
+
+@pytest.mark.parametrize("tokens", (1, 8, 16, 64))
+def test_cuda_graph_replays_are_the_eager_result(tokens: int):
+    """ple_tail overlaps the prologues of its kernels: a race would show as a replay that differs."""
+    run, state = chain(tokens)
+    wanted = run(state)
+    assert wanted.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = run(state)
+    for _ in range(50):
+        actual.zero_()
+        graph.replay()
+        assert torch.equal(actual, wanted)
+
+
+def test_two_streams_at_once():
+    """No op keeps state between calls: concurrent calls do not meet."""
+    chains = [chain(4), chain(7)]
+    wanted = [run(state) for run, state in chains]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        results = []
+        for (run, state), stream in zip(chains, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(run(state))
+        torch.cuda.synchronize()
+        assert all(torch.equal(r, w) for r, w in zip(results, wanted, strict=True))
+
+
+def test_inside_torch_compile_with_a_dynamic_token_count():
+    def block(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        hidden, normed = ops.post_attention_norm(x * 2, residual, weight, weight, 1e-6)
+        return hidden + normed
+
+    compiled = torch.compile(block, fullgraph=True)
+    for tokens in (3, 40, 700):
+        x, residual, weight, *_ = example("post_attention_norm", E2B, tokens, torch.bfloat16, "cuda")
+        torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.mark_dynamic(residual, 1)
+        torch.testing.assert_close(compiled(x, residual, weight), block(x, residual, weight))
+
+
+def test_offsets_past_two_to_the_31():
+    x = torch.empty(2**31 // 5376 + 70, 5376, dtype=torch.bfloat16, device="cuda").normal_()
+    weight = torch.ones(5376, dtype=torch.bfloat16, device="cuda")
+    assert torch.equal(ops.rms_norm(x, weight, 1e-6)[-64:], ops.rms_norm(x[-64:], weight, 1e-6))
+
+
+def test_table_past_two_to_the_31():
+    ids, table, *rest = example("ple_inputs", replace(E2B, vocabulary=262144), 3, torch.bfloat16, "cuda")
+    ids.copy_(torch.tensor([[262143, 262000, 5]]))
+    wanted = OPS["ple_inputs"].reference(ids, table, *rest)
+    assert torch.equal(ops.ple_inputs(ids, table, *rest), wanted)

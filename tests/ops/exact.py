@@ -1,0 +1,95 @@
+"""Every op in fp64, rounding nowhere: what the errors of kernels and eager are measured against.
+
+Written apart from the references: those round where Hugging Face rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def exact(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The outputs of gemma4::op on args, computed in fp64."""
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    result = EXACT[op](*wide)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    y = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    return y if weight is None else y * weight
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cos[:, :, None] + torch.cat((-high, low), -1) * sin[:, :, None]
+
+
+def route(logits: Tensor, scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    values, indices = logits.softmax(-1).topk(top_k)
+    return values / values.sum(-1, keepdim=True) * scale[indices], indices
+
+
+def tail(x: Tensor, residual: Tensor, weight: Tensor, scalar: Tensor | None, eps: float) -> Tensor:
+    hidden = residual + norm(x, weight, eps)
+    return hidden if scalar is None else hidden * scalar
+
+
+def joined(dense: Tensor, experts: Tensor, dense_weight: Tensor, expert_weight: Tensor, eps: float) -> Tensor:
+    return norm(dense, dense_weight, eps) + norm(experts.reshape(dense.shape), expert_weight, eps)
+
+
+def ple(hidden: Tensor, inputs: Tensor, gate: Tensor, projection: Tensor) -> Tensor:
+    return (F.gelu(hidden @ gate.T, approximate="tanh") * inputs) @ projection.T
+
+
+def then(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return hidden, norm(hidden, weight, eps)
+
+
+def three_norms(
+    x: Tensor, r: Tensor, w: Tensor, w1: Tensor, scale: Tensor, root: float, w2: Tensor, eps: float
+) -> tuple:
+    hidden = r + norm(x, w, eps)
+    return hidden, norm(hidden, w1, eps), norm(hidden, None, eps) * scale * root, norm(hidden, w2, eps)
+
+
+def combine(tokens: Tensor, projection: Tensor, weight: Tensor, scale: float, combined: float, eps: float) -> Tensor:
+    return (norm((projection * scale).reshape(tokens.shape), weight, eps) + tokens) * combined
+
+
+def inputs(ids: Tensor, table: Tensor, embed_scale: Tensor, projection: Tensor, weight: Tensor, *rest: float) -> Tensor:
+    tokens = (table[ids] * embed_scale).reshape(*ids.shape, -1, weight.shape[0])
+    return combine(tokens, projection, weight, *rest)
+
+
+EXACT: dict[str, Callable[..., Any]] = {
+    "rms_norm": norm,
+    "rms_norm_noscale": lambda x, eps: norm(x, None, eps),
+    "rope": rope,
+    "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "route": route,
+    "post_attention_norm": lambda x, r, w, nw, eps: then(r + norm(x, w, eps), nw, eps),
+    "post_attention_norms": three_norms,
+    "feed_forward_tail": tail,
+    "feed_forward_tail_norm": lambda x, r, w, s, nw, eps: then(tail(x, r, w, s, eps), nw, eps),
+    "moe_feed_forward_tail": lambda d, e, r, dw, ew, w, s, eps: tail(joined(d, e, dw, ew, eps), r, w, s, eps),
+    "moe_feed_forward_tail_norm": lambda d, e, r, dw, ew, w, s, nw, eps: then(
+        tail(joined(d, e, dw, ew, eps), r, w, s, eps), nw, eps
+    ),
+    "ple_tail": lambda h, i, g, p, w, s, eps: tail(ple(h, i, g, p), h, w, s, eps),
+    "ple_tail_norm": lambda h, i, g, p, w, s, nw, eps: then(tail(ple(h, i, g, p), h, w, s, eps), nw, eps),
+    "ple_inputs": inputs,
+    "ple_combine": combine,
+    "qkv_norm_rope": lambda q, k, v, qw, kw, cos, sin, eps: (
+        rope(norm(q, qw, eps), cos, sin),
+        rope(norm(k, kw, eps), cos, sin),
+        norm(v, None, eps),
+    ),
+    "q_norm_rope": lambda q, w, cos, sin, eps: rope(norm(q, w, eps), cos, sin),
+}

@@ -1,0 +1,64 @@
+"""Runs every kernel under Triton's interpreter and prints a line a case. Started by test_interpreter.py."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import traceback  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import triton.language as tl  # noqa: E402
+import triton.runtime.interpreter as interpreter  # noqa: E402
+
+from gemma4_compile.ops import OPS  # noqa: E402
+from gemma4_compile.ops.examples import SMALL, Sizes, example  # noqa: E402
+from tests.ops.kernel_cases import CASES, check_op  # noqa: E402
+
+truncating = interpreter._convert_float
+
+
+def _rounding(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+    """Triton 3.6 and 3.7 truncate fp32 to bf16 in the interpreter; the hardware rounds to nearest even."""
+    if source == tl.float32 and target == tl.bfloat16:
+        values = torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).bfloat16()
+        return values.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+    return truncating(data, source, target, mode)
+
+
+interpreter._convert_float = _rounding
+ODD = Sizes(
+    hidden=37, q_heads=2, kv_heads=1, head_dim=18, intermediate=19, ple=5, layers=2, vocabulary=7, experts=5, top_k=2
+)
+
+
+def attempt(name: str, check: Callable[[], None]) -> None:
+    try:
+        check()
+        print(f"{name}: ok", flush=True)
+    except Exception as error:  # every case gets its line; the test shows it
+        print(f"{name}: {type(error).__name__} {' '.join(str(error).split())[-400:]}", flush=True)
+        traceback.print_exc()
+
+
+def accurate(name: str) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for sizes, tokens, batch in ((SMALL, 6, 2), (ODD, 1, 1)):
+            check_op(name, example(name, sizes, tokens, dtype, batch=batch))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    for name in OPS:
+        attempt(name, lambda name=name: accurate(name))
+    for name, case in CASES.items():
+        attempt(name, lambda case=case: case("cpu"))
+
+
+if __name__ == "__main__":
+    main()

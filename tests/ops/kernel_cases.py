@@ -1,0 +1,88 @@
+"""Checks of the kernels that hold under the interpreter as on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from gemma4_compile.ops import OPS
+from gemma4_compile.ops.examples import SMALL, example
+from tests.ops.accuracy import assert_as_accurate
+from tests.ops.exact import exact
+
+
+def outputs(result) -> tuple:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def check_op(name: str, args: tuple) -> None:
+    """The kernel on args: dtypes and shapes of the reference, and its error against fp64."""
+    actual, eager = outputs(OPS[name].launch(*args)), outputs(OPS[name].reference(*args))
+    assert len(actual) == len(eager)
+    for a, e, x in zip(actual, eager, exact(name, args), strict=True):
+        assert a.dtype == e.dtype
+        assert a.is_contiguous()
+        if a.is_floating_point():
+            assert_as_accurate(a, e, x)
+        else:
+            assert torch.equal(a, e)
+
+
+def ties(device: str) -> None:
+    """Equal logits: the lowest index first, and weights that do not depend on the order."""
+    logits = torch.zeros(3, 10, device=device, dtype=torch.bfloat16)
+    logits[1, 7] = 2
+    logits[2, 3:6] = 1
+    weights, indices = OPS["route"].launch(logits, torch.ones(10, device=device), 4)
+    assert indices.tolist() == [[0, 1, 2, 3], [7, 0, 1, 2], [3, 4, 5, 0]]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, device=device))
+
+
+def strides(device: str) -> None:
+    """Inputs that are views: transposed, sliced, with a strided last dimension."""
+    for name in OPS:
+        args = example(name, SMALL, 4, torch.float32, device, batch=2)
+        wanted = outputs(OPS[name].launch(*args))
+        views = [strided(a) if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args]
+        if name in ("rope", "qkv_norm_rope", "q_norm_rope"):
+            views[-3:-1] = args[-3:-1] if name != "rope" else views[-3:-1]
+        for a, w in zip(outputs(OPS[name].launch(*views)), wanted, strict=True):
+            assert torch.equal(a, w), name
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The values of x in a view whose rows lie apart and whose last dimension has stride 2."""
+    wide = x.new_zeros((*x.shape[:-2], x.shape[-2] + 3, 2 * x.shape[-1]))
+    view = wide[..., 1:-2, ::2]
+    view.copy_(x)
+    return view
+
+
+def no_tokens(device: str) -> None:
+    for name in OPS:
+        results = outputs(OPS[name].launch(*example(name, SMALL, 0, torch.bfloat16, device)))
+        assert all(r.numel() == 0 for r in results), name
+
+
+def shared_k_and_v(device: str) -> None:
+    args = example("qkv_norm_rope", replace(SMALL, shared_kv=True), 3, torch.bfloat16, device, batch=2)
+    assert args[1] is args[2]
+    check_op("qkv_norm_rope", args)
+
+
+def wide_rows(device: str) -> None:
+    """Rows of several chunks, the last one partial."""
+    for hidden in (1536, 2900):
+        for name in ("post_attention_norms", "moe_feed_forward_tail_norm"):
+            check_op(name, example(name, replace(SMALL, hidden=hidden), 1, torch.bfloat16, device))
+
+
+CASES: dict[str, Callable[[str], None]] = {
+    "ties": ties,
+    "strides": strides,
+    "no tokens": no_tokens,
+    "shared k and v": shared_k_and_v,
+    "wide rows": wide_rows,
+}
