@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gemma4_compile.demo.evaluate import final_states
@@ -50,7 +50,7 @@ def draft_masks(length: int, window: int, device: str) -> dict[str, Tensor]:
 
 
 def train_assistant(
-    target: nn.Module, assistant: nn.Module, batches: Batches, steps: int, rate: float, device: str, label: str
+    target: Any, assistant: Any, batches: Batches, steps: int, rate: float, device: str, label: str
 ) -> dict[str, Any]:
     """Distil the target's next-token distributions into DRAFTS unrolled draft steps.
 
@@ -63,7 +63,7 @@ def train_assistant(
     length = batches.length - DRAFTS
     masks = draft_masks(length, config.get_text_config().sliding_window, device)
     positions = torch.arange(1, length + 1, device=device)[None]
-    cluster_of = None
+    cluster_of: Tensor | None = None
     if config.use_ordered_embeddings:
         ordering = balanced_clusters(target.model.embed_tokens.weight, config.num_centroids)
         assistant.masked_embedding.token_ordering.copy_(ordering)
@@ -96,7 +96,7 @@ def train_assistant(
                 guess = assistant.lm_head(state)
                 centers = None if cluster_of is None else assistant.masked_embedding.centroids(state)
             losses.append(-(goal * guess.float().log_softmax(-1)).sum(-1).mean())
-            if centers is not None:
+            if cluster_of is not None and centers is not None:
                 mass = torch.zeros_like(centers, dtype=torch.float).index_add_(2, cluster_of, goal)
                 losses[-1] = losses[-1] + 0.3 * -(mass * centers.float().log_softmax(-1)).sum(-1).mean()
         return torch.stack(losses).mean()

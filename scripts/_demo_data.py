@@ -22,7 +22,8 @@ def log(*words: object) -> None:
 
 def load_corpus(root: Path | None, smoke: bool) -> tuple[list[str], list[str]]:
     """Texts of (library files, test files) to train on, each in a fixed random order."""
-    library, tests = [], []
+    library: list[str] = []
+    tests: list[str] = []
     for path, text in training_files(root):
         (tests if "test" in path else library).append(text)
     for texts in (library, tests):

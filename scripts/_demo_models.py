@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import Gemma4AssistantConfig, Gemma4ForCausalLM, Gemma4TextConfig, GenerationConfig
 
@@ -11,7 +12,7 @@ from gemma4_compile.assistant import assistant_class
 
 VOCAB = 2048
 SLIDING, FULL = "sliding_attention", "full_attention"
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "head_dim": 32,
     "global_head_dim": 64,
@@ -29,7 +30,7 @@ COMMON = {
         SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     },
 }
-TARGETS = {
+TARGETS: dict[str, dict[str, Any]] = {
     "e": {
         "hidden_size": 192,
         "intermediate_size": 224,
@@ -61,11 +62,11 @@ TARGETS = {
         "final_logit_softcapping": 30.0,
     },
 }
-ASSISTANTS = {
+ASSISTANTS: dict[str, dict[str, Any]] = {
     "e": {"use_ordered_embeddings": True, "num_centroids": 128, "centroid_intermediate_top_k": 16},
     "moe": {"use_ordered_embeddings": False},
 }
-ASSISTANT_TEXT = {
+ASSISTANT_TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -78,10 +79,10 @@ ASSISTANT_TEXT = {
 DRAFTS = 3
 
 
-def new_target(name: str, seed: int) -> Gemma4ForCausalLM:
+def new_target(name: str, seed: int) -> Any:
     """A fp32 target with its start values: layer scalars in 0.6 .. 0.95, router scales about 1, post norms at 0.3."""
     torch.manual_seed(seed)
-    model = Gemma4ForCausalLM(Gemma4TextConfig(**COMMON, **TARGETS[name]))
+    model: Any = Gemma4ForCausalLM(Gemma4TextConfig(**COMMON, **TARGETS[name]))
     spread = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, value in model.named_parameters():
@@ -98,7 +99,7 @@ def new_target(name: str, seed: int) -> Gemma4ForCausalLM:
     return model
 
 
-def new_assistant(name: str, seed: int):
+def new_assistant(name: str, seed: int) -> Any:
     """A fp32 assistant for `name`, with the target's head sizes, KV head counts and window."""
     torch.manual_seed(seed + 1)
     target = TARGETS[name]
@@ -109,7 +110,7 @@ def new_assistant(name: str, seed: int):
         tie_word_embeddings=True,
         **ASSISTANTS[name],
     )
-    model = assistant_class()(config).float()
+    model: Any = assistant_class()(config).float()
     with torch.no_grad():
         for key, value in model.named_parameters():
             if key.endswith("q_norm.weight"):
@@ -125,7 +126,7 @@ def new_assistant(name: str, seed: int):
     return model
 
 
-def use_dense_experts(model: nn.Module) -> None:
+def use_dense_experts(model: Any) -> None:
     """Run all experts on all tokens in two matrix products while training: equal to the sparse sum, in few launches.
 
     Changes instances of this model only; a model loaded from the saved folder has transformers' own forward.
@@ -136,7 +137,7 @@ def use_dense_experts(model: nn.Module) -> None:
 
 
 class _DenseExperts:
-    def __init__(self, experts: nn.Module):
+    def __init__(self, experts: Any):
         self.experts = experts
 
     def __call__(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -147,8 +148,3 @@ class _DenseExperts:
         route = torch.zeros(x.shape[0], n, dtype=weights.dtype, device=x.device).scatter(1, index, weights)
         mixed = F.gelu(gate, approximate="tanh") * up * route[..., None].to(gate.dtype)  # [T, E, I]
         return F.linear(mixed.flatten(1), down.transpose(0, 1).reshape(hidden, -1)).to(x.dtype)
-
-
-def sizes(model: nn.Module) -> dict[str, int]:
-    """Parameters, tied ones once."""
-    return {"parameters": sum(p.numel() for p in model.parameters())}

@@ -19,7 +19,8 @@ BALANCE = 0.01  # weight of the load-balance loss of the experts
 
 def optimizer_for(model: nn.Module, rate: float, decay: float, device: str) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves norms, scales and embeddings alone."""
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, value in model.named_parameters():
         (matrices if value.ndim >= 2 and "embed" not in name else rest).append(value)
     groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
@@ -78,7 +79,7 @@ def run_steps(
 
 
 def train_target(
-    model: nn.Module,
+    model: Any,
     batches: Batches,
     steps: int,
     rate: float,

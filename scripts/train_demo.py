@@ -27,9 +27,11 @@ from gemma4_compile.demo import DEMO_NAMES, demo_checkpoint, evaluate, held_out_
 from scripts._demo_assistant import train_assistant
 from scripts._demo_data import Batches, load_corpus, log, token_stream, train_tokenizer
 from scripts._demo_models import DRAFTS, VOCAB, new_assistant, new_target
+from scripts._demo_table import read_records, table, write_table
 from scripts._demo_target import train_target
 
 SEED = 20
+PACKAGE = demo_checkpoint("e").parent
 
 
 def parse() -> argparse.Namespace:
@@ -40,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024, help="tokens a sequence")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=demo_checkpoint("e").parent, help="default: in the package")
+    parser.add_argument("--out", type=Path, default=PACKAGE, help="default: in the package")
     parser.add_argument("--stdlib", type=Path, help="folder of the sources to train on (default: this interpreter's)")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the target in training (cuda: yes)"
@@ -55,7 +57,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def save(model: torch.nn.Module, folder: Path) -> None:
+def save(model: Any, folder: Path) -> None:
     """bf16 safetensors; integer buffers (the token ordering) keep their type."""
     model.eval().to(torch.bfloat16).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
@@ -63,9 +65,11 @@ def save(model: torch.nn.Module, folder: Path) -> None:
 
 def measure(folder: Path, device: str, smoke: bool) -> dict[str, Any]:
     """Held-out loss and acceptance of the saved bf16 files, loaded as a user loads them."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
-    target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.bfloat16).to(device).eval()
-    assistant = load_assistant(folder / "assistant", dtype=torch.bfloat16).to(device).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "target")
+    target: Any = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.bfloat16)
+    assistant: Any = load_assistant(folder / "assistant", dtype=torch.bfloat16)
+    for model in (target, assistant):
+        model.to(device).eval()
     count, new = (2, 16) if smoke else (32, 96)
     cut = held_out_prompts(tokenizer, 4 * count, 192, 300, seed=1)
     prompts = [prompt[:192] for prompt in cut]  # one length: they run as one batch
@@ -121,7 +125,14 @@ def train(name: str, args: argparse.Namespace, tokenizer: Any, streams: tuple[Te
     count = {"target": target, "assistant": assistant}
     return {
         "parameters": {role: sum(p.numel() for p in model.parameters()) for role, model in count.items()},
-        "training": {"target": first, "assistant": second, "length": args.length, **machine(args.device)},
+        "training": {
+            "target": first,
+            "assistant": second,
+            "batch": args.batch,
+            "length": args.length,
+            "rate": args.rate,
+            **machine(args.device),
+        },
     }
 
 
@@ -149,6 +160,10 @@ def main() -> None:
             report["measured"] = {**measure(args.out / name, args.device, args.smoke), **machine(args.device)}
             record.write_text(json.dumps(report, indent=2) + "\n")
         print(json.dumps(report, indent=2))
+    if args.stage != "train":
+        print(table(read_records(args.out, names)))
+        if args.out == PACKAGE:
+            write_table(PACKAGE.parent.parent / "docs" / "demo.md", read_records(PACKAGE, DEMO_NAMES))
 
 
 if __name__ == "__main__":

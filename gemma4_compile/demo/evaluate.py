@@ -25,7 +25,7 @@ def final_states(target: Any, ids: Tensor) -> tuple[Tensor, dict[str, tuple[Tens
     Read from a cache that forgets nothing: 5.23 returns no shared_kv_states for a target without KV-shared layers.
     """
     config = target.config
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     hidden = target.model(ids, past_key_values=cache, use_cache=True).last_hidden_state
     storing = config.layer_types[: config.num_hidden_layers - config.num_kv_shared_layers]
     return hidden, {kind: (cache.layers[i].keys, cache.layers[i].values) for i, kind in enumerate(storing)}
