@@ -1,6 +1,8 @@
 """Progress on stderr for work without steps to count: a bar that shows the seconds gone by."""
 
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +11,12 @@ from tqdm import tqdm
 
 @contextmanager
 def compiling(title: str) -> Iterator[None]:
-    """A line with a running clock while the block runs, and its total time when it is done."""
+    """A line with a running clock while the block runs; where stderr is no terminal, one line when it is done."""
+    if not sys.stderr.isatty():
+        start = time.perf_counter()
+        yield
+        print(f"{title}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        return
     bar = tqdm(total=1, desc=title, bar_format="{desc}: {bar} {elapsed}", leave=True)
     done = threading.Event()
 

@@ -98,7 +98,7 @@ def _counts(fusion: str, path: str) -> bool:
 
 def _reason(record: Record, fusion: str, site: str) -> str:
     near = [miss for miss in record.misses if miss.fusion == fusion and site_of(miss.path) == site]
-    return max(near, key=lambda miss: miss.depth).reason if near else "nothing like it in this layer's graph"
+    return min(near, key=lambda miss: miss.missing).reason if near else "nothing like it in this layer's graph"
 
 
 def site_of(path: str) -> str:

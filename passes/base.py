@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch.fx import Graph, Node
 
 from ..patterns.rewrite import Rewrite, module_path
-from ..patterns.template import Match, Mismatch, find, instantiate
+from ..patterns.template import Match, Mismatch, find, instantiate, value_of
 
 # Metadata that later passes, inspection and Inductor's provenance tracking read.
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -31,12 +32,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Miss:
-    """One place where a fusion was looked for and left alone, and how near it came."""
+    """One place where a fusion was looked for and left alone; `missing` says how near it came, 0 is nearest."""
 
     fusion: str
     path: str
     reason: str
-    depth: int
+    missing: int
 
 
 @dataclass
@@ -78,8 +79,8 @@ class PatternPass:
                 if isinstance(outcome, Match):
                     record.sites.append(Site(self.name, rewrite.name, path, rewrite.searched.source))
                     nearest.pop(node, None)
-                elif node not in nearest or outcome.depth > nearest[node].depth:
-                    nearest[node] = Miss(self.name, path, outcome.reason, outcome.depth)
+                elif node not in nearest or outcome.missing < nearest[node].missing:
+                    nearest[node] = Miss(self.name, path, outcome.reason, outcome.missing)
         record.misses.extend(miss for node, miss in nearest.items() if not node._erased)
 
     @staticmethod
@@ -90,7 +91,7 @@ class PatternPass:
         objection = rewrite.guard(match)
         if objection is None:
             objection = replace(graph, match, rewrite)
-        return match if objection is None else Mismatch(objection, len(match.nodes) + 1)
+        return match if objection is None else Mismatch(objection, -1)
 
 
 def replace(graph: Graph, match: Match, rewrite: Rewrite) -> str | None:
@@ -102,18 +103,29 @@ def replace(graph: Graph, match: Match, rewrite: Rewrite) -> str | None:
             return f"{name} ({late.name}) is computed after {first.name}, where the fused op has to stand"
     with graph.inserting_before(first):
         created, outputs = instantiate(rewrite.replacement, match.binding, graph)
-    keep_metadata(created, match.outputs[0])
     for old, new in zip(match.outputs, outputs, strict=True):
         new.meta.update(old.meta)
         old.replace_all_uses_with(new)
+    annotate(created, match.outputs[0])
     erase(graph, match.nodes.values())
     return None
 
 
-def keep_metadata(created: Iterable[Node], origin: Node) -> None:
-    """New nodes come from where the replaced one came from."""
+def annotate(created: Iterable[Node], origin: Node) -> None:
+    """New nodes come from where the replaced one came from, and get a fake value where Dynamo left some: AOT's cache refuses
+    a graph with a method call on a value that it does not know."""
+    modes = (getattr(value_of(n), "fake_mode", None) for n in [origin, *origin.all_input_nodes])
+    fake_mode = next((mode for mode in modes if mode is not None), None)
     for node in created:
-        node.meta.update({key: origin.meta[key] for key in _KEPT if key in origin.meta})
+        node.meta.update({key: origin.meta[key] for key in _KEPT if key in origin.meta and key not in node.meta})
+        if fake_mode is None or "example_value" in node.meta:
+            continue
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
+        with fake_mode, torch.no_grad():
+            if node.op == "call_method":
+                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def erase(graph: Graph, nodes: Iterable[Node]) -> None:

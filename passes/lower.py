@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from ..patterns import geglu, rms_norm, rope, route
 from ..patterns.template import Template, instantiate, value_of
-from .base import Record, erase, keep_metadata
+from .base import Record, annotate, erase
 
 _OPS = torch.ops.gemma4
 # raised op -> the captured subgraph, and the names of the op's arguments in it
@@ -47,7 +47,6 @@ def expand(graph: Graph, node: Node) -> None:
         binding["half"] = value.shape[-1] // 2
     with graph.inserting_before(node):
         created, outputs = instantiate(template, binding, graph)
-    keep_metadata(created, node)
     if len(outputs) == 1:
         outputs[0].meta.update(node.meta)
         node.replace_all_uses_with(outputs[0])
@@ -58,4 +57,5 @@ def expand(graph: Graph, node: Node) -> None:
             new.meta.update(item.meta)
             item.replace_all_uses_with(new)
             graph.erase_node(item)
+    annotate(created, node)
     erase(graph, [node])

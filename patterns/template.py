@@ -60,10 +60,10 @@ class Match:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Why a template was not found at a node; `depth` counts the operations that did agree, to rank near misses."""
+    """Why a template was not found at a node. `missing` counts the operations that did not agree, to rank near misses."""
 
     reason: str
-    depth: int
+    missing: int
 
 
 def trace(function: Callable[..., Any]) -> Template:
@@ -110,11 +110,12 @@ class _Search:
 
     def __init__(self, template: Template):
         self.template = template
-        self.nearest = Mismatch("no node to start from", -1)
+        self.nearest = Mismatch("no node to start from", len(template) + 1)
 
     def miss(self, depth: int, reason: str) -> None:
-        if depth > self.nearest.depth:
-            self.nearest = Mismatch(reason, depth)
+        missing = len(self.template) - depth
+        if missing < self.nearest.missing:
+            self.nearest = Mismatch(reason, missing)
 
     def complete(self, match: Match, pending: list[tuple[Any, Any]]) -> Iterator[Match]:
         """All matches that extend `match` by the pairs (of template, of graph) in `pending` and the unreached outputs."""
@@ -161,14 +162,13 @@ class _Search:
                 self.miss(depth, f"expected {_name(expected)}, found {_name(actual)} ({actual.name})")
                 return False
             expected_arguments, actual_arguments = _arguments(expected), _arguments(actual)
-            if expected_arguments.keys() != actual_arguments.keys():
-                self.miss(depth, f"{actual.name} has other arguments than {_name(expected)} expects")
-                return False
             if actual in match.nodes.values():
                 self.miss(depth, f"{actual.name} would be matched twice")
                 return False
             match.nodes[expected] = actual
-            pending.extend((expected_arguments[k], actual_arguments[k]) for k in expected_arguments)
+            # What is not passed is None: torch's builtins have no signature to ask for their defaults.
+            keys = expected_arguments.keys() | actual_arguments.keys()
+            pending.extend((expected_arguments.get(k), actual_arguments.get(k)) for k in sorted(keys, key=str))
             return True
         if isinstance(expected, (tuple, list)):
             if not isinstance(actual, (tuple, list)) or len(expected) != len(actual):

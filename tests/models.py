@@ -1,0 +1,54 @@
+"""Tiny Gemma-4 models with every kind of layer; random weights, layer scalars and norm weights that are not 1."""
+
+from typing import Any
+
+import torch
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16,
+    "global_head_dim": 32, "sliding_window": 8, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    "final_logit_softcapping": 30.0, "max_position_embeddings": 256,
+}  # fmt: skip
+_KINDS = ["sliding_attention", "full_attention"]
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    # like E2B: per-layer embeddings, KV sharing, double-wide MLP
+    "e": _COMMON | {
+        "num_hidden_layers": 4, "layer_types": _KINDS * 2, "num_key_value_heads": 1, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128,
+    },
+    # like 26B-A4B: experts, k = v on full layers with their own number of KV heads
+    "moe": _COMMON | {
+        "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_key_value_heads": 2, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "enable_moe_block": True,
+        "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32, "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+    },
+    # like 31B
+    "dense": _COMMON | {
+        "num_hidden_layers": 2, "layer_types": _KINDS, "num_key_value_heads": 2, "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
+    },
+}  # fmt: skip
+
+
+def tiny(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Gemma4ForCausalLM:
+    """A tiny model of a kind in CONFIGS, in eval mode."""
+    torch.manual_seed(seed)
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**CONFIGS[kind] | overrides)).eval()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.0)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.8, 1.2)
+    if kind == "moe":
+        model.set_experts_implementation("grouped_mm")
+    return model.to(dtype)
+
+
+def prompt(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
+    """Random token ids [batch, tokens] without specials."""
+    return torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed))

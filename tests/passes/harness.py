@@ -1,0 +1,113 @@
+"""Run the pipeline over a function's Dynamo graph, without Inductor: fast, and the graph is there to be looked at."""
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextModel
+
+import gemma4_compile.ops  # noqa: F401
+from gemma4_compile.dynamo import own_code
+from gemma4_compile.passes import Record, pipeline, prepare, run
+from tests.models import prompt, tiny
+
+
+@dataclass
+class Run:
+    """What came out: the graph after the passes, their record, and the compiled function."""
+
+    call: Callable[..., Any]
+    graphs: list[Graph]
+    records: list[Record]
+
+    @property
+    def ops(self) -> Counter[str]:
+        """gemma4 ops left in the (only) graph."""
+        (graph,) = self.graphs
+        return Counter(str(n.target).split(".")[-1] for n in graph.nodes if "gemma4." in str(n.target))
+
+
+def compile_passes(function: Callable[..., Any], enabled: Collection[str]) -> Run:
+    """The function under torch.compile with the pipeline and no code generation."""
+    prepare()
+    graphs: list[Graph] = []
+    records: list[Record] = []
+
+    def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        records.append(run(pipeline(enabled), gm.graph))
+        gm.recompile()
+        graphs.append(gm.graph)
+        return gm.forward
+
+    return Run(torch.compile(own_code(function), backend=backend, fullgraph=True), graphs, records)
+
+
+def assert_missed(function: Callable[..., Any], inputs: tuple[Tensor, ...], fusion: str, reason: str = "") -> None:
+    """The fusion leaves the function alone, says why, and nothing changes in the result."""
+    done = compile_passes(function, {fusion})
+    with torch.no_grad():
+        expected, actual = function(*inputs), done.call(*inputs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    (record,) = done.records
+    assert record.matched(fusion) == [] or fusion in ("geglu", "route") and not done.ops[fusion]
+    reasons = [miss.reason for miss in record.misses if miss.fusion == fusion]
+    assert any(reason in r for r in reasons), f"expected a reason with {reason!r}, got {reasons}"
+
+
+def norm(width: int = 16, scale: bool = True, seed: int = 3) -> nn.Module:
+    """Hugging Face's RMSNorm with weights that are not 1."""
+    module = Gemma4RMSNorm(width, with_scale=scale).requires_grad_(False)
+    if scale:
+        module.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed))
+    return module
+
+
+def rows(*shape: int, seed: int = 5) -> Tensor:
+    """Random activations."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def at_yoco_boundary(usual: str, at_boundary: str) -> dict[str, int]:
+    """Forms in the four layers of the tiny E model. transformers 5.2x slices the hidden states between the last layer that owns
+    KV and the first that shares it, so that the next norm cannot join there."""
+    slices = hasattr(Gemma4TextModel, "_maybe_slice_kv_shared_inputs")
+    return {usual: 3, at_boundary: 1} if slices else {usual: 4}
+
+
+def forms(kind: str, fusion: str) -> Counter[str]:
+    """How often each form of one fusion fires in a tiny model, alone."""
+    model = tiny(kind).requires_grad_(False)
+    done = compile_passes(lambda ids: model(ids, use_cache=False).logits, {fusion})
+    with torch.no_grad():
+        done.call(prompt(2, 6))
+    (record,) = done.records
+    return Counter(site.rewrite for site in record.matched(fusion))
+
+
+def assert_equal_alone(kind: str, fusion: str, dtype: torch.dtype) -> None:
+    """With this fusion only, the CPU references give the very numbers of the plain model."""
+    model = tiny(kind, dtype).requires_grad_(False)
+    ids = prompt(2, 6)
+    done = compile_passes(lambda ids: model(ids, use_cache=False).logits, {fusion})
+    with torch.no_grad():
+        expected, actual = model(ids, use_cache=False).logits, done.call(ids)
+    assert sum(len(record.matched(fusion)) for record in done.records) > 0
+    assert not any("gemma4.rms_norm" in str(n.target) or "gemma4.rope" in str(n.target) for n in done.graphs[0].nodes)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def assert_dynamic(kind: str, fusion: str) -> None:
+    """One graph with the fusion in it serves several lengths."""
+    model = tiny(kind).requires_grad_(False)
+    done = compile_passes(lambda ids: model(ids, use_cache=False).logits, {fusion})
+    for tokens in (6, 9, 3):
+        ids = prompt(2, tokens)
+        torch._dynamo.mark_dynamic(ids, 1)
+        with torch.no_grad():
+            torch.testing.assert_close(done.call(ids), model(ids, use_cache=False).logits, rtol=0, atol=0)
+    assert len(done.graphs) == 1
+    assert done.records[0].matched(fusion)

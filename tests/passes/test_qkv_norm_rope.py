@@ -1,0 +1,91 @@
+"""Pass tests of qkv_norm_rope: exact counts, numerics, near misses, dynamic shapes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.gemma4.modeling_gemma4 import apply_rotary_pos_emb
+
+from tests.passes.harness import assert_dynamic, assert_equal_alone, assert_missed, compile_passes, forms, norm, rows
+
+FUSION = "qkv_norm_rope"
+Q, K, V = norm(8, seed=1), norm(8, seed=2), norm(8, scale=False)
+SIN = rows(2, 3, 8, seed=9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("e", {"qkv_norm_rope": 2, "q_norm_rope": 2}),
+        ("moe", {"qkv_norm_rope": 1, "kv_norm_rope": 2}),
+        ("dense", {"qkv_norm_rope": 1, "kv_norm_rope": 1}),
+    ],
+)
+def test_exact_count(kind: str, expected: dict[str, int]) -> None:
+    assert forms(kind, FUSION) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["e", "moe"])
+def test_equals_unfused(kind: str, dtype: torch.dtype) -> None:
+    assert_equal_alone(kind, FUSION, dtype)
+
+
+@pytest.mark.parametrize("kind", ["e", "moe"])
+def test_dynamic_shape(kind: str) -> None:
+    assert_dynamic(kind, FUSION)
+
+
+def rotated(q: Tensor, cos: Tensor) -> Tensor:
+    return apply_rotary_pos_emb(Q(q), cos, SIN, unsqueeze_dim=2)
+
+
+def heads_first(q: Tensor, cos: Tensor) -> Tensor:
+    return apply_rotary_pos_emb(Q(q.transpose(1, 2)), cos, SIN, unsqueeze_dim=1)
+
+
+def read_twice(q: Tensor, cos: Tensor) -> tuple[Tensor, Tensor]:
+    normed = Q(q)
+    return apply_rotary_pos_emb(normed, cos, SIN, unsqueeze_dim=2), normed * 2
+
+
+def no_norm(q: Tensor, cos: Tensor) -> Tensor:
+    return apply_rotary_pos_emb(q, cos, SIN, unsqueeze_dim=2)
+
+
+@pytest.mark.parametrize(
+    ("function", "cos", "reason"),
+    [
+        (read_twice, rows(2, 3, 8), "is also used by"),
+        (no_norm, rows(2, 3, 8), "expected rms_norm"),
+        (rotated, rows(2, 3, 8).double(), "dtypes differ"),
+        (rotated, rows(2, 3, 1), "cos must be"),
+    ],
+)
+def test_near_miss(function, cos: Tensor, reason: str) -> None:
+    assert_missed(function, (rows(2, 3, 4, 8), cos), FUSION, reason)
+
+
+def test_heads_first_is_not_raised() -> None:
+    """RoPE over [batch, heads, tokens, head_dim] is another layout: no rope op, and so no site."""
+    q, cos = rows(2, 3, 4, 8), rows(2, 3, 8)
+    done = compile_passes(heads_first, {FUSION})
+    with torch.no_grad():
+        torch.testing.assert_close(done.call(q, cos), heads_first(q, cos), rtol=0, atol=0)
+    assert not done.ops
+
+
+def test_projections_of_other_inputs_stay_apart() -> None:
+    """q, k and v that do not come from one input are no attention layer: q and k fuse alone, v is left."""
+    weights = {name: rows(16, 16, seed=i) for i, name in enumerate("qkv")}
+
+    def attention(x: Tensor, y: Tensor, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (F.linear(t, weights[n]).view(2, 3, -1, 8) for t, n in ((x, "q"), (y, "k"), (y, "v")))
+        rope = apply_rotary_pos_emb
+        return rope(Q(q), cos, SIN, unsqueeze_dim=2), rope(K(k), cos, SIN, unsqueeze_dim=2), V(v)
+
+    done = compile_passes(attention, {FUSION})
+    inputs = (rows(2, 3, 16, seed=21), rows(2, 3, 16, seed=22), rows(2, 3, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(done.call(*inputs), attention(*inputs), rtol=0, atol=0)
+    assert done.ops == {"q_norm_rope": 2}
