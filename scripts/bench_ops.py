@@ -1,6 +1,7 @@
 """Time every gemma4 op against Inductor's code for the same subgraph, at the sizes of the real models.
 
     python scripts/bench_ops.py [--quick] [--ops route,ple_tail] [--tokens 1,8] [--out FILE]
+    python scripts/bench_ops.py --table benchmarks/ops-h200.json
 
 One row: our kernel, torch.compile of the reference (static shapes), and the floor, in microseconds an instance. All are
 medians over replays of CUDA graphs that hold many instances on rotating buffers; ours and Inductor's replays alternate.
@@ -54,7 +55,7 @@ CASES: dict[str, dict[str, Sizes]] = {
     "rms_norm_noscale": {"26B-A4B": MOE},
     "rope": {"E2B": E2B},
 }
-TOKENS = (1, 8, 64, 512, 8192)
+TOKENS = (1, 8, 16, 64, 128, 512, 2048, 8192)
 ROTATE_BYTES = 120e6  # more than twice the L2 of an H200
 
 
@@ -188,13 +189,38 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of docs/fusions.md: a row an op and model, a column a token count, `ours / Inductor = gain`."""
+    counts = sorted({row["tokens"] for row in result["rows"]})
+    table: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        table.setdefault((row["op"], row["model"]), {})[row["tokens"]] = row
+    lines = [
+        "| op | model | launches | " + " | ".join(str(count) for count in counts) + " | floor at 8192 |",
+        "|---" * (4 + len(counts)) + "|",
+    ]
+    for (op, model), cells in table.items():
+        texts = [
+            f"{cell['ours_us']:.2f} / {cell['inductor_us']:.2f} = **{cell['inductor_us'] / cell['ours_us']:.2f}**"
+            for cell in (cells[count] for count in counts)
+        ]
+        first, last = cells[counts[0]], cells[counts[-1]]
+        changed = f"{first['inductor_launches']} -> {first['launches']}"
+        lines.append(f"| `{op}` | {model} | {changed} | " + " | ".join(texts) + f" | {last['floor_us']:.1f} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tokens 1 and 512 only")
     parser.add_argument("--ops", default=",".join(CASES), help="comma-separated names")
     parser.add_argument("--tokens", default=None, help="comma-separated token counts")
     parser.add_argument("--out", type=Path, default=None, help="write the rows as JSON")
+    parser.add_argument("--table", type=Path, default=None, help="print this JSON as Markdown; measures nothing")
     options = parser.parse_args()
+    if options.table:
+        print(markdown(json.loads(options.table.read_text())))
+        return 0
     if not torch.cuda.is_available():
         print("bench_ops needs a CUDA GPU; none is visible", file=sys.stderr)
         return 2

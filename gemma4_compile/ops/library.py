@@ -21,8 +21,8 @@ try:
 except ModuleNotFoundError:  # CPU-only installs and platforms without Triton wheels
     triton = tl = None
 
-    def jit(kernel: Callable) -> Any:
-        return kernel
+    def jit(kernel: Callable | None = None, **_: Any) -> Any:
+        return kernel if kernel is not None else jit
 
 
 class Op(NamedTuple):

@@ -90,7 +90,7 @@ def _check_inputs(input_ids: Tensor, table: Tensor, projection: Tensor, norm_wei
     )
 
 
-@jit
+@jit(do_not_specialize=["rows"])  # one compilation for all token counts
 def _ple_inputs_kernel(
     ids_ptr, token_ptr, embed_scale_ptr, projection_ptr, weight_ptr, out_ptr, rows,
     projection_scale, combine_scale, eps,

@@ -63,7 +63,7 @@ def _check(op: str, hidden: Tensor, per_layer_input: Tensor, gate: Tensor, proje
         expect(op, "each norm weight must be [H]", weight.shape, (h,), "pass this layer's weights")
 
 
-@jit
+@jit(do_not_specialize=["rows"])  # one compilation for all token counts
 def _gate_kernel(
     hidden_ptr, input_ptr, weight_ptr, gated_ptr, rows, hidden_stride, input_stride,
     WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr,
@@ -96,7 +96,7 @@ def _gate_kernel(
         tl.store(gated_ptr + token * P + output, rounded(gelu_tanh(gate), dtype) * per_layer, present & mine)
 
 
-@jit
+@jit(do_not_specialize=["rows"])  # one compilation for all token counts
 def _projection_kernel(
     gated_ptr, weight_ptr, projected_ptr, rows,
     WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr,

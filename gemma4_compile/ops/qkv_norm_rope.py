@@ -24,7 +24,7 @@ from .library import (
 )
 from .plans import head_plan
 from .rms_norm import normalize
-from .rope import angle_strides, check_rope, rotate, rotated
+from .rope import aligned, check_rope, rotate, rotated
 
 
 def q_norm_rope_reference(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
@@ -91,7 +91,7 @@ def _norm_heads(
     tl.store(out_ptr + HALF + column, high, inside)
 
 
-@jit
+@jit(do_not_specialize=["q_rows", "k_rows", "tokens"])  # one compilation for all token counts
 def _qkv_norm_rope_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
     q_rows, k_rows, tokens,
@@ -147,7 +147,8 @@ def _launch(
     eps: float,
 ) -> tuple[Tensor, ...]:
     """With k and v None the kernel's second and third parts have no programs, and q stands in for their pointers."""
-    q, cos, sin = unit_stride(q), unit_stride(cos), unit_stride(sin)
+    q = unit_stride(q)
+    cos, sin, *angle_strides = aligned(cos, sin)
     k, v = (q, q) if k is None or v is None else (unit_stride(k), unit_stride(v))
     q_out = fresh(q)
     outputs = (q_out,) if k_weight is None else (q_out, fresh(k), fresh(v))
@@ -160,7 +161,7 @@ def _launch(
         _qkv_norm_rope_kernel[(-(-q_rows // rows) + 2 * -(-k_rows // rows),)](
             q, k, v, q_weight, q_weight if k_weight is None else k_weight.contiguous(), cos, sin,
             q_out, outputs[-2 % len(outputs)], outputs[-1], q_rows, k_rows, tokens,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *angle_strides(cos, sin), eps,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *angle_strides, eps,
             q_heads, k_heads, dim // 2, power_of_two(dim // 2), rows, num_warps=warps, **UNFUSED,
         )  # fmt: skip
     return outputs

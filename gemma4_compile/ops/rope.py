@@ -45,10 +45,12 @@ def check_rope(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     expect(op, "sin must have cos's shape", sin.shape, cos.shape, "pass both of one rotary embedding")
 
 
-def angle_strides(cos: Tensor, sin: Tensor) -> tuple[int, int]:
-    """Batch and token stride of cos and sin, which one rotary embedding makes alike; one batch serves all."""
-    expect("rope", "sin must have cos's strides", sin.stride(), cos.stride(), "pass both of one rotary embedding")
-    return (0 if cos.shape[0] == 1 else cos.stride(0)), cos.stride(1)
+def aligned(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """cos and sin with the same strides, and their batch and token stride; one batch serves all."""
+    cos, sin = unit_stride(cos), unit_stride(sin)
+    if sin.stride() != cos.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return cos, sin, (0 if cos.shape[0] == 1 else cos.stride(0)), cos.stride(1)
 
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ def rotated(low, high, cos_ptr, sin_ptr, column, inside, HALF: tl.constexpr, dty
     return out_low, out_high
 
 
-@jit
+@jit(do_not_specialize=["rows", "tokens"])  # one compilation for all token counts
 def _rope_kernel(
     x_ptr, cos_ptr, sin_ptr, out_ptr, rows, tokens,
     x_batch_stride, x_token_stride, x_head_stride, cos_batch_stride, cos_token_stride,
@@ -96,14 +98,15 @@ def _rope_kernel(
 
 def launch_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     check_rope("rope", x, cos, sin)
-    x, cos, sin = (unit_stride(t) for t in (x, cos, sin))
+    x = unit_stride(x)
+    cos, sin, *angle_strides = aligned(cos, sin)
     out = fresh(x)
     if out.numel():
         tokens, heads, dim = x.shape[1:]
         rows = x.shape[0] * tokens * heads
         per_program, warps = head_plan(rows, dim)
         _rope_kernel[(-(-rows // per_program),)](
-            x, cos, sin, out, rows, tokens, *x.stride()[:3], *angle_strides(cos, sin),
+            x, cos, sin, out, rows, tokens, *x.stride()[:3], *angle_strides,
             heads, dim // 2, power_of_two(dim // 2), per_program, num_warps=warps, **UNFUSED,
         )  # fmt: skip
     return out

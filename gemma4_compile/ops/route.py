@@ -36,6 +36,17 @@ def _check(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> None:
 
 
 @jit
+def exponential(x):
+    """exp(x) through 2^(x log2 e), with what the rounded product left out added back.
+
+    Plain tl.exp was three times as far from fp64 as eager's expf, in weights of about 0.1 (measured on an H200).
+    """
+    power = x * 1.4426950408889634
+    rest = tl.fma(x, 1.4426950408889634, -power) + x * 1.925963033500e-8
+    return tl.where(x == float("-inf"), 0.0, tl.exp2(power) * (1.0 + rest * 0.6931471805599453))
+
+
+@jit(do_not_specialize=["tokens"])  # one compilation for all token counts
 def _route_kernel(
     logits_ptr, scale_ptr, weights_ptr, indices_ptr, tokens, logits_stride, expert_stride,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, TOP_BLOCK: tl.constexpr,
@@ -51,8 +62,10 @@ def _route_kernel(
     logits = tl.where(expert < EXPERTS, logits, float("-inf"))
 
     # A lane outside the table has probability 0, like an expert whose probability underflows: the index decides.
-    exponent = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    probability = tl.where(inside, exponent / tl.sum(exponent, axis=1)[:, None], 0.0)
+    exponent = exponential(logits - tl.max(logits, axis=1)[:, None])
+    probability = tl.where(
+        inside, tl.div_rn(exponent, tl.broadcast_to(tl.sum(exponent, axis=1)[:, None], (ROWS, BLOCK))), 0.0
+    )
     # Positive floats order as their bits do: one integer maximum finds the value and, among equals, the least index.
     key = (probability.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (BLOCK - 1 - expert)
     weights = tl.zeros((ROWS, TOP_BLOCK), tl.float32)
@@ -64,7 +77,7 @@ def _route_kernel(
         indices = tl.where(place == k, BLOCK - 1 - (best & 0xFFFFFFFF).to(tl.int32), indices)
     chosen = (row[:, None] < tokens) & (place < TOP_K)
     scale = tl.load(scale_ptr + indices, chosen, other=0.0).to(tl.float32)
-    weights = weights / tl.sum(weights, axis=1)[:, None] * scale
+    weights = tl.div_rn(weights, tl.broadcast_to(tl.sum(weights, axis=1)[:, None], (ROWS, TOP_BLOCK))) * scale
 
     target = row.to(tl.int64)[:, None] * TOP_K + place
     tl.store(weights_ptr + target, weights, chosen)

@@ -8,6 +8,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -55,9 +56,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     for name in OPS:
-        attempt(name, lambda name=name: accurate(name))
+        attempt(name, partial(accurate, name))
     for name, case in CASES.items():
-        attempt(name, lambda case=case: case("cpu"))
+        attempt(name, partial(case, "cpu"))
 
 
 if __name__ == "__main__":

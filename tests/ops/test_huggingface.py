@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape).to(dtype)
 
 
-def norm_module(width: int, dtype: torch.dtype, with_scale: bool = True) -> nn.Module:
+def norm_module(width: int, dtype: torch.dtype, with_scale: bool = True) -> Any:
     module = modeling.Gemma4RMSNorm(width, eps=EPS, with_scale=with_scale)
     if with_scale:
         module.weight.copy_(1 + 0.1 * torch.randn(width))
@@ -85,7 +87,7 @@ def text_config(**changes):
     return Gemma4TextConfig(**{**fields, **changes})
 
 
-def randomized(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def randomized(module: Any, dtype: torch.dtype) -> Any:
     for name, parameter in module.named_parameters():
         parameter.copy_(
             1 + 0.1 * torch.randn(parameter.shape) if "norm" in name else torch.randn(parameter.shape) * 0.2
@@ -166,7 +168,7 @@ def test_layer_with_experts(dtype: torch.dtype):
     )
     experts = draw(10, H, dtype=dtype)
     layer.experts = Recorded(experts)
-    routed = {}
+    routed: dict[str, torch.Tensor] = {}
     layer.router.proj.register_forward_pre_hook(lambda _, inputs: routed.update(x=inputs[0]))
     wanted = layer(x.clone())
     hidden, feed_forward_in, router_in, expert_in = ops.post_attention_norms(

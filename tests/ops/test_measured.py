@@ -1,0 +1,36 @@
+"""measured.py says what the benchmark measured: no claim outlives its numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gemma4_compile.ops import OPS
+from gemma4_compile.ops.measured import BENCHMARK, FUSIONS, pays
+
+ROWS = json.loads((Path(__file__).parents[2] / BENCHMARK).read_text())["rows"]
+OF_FUSIONS = [op for fusion in FUSIONS.values() for op in fusion.pays]
+
+
+def test_each_op_belongs_to_one_fusion_and_was_measured():
+    assert len(OF_FUSIONS) == len(set(OF_FUSIONS))
+    assert set(OF_FUSIONS) <= set(OPS)
+    assert set(OF_FUSIONS) <= {row["op"] for row in ROWS}
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r["op"] in OF_FUSIONS], ids="{0[op]}-{0[model]}-{0[tokens]}".format)
+def test_where_it_is_said_to_pay_it_does(row: dict):
+    gain = row["inductor_us"] / row["ours_us"]
+    if pays(row["op"], row["tokens"]):
+        assert gain >= 0.97
+
+
+@pytest.mark.parametrize("op", OF_FUSIONS)
+def test_ranges(op: str):
+    ranges = next(fusion.pays[op] for fusion in FUSIONS.values() if op in fusion.pays)
+    for low, high in ranges:
+        assert pays(op, low)
+        assert not pays(op, low - 1)
+        assert pays(op, 10**6) if high is None else not pays(op, high + 1)
