@@ -31,11 +31,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", default="e", help='"e" or "moe" for an embedded demo checkpoint, or a checkpoint folder')
     demo.add_argument("--prompt", default=DEMO_PROMPT)
     demo.add_argument("--max-tokens", type=int, default=120, help="new tokens to generate (default: %(default)s)")
+    demo.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     _add_common(demo)
     demo.set_defaults(func=_demo)
 
     report = commands.add_parser("report", help="compile a model and print which fusions matched")
-    report.add_argument("model", help='"e", "moe", a checkpoint folder, or a bare config.json (random weights)')
+    report.add_argument("model", help='"e", "moe", a checkpoint folder; with random weights: a config.json, E2B, E4B, 26B-A4B or 31B')
     report.add_argument("--layers", type=int, help="cut a bare config to so many layers")
     report.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's; bfloat16 for a config")
     _add_common(report)
@@ -53,6 +55,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> int:
     if options.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {options.max_tokens}; use 120")
+    if options.temperature < 0:
+        raise ValueError(f"--temperature must be 0 (greedy) or more, got {options.temperature}; use 0.6")
     import torch
     from transformers import TextStreamer
 
@@ -62,16 +66,20 @@ def _demo(options: argparse.Namespace) -> int:
     if tokenizer is None:
         raise ValueError(f"the demo needs a tokenizer, got none in {options.model}; use `report` for models without")
     inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    sampling = {"do_sample": options.temperature > 0} | ({"temperature": options.temperature} if options.temperature else {})
     streamer = None if options.json else TextStreamer(tokenizer, skip_special_tokens=True)
-    start = time.perf_counter()
     with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=options.max_tokens, do_sample=False, streamer=streamer)
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)  # compiles, so that the text below comes in one go
+        torch.manual_seed(options.seed)
+        start = time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=options.max_tokens, streamer=streamer, **sampling)
     seconds = time.perf_counter() - start
+    tokens = output.shape[1] - inputs["input_ids"].shape[1]
     if options.json:
         text = tokenizer.decode(output[0], skip_special_tokens=True)
-        print(json.dumps({"text": text, "seconds": seconds, "report": as_dict(report(model))}))
+        print(json.dumps({"text": text, "tokens": tokens, "seconds": seconds, "report": as_dict(report(model))}))
     else:
-        print(f"\n{report(model)}")
+        print(f"\n{tokens} tokens in {seconds:.2f} s on {model.device}\n\n{report(model)}")
     return 0
 
 
@@ -92,6 +100,7 @@ def _optimized(options: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
     import torch
 
     from . import OptimizeConfig, demo_checkpoint, optimize
+    from .checkpoints import TEXT_CONFIGS
     from .demo import DEMO_NAMES
     from .loading import load, random_model
 
@@ -102,10 +111,10 @@ def _optimized(options: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU that torch can see, got none; use --device cpu")
-    if options.model.endswith(".json"):
+    if options.model.endswith(".json") or options.model in TEXT_CONFIGS:
         return optimize(random_model(options.model, options.layers, device, dtype or torch.bfloat16), config), None
     if getattr(options, "layers", None):
-        raise ValueError(f"--layers cuts a bare config.json, got {options.model}; leave it out")
+        raise ValueError(f"--layers cuts a bare config, got {options.model}; leave it out")
     folder = demo_checkpoint(options.model) / "target" if options.model in DEMO_NAMES else options.model
     model, tokenizer = load(folder, device, dtype)
     return optimize(model, config), tokenizer

@@ -5,6 +5,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 _COUNT = itertools.count()
 
 
@@ -17,3 +19,16 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     name = f"{function.__name__}_{next(_COUNT)}"
     code = function.__code__.replace(co_name=name)
     return types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor with the strides of its shape, copied only if it must be.
+
+    Dynamo compiles again for other strides: of a view that has those of a longer tensor, of an expanded mask, and also of
+    dimensions of size 1, which contiguous() leaves as they are."""
+    tensor = tensor.contiguous()
+    strides, step = [], 1
+    for size in reversed(tensor.shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tensor.as_strided(tensor.shape, strides[::-1])

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4ForCausalLM, Gemma4TextConfig
+from transformers.initialization import no_init_weights
+
+from .checkpoints import TEXT_CONFIGS
 
 
 def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -35,28 +38,24 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
     return model.eval().to(device), tokenizer
 
 
-def random_model(config_file: str | Path, layers: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.bfloat16,
+def random_model(name_or_file: str | Path, layers: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.bfloat16,
                  seed: int = 0, **overrides: Any) -> Any:  # fmt: skip
-    """A Gemma4ForCausalLM of a bare config.json: norm weights 1, matrices N(0, 0.02), layer scalars 1. For speed, not for text.
+    """A Gemma4ForCausalLM in eval mode: norm weights and layer scalars 1, matrices N(0, 0.02). For speed, not for text.
 
-    layers       cut to so many decoder layers; KV sharing is kept where both layer kinds still have an owner
-    overrides    other config fields, such as vocab_size
+    name_or_file  a name in TEXT_CONFIGS, such as "E2B", or a config.json
+    layers        cut to so many decoder layers, see `cut`
+    overrides     other config fields, such as vocab_size
 
-    Raises ValueError for a missing config, or a number of layers that it does not have.
+    Raises ValueError for a missing or broken config, or a number of layers that it does not have.
     """
-    path = Path(config_file)
-    if not path.is_file():
-        raise ValueError(f"a config must be a config.json file, got {path}, no such file; check the path")
-    raw = json.loads(path.read_text())
-    raw = raw.get("text_config", raw)
-    config = cut(raw, layers) | overrides
-    with torch.device(device):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
+    config = cut(_text_config(name_or_file), layers) | overrides
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), no_init_weights():
             model = Gemma4ForCausalLM(Gemma4TextConfig(**config))
-        finally:
-            torch.set_default_dtype(before)
+    finally:
+        torch.set_default_dtype(before)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -68,15 +67,31 @@ def random_model(config_file: str | Path, layers: int | None = None, device: str
     return model.to(dtype).eval()
 
 
-def cut(config: dict[str, Any], layers: int | None) -> dict[str, Any]:
-    """A config with fewer layers that still has every kind of layer that the full one has, where they fit.
+def _text_config(name_or_file: str | Path) -> dict[str, Any]:
+    if name_or_file in TEXT_CONFIGS:
+        return TEXT_CONFIGS[str(name_or_file)]
+    path = Path(name_or_file)
+    if not path.is_file():
+        raise ValueError(f"a config must be one of {', '.join(TEXT_CONFIGS)} or a config.json, got {path}; check the path")
+    try:
+        raw = json.loads(path.read_text())
+        config = raw.get("text_config", raw)
+        return {key: value for key, value in config.items() if key not in ("architectures", "model_type", "transformers_version")}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"a config must be a JSON object, got a broken file {path} ({error}); download it again") from None
 
-    The pattern of kinds is shortened to one sliding and one full layer in turn; with KV sharing, the second half shares."""
+
+def cut(config: dict[str, Any], layers: int | None) -> dict[str, Any]:
+    """A config of fewer layers that keeps what the full one is made of: sliding and full layers in turn, and where KV is
+    shared, the second half shares. The last layer is a full one, as transformers asks.
+
+    Raises ValueError for fewer layers than that takes (2, with shared KV 4), or more than the config has."""
     total = config["num_hidden_layers"]
     if layers is None or layers == total:
         return dict(config)
-    if not 1 <= layers < total:
-        raise ValueError(f"layers must be 1 to {total}, as many as the config has, got {layers}; choose fewer")
-    kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
-    shared = layers - max(2, (layers + 1) // 2) if config.get("num_kv_shared_layers") else 0
-    return config | {"num_hidden_layers": layers, "layer_types": kinds, "num_kv_shared_layers": max(shared, 0)}
+    shares = bool(config.get("num_kv_shared_layers"))
+    least = 4 if shares else 2
+    if not least <= layers < total:
+        raise ValueError(f"layers must be {least} to {total} for this config, got {layers}; choose one in between")
+    kinds = ["full_attention" if (layers - 1 - i) % 2 == 0 else "sliding_attention" for i in range(layers)]
+    return config | {"num_hidden_layers": layers, "layer_types": kinds, "num_kv_shared_layers": layers // 2 if shares else 0}

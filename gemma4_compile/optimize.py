@@ -19,7 +19,7 @@ from transformers.models.gemma4 import modeling_gemma4 as hf
 from . import ops  # noqa: F401  (registers the ops)
 from .backend import Backend
 from .config import OptimizeConfig
-from .dynamo import own_code
+from .dynamo import dense, own_code
 from .geometry import Geometry, geometry
 from .passes import prepare
 from .progress import compiling
@@ -156,7 +156,7 @@ class _Compiled:
         self._prepare(inputs, tokens, cache)
         return_dict = inputs.pop("return_dict", None)
         inputs |= {"return_dict": True, "use_cache": cache is not None}
-        _mark_dynamic(inputs, steps)
+        _normalize(inputs, steps)
         limits = {"recompile_limit": self.backend.config.max_graphs, "accumulated_recompile_limit": 2**16}
         with torch.no_grad(), torch._dynamo.config.patch(**limits):
             output, new = self._step(inputs, steps)
@@ -234,21 +234,38 @@ def _make_step(module: nn.Module) -> Callable[..., Any]:
     return step
 
 
-def _mark_dynamic(inputs: dict[str, Any], steps: list[Step] | None) -> None:
-    """Batch, token and cache dimensions may change without compiling again; sizes 0 and 1 are always graphs of their own."""
-    sizes: list[tuple[Any, tuple[int, ...]]] = [(inputs.get("logits_to_keep"), (0,))]
-    for name in ("input_ids", "inputs_embeds", "position_ids", "per_layer_inputs", "labels"):
-        sizes.append((inputs.get(name), (0, 1)))
-    masks = inputs.get("attention_mask")
-    for mask in masks.values() if isinstance(masks, dict) else (masks,):
-        sizes.append((mask, (0, 1) if getattr(mask, "ndim", 0) == 2 else (0, 2, 3)))
+# Inputs whose sizes vary, and in which dimensions: batch, tokens, cached tokens.
+_VARYING = {
+    "input_ids": (0, 1),
+    "inputs_embeds": (0, 1),
+    "position_ids": (0, 1),
+    "per_layer_inputs": (0, 1),
+    "labels": (0, 1),
+    "logits_to_keep": (0,),
+}
+
+
+def _normalize(inputs: dict[str, Any], steps: list[Step] | None) -> None:
+    """Strides that follow from the shapes, and sizes that may vary: what else would make Dynamo compile again. Sizes 0 and 1
+    are graphs of their own always."""
+    for name, dims in _VARYING.items():
+        if isinstance(inputs.get(name), Tensor):
+            inputs[name] = _varying(dense(inputs[name]), dims)
+    inputs["attention_mask"] = {
+        kind: _varying(dense(mask), (0, 2, 3)) if isinstance(mask, Tensor) else mask
+        for kind, mask in inputs["attention_mask"].items()
+    }
     for step in steps or ():
-        sizes += [(step.keys, (0, 2)), (step.values, (0, 2))]
-    for tensor, dims in sizes:
-        if isinstance(tensor, Tensor):
-            for dim in dims:
-                if dim < tensor.dim() and tensor.shape[dim] > 1:
-                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        for rows in (step.keys, step.values):
+            if rows is not None:
+                _varying(rows, (0, 2))
+
+
+def _varying(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    for dim in dims:
+        if dim < tensor.dim() and tensor.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor
 
 
 assert tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 17), "pyproject.toml asks for 5.17"

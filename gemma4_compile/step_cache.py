@@ -23,6 +23,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from .dynamo import dense
 from .geometry import Geometry
 
 GROW = "grow"  # dynamic: past and new, concatenated
@@ -76,7 +77,7 @@ def plan(cache: Cache, model_geometry: Geometry, tokens: int, batch: int, dtype:
         elif kind in (DynamicLayer, DynamicSlidingWindowLayer) and not getattr(layer, "record_past", False):
             window = layer.sliding_window if kind is DynamicSlidingWindowLayer else 0
             filled = layer.is_initialized and layer.keys.numel() > 0
-            past = (_dense(layer.keys), _dense(layer.values)) if filled else ()
+            past = (dense(layer.keys), dense(layer.values)) if filled else ()
             steps.append(Step(GROW, window, *past))
         else:
             raise UnsupportedCache(f"{kind.__name__} layers")
@@ -94,14 +95,6 @@ def _static_step(layer: StaticLayer, tokens: int) -> Step:
             raise UnsupportedCache("a static sliding layer that becomes full in the middle of a chunk")
         return Step(FILL, window, layer.keys, layer.values)
     return Step(WRITE, window, layer.keys, layer.values, layer.cumulative_length)
-
-
-def _dense(rows: Tensor) -> Tensor:
-    """The rows with the strides of their shape. A view brings those of a longer tensor, and Dynamo compiles again for them,
-    also for the strides of dimensions of size 1, that contiguous() leaves as they are."""
-    rows = rows.contiguous()
-    _, heads, length, head_dim = rows.shape
-    return rows.as_strided(rows.shape, (heads * length * head_dim, length * head_dim, head_dim, 1))
 
 
 def commit(cache: Cache, steps: list[Step], new: list[tuple[Tensor, Tensor] | None], tokens: int) -> None:

@@ -1,0 +1,50 @@
+"""The sizes of the released Gemma-4 text models, to build them with random weights: for speed and coverage, not for text.
+
+Figures from the config.json of each checkpoint, https://huggingface.co/google (gemma-4-E2B-it, -E4B-it, -26B-A4B-it, -31B-it).
+"""
+
+from typing import Any
+
+_COMMON: dict[str, Any] = {
+    "head_dim": 256, "global_head_dim": 512, "vocab_size": 262144, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True,
+    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    },
+}  # fmt: skip
+_PLE: dict[str, Any] = {
+    "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144, "sliding_window": 512,
+    "max_position_embeddings": 131072,
+}  # fmt: skip
+_LARGE: dict[str, Any] = {
+    "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True, "sliding_window": 1024,
+    "max_position_embeddings": 262144, "use_bidirectional_attention": "vision",
+}  # fmt: skip
+
+
+def _kinds(layers: int, every: int) -> list[str]:
+    return ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+
+
+# name -> keyword arguments of Gemma4TextConfig
+TEXT_CONFIGS: dict[str, dict[str, Any]] = {
+    "E2B": _COMMON | _PLE | {
+        "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "layer_types": _kinds(35, 5),
+        "num_attention_heads": 8, "num_key_value_heads": 1, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
+    },
+    "E4B": _COMMON | _PLE | {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "layer_types": _kinds(42, 6),
+        "num_attention_heads": 8, "num_key_value_heads": 2, "num_kv_shared_layers": 18,
+    },
+    "26B-A4B": _COMMON | _LARGE | {
+        "hidden_size": 2816, "intermediate_size": 2112, "num_hidden_layers": 30, "layer_types": _kinds(30, 6),
+        "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
+        "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704,
+    },
+    "31B": _COMMON | _LARGE | {
+        "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60, "layer_types": _kinds(60, 6),
+        "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4,
+    },
+}  # fmt: skip
