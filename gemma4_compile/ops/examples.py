@@ -57,7 +57,8 @@ class Draw:
     def logits(self) -> Tensor:
         """Distinct within a token in every dtype: torch.topk leaves the order of equal ones open."""
         ranks = torch.rand(self.batch * self.tokens, self.sizes.experts, device=self.device).argsort(-1)
-        return ((ranks - self.sizes.experts / 2) / 16).to(self.dtype)
+        scales = 1 + torch.rand(self.batch * self.tokens, 1, device=self.device)
+        return ((ranks - self.sizes.experts / 2) / 16 * scales).to(self.dtype)
 
     def heads(self, count: int) -> Tensor:
         return self.normal(self.batch, self.tokens, count, self.sizes.head_dim)

@@ -38,7 +38,7 @@ FUSIONS: dict[str, Measured] = {
     "route": Measured(True, {"route": ALWAYS}),
     # Queries alone: as fast as Inductor up to 64 tokens (it has one kernel there too), faster from 128 on.
     "qkv_norm_rope": Measured(True, {"qkv_norm_rope": ALWAYS, "q_norm_rope": ((128, None),)}),
-    # Inductor's kernel is at the copy bandwidth; ours gains a little up to 128 tokens and loses 5 to 7% in prefills.
+    # Inductor's kernel is at the copy bandwidth; ours gains a little up to 128 tokens and loses 3 to 6% in prefills.
     "geglu": Measured(False, {"geglu": ((1, 128),)}),
 }
 

@@ -71,5 +71,5 @@ def ple_plan(rows: int, width: int) -> PlePlan | None:
     if rows <= 8:
         return PlePlan(tokens=1, gate_outputs=4, gate_block=256, gate_warps=4, outputs=32, warps=4)
     if rows <= 16 and width <= 2048:
-        return PlePlan(tokens=2, gate_outputs=2, gate_block=256, gate_warps=4, outputs=16, warps=4)
+        return PlePlan(tokens=2, gate_outputs=2, gate_block=256, gate_warps=4, outputs=32, warps=4)
     return PlePlan(tokens=2, gate_outputs=4, gate_block=256, gate_warps=4, outputs=32, warps=4)

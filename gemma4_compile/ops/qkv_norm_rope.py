@@ -91,7 +91,8 @@ def _norm_heads(
     tl.store(out_ptr + HALF + column, high, inside)
 
 
-@jit(do_not_specialize=["q_rows", "k_rows", "tokens"])  # one compilation for all token counts
+# Row counts stay specialized (multiples of 16 apart): without that, 8192 tokens took 6 to 13% longer at head size 512.
+@jit
 def _qkv_norm_rope_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
     q_rows, k_rows, tokens,

@@ -37,13 +37,13 @@ def _check(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> None:
 
 @jit
 def exponential(x):
-    """exp(x) through 2^(x log2 e), with what the rounded product left out added back.
+    """exp(x) as 2^whole * 2^part of x log2 e, with log2 e in two words, as expf does it.
 
-    Plain tl.exp was three times as far from fp64 as eager's expf, in weights of about 0.1 (measured on an H200).
+    Plain tl.exp was three times as far from fp64 as eager, in weights of about 0.1 (measured on an H200).
     """
-    power = x * 1.4426950408889634
-    rest = tl.fma(x, 1.4426950408889634, -power) + x * 1.925963033500e-8
-    return tl.where(x == float("-inf"), 0.0, tl.exp2(power) * (1.0 + rest * 0.6931471805599453))
+    whole = tl.floor(x * 1.4426950408889634 + 0.5)
+    part = tl.fma(x, 1.4426950408889634, -whole) + x * 1.925963033500e-8
+    return tl.where(x == float("-inf"), 0.0, tl.exp2(part) * tl.exp2(whole))
 
 
 @jit(do_not_specialize=["tokens"])  # one compilation for all token counts
