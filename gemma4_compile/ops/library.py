@@ -50,12 +50,18 @@ def register(schema: str, *, reference: Callable, launch: Callable, fake: Callab
         result = reference(*args)  # the kernels write contiguous outputs, and the fakes promise them
         return tuple(t.contiguous() for t in result) if isinstance(result, tuple) else result.contiguous()
 
-    def without_triton(*args: Any) -> Any:
-        raise ValueError(f"gemma4::{name} on CUDA needs Triton, found none; install the triton that torch pins")
+    def on_cuda(*args: Any) -> Any:
+        if triton is None:
+            raise ValueError(f"gemma4::{name} on CUDA needs Triton, found none; install the triton that torch pins")
+        device = args[0].device  # Triton launches on the current device, whatever the tensors' own is
+        if device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, on_cpu, "CPU")
-    LIBRARY.impl(name, without_triton if triton is None else launch, "CUDA")
+    LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"gemma4::{name}", fake, lib=LIBRARY)
     OPS[name] = Op(name, reference, launch)
 

@@ -125,6 +125,14 @@ def test_inside_torch_compile_with_a_dynamic_token_count():
         torch.testing.assert_close(compiled(x, residual, weight), block(x, residual, weight))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: NOT tested off the current device")
+@pytest.mark.parametrize("name", OPS)
+def test_tensors_off_the_current_device(name: str):
+    args = example(name, SMALL, 5, torch.bfloat16, "cuda:1")
+    for actual, wanted in zip(outputs(packet(name)(*args)), outputs(OPS[name].reference(*args)), strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
 def test_offsets_past_two_to_the_31():
     x = torch.empty(2**31 // 5376 + 70, 5376, dtype=torch.bfloat16, device="cuda").normal_()
     weight = torch.ones(5376, dtype=torch.bfloat16, device="cuda")
