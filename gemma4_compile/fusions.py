@@ -1,6 +1,8 @@
-"""The fusions by name: what each replaces, and whether it is on by default."""
+"""The fusions by name: what each replaces, and whether it is on by default, as measured."""
 
 from dataclasses import dataclass
+
+from .ops.measured import FUSIONS as MEASURED
 
 
 @dataclass(frozen=True)
@@ -8,15 +10,19 @@ class Fusion:
     """on_by_default: only where it beats Inductor's own code on the GPU, see docs/fusions.md."""
 
     replaces: str
-    on_by_default: bool = True
+    on_by_default: bool
 
 
-FUSIONS: dict[str, Fusion] = {
-    "qkv_norm_rope": Fusion("Q, K and V head norms + RoPE"),
-    "post_attention_norms": Fusion("post-attention norm + residual + the norms that read it"),
-    "geglu": Fusion("gelu_tanh(gate) * up", on_by_default=False),
-    "route": Fusion("softmax, top-k, renormalize, per-expert scale"),
-    "feed_forward_tail": Fusion("post-FF norms + residual [* scalar] [+ the next layer's norm]"),
-    "ple_inputs": Fusion("per-layer embedding gather + projection norm + combine"),
-    "ple_tail": Fusion("PLE gate, projection, norm, residual, scalar [+ the next layer's norm]"),
+_REPLACES = {
+    "qkv_norm_rope": "Q, K and V head norms + RoPE",
+    "post_attention_norms": "post-attention norm + residual + the norms that read it",
+    "geglu": "gelu_tanh(gate) * up",
+    "route": "softmax, top-k, renormalize, per-expert scale",
+    "feed_forward_tail": "post-FF norms + residual [* scalar] [+ the next layer's norm]",
+    "ple_inputs": "per-layer embedding gather + projection norm + combine",
+    "ple_tail": "PLE gate, projection, norm, residual, scalar [+ the next layer's norm]",
 }
+FUSIONS: dict[str, Fusion] = {name: Fusion(text, MEASURED[name].on_by_default) for name, text in _REPLACES.items()}
+
+# Kernel launches that one site of a rewrite saves against Inductor on the GPU, where it saves any (docs/fusions.md, "launches").
+LAUNCHES_SAVED = {"route": 3, "qkv_norm_rope": 2, "kv_norm_rope": 1, "ple_tail": 1, "ple_tail_norm": 1}

@@ -12,9 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gemma4 import modeling_gemma4 as hf
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from . import ops  # noqa: F401  (registers the ops)
 from .backend import Backend
@@ -25,6 +27,7 @@ from .passes import prepare
 from .progress import compiling
 from .step_cache import Step, StepCache, UnsupportedCache, commit, plan
 
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 _MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 _STATES: "WeakKeyDictionary[nn.Module, _Compiled]" = WeakKeyDictionary()
 
@@ -113,10 +116,17 @@ class _Compiled:
         self._module_ref = module
         self._outer: nn.Module | None = None
         self._disable_compile: bool | None = None
+        self._layer_types: list[tuple[nn.Module, set[str]]] = []
 
     def install(self, outer: nn.Module) -> None:
         """Take the module's calls. generate() must not compile the compiled model again, as it does for static caches."""
         self._module_ref._compiled_call_impl = self
+        # Hugging Face computes RoPE in the order of a set of strings, which differs between processes: half of them would not
+        # find their graph in Inductor's cache. The same names in one order give one graph.
+        for part in self._module_ref.modules():
+            if isinstance(kinds := part.__dict__.get("unique_layer_types"), set):
+                self._layer_types.append((part, kinds))
+                part.unique_layer_types = dict.fromkeys(sorted(kinds))
         self._outer = outer
         generation = getattr(outer, "generation_config", None)
         if generation is not None:
@@ -125,7 +135,10 @@ class _Compiled:
 
     def uninstall(self) -> None:
         """Give the calls back."""
-        self._module_ref._compiled_call_impl = None
+        for part, kinds in self._layer_types:
+            part.unique_layer_types = kinds
+        # The class has the default. A copy or an unpickled model has lost ours already.
+        self._module_ref.__dict__.pop("_compiled_call_impl", None)
         generation = getattr(self._outer, "generation_config", None)
         if generation is not None:
             generation.disable_compile = self._disable_compile
@@ -157,6 +170,11 @@ class _Compiled:
         return_dict = inputs.pop("return_dict", None)
         inputs |= {"return_dict": True, "use_cache": cache is not None}
         _normalize(inputs, steps)
+        if any(inputs.get(name, getattr(self._module_ref.config, name, False)) for name in _RECORDED):
+            # Hugging Face does this at the first such call, under a lock that Dynamo cannot trace.
+            for part in self._module_ref.modules():
+                if isinstance(part, PreTrainedModel):
+                    maybe_install_capturing_hooks(part)
         limits = {"recompile_limit": self.backend.config.max_graphs, "accumulated_recompile_limit": 2**16}
         with torch.no_grad(), torch._dynamo.config.patch(**limits):
             output, new = self._step(inputs, steps)

@@ -1,11 +1,12 @@
 """report(model): for each fusion the sites that the config promises, those that matched, and why the others did not."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from .fusions import FUSIONS
+from .fusions import FUSIONS, LAUNCHES_SAVED
 from .geometry import WHOLE_MODEL
 from .optimize import state_of
 from .passes import Record
@@ -24,13 +25,20 @@ class Unmatched:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """One fusion. `matched` counts the sites that are fused in every compiled graph."""
+    """One fusion.
+
+    matched          sites that were found, and may be fused, in every compiled graph
+    left             such sites that stay with Inductor because the op is no faster there, one line for each graph
+    launches_saved   kernel launches saved against Inductor, in the graph compiled last
+    """
 
     name: str
     enabled: bool
     expected: int
     matched: int
     unmatched: tuple[Unmatched, ...] = ()
+    left: tuple[str, ...] = ()
+    launches_saved: int = 0
     note: str = ""
 
 
@@ -51,12 +59,14 @@ class Report:
     eager_reason: str = field(default="")
 
     def __str__(self) -> str:
-        rows = [("fusion", "expected", "matched", "")]
+        rows = [("fusion", "expected", "matched", "launches saved", "")]
         for fusion in self.fusions.values():
-            rows.append((fusion.name, str(fusion.expected), str(fusion.matched) if fusion.enabled else "-", fusion.note))
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
+            counts = (str(fusion.matched), str(fusion.launches_saved)) if fusion.enabled else ("-", "-")
+            rows.append((fusion.name, str(fusion.expected), *counts, fusion.note))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip() for a, b, c, d, e in rows]
         for fusion in self.fusions.values():
+            lines += [f"  {fusion.name}, {left}" for left in fusion.left]
             lines += [f"  {fusion.name} at {u.site}, graph {u.graph}: {u.reason}" for u in fusion.unmatched]
         if self.graphs_compiled:
             lines.append(f"{self.graphs_compiled} graphs compiled, no graph breaks; passes took {self.seconds:.2f} s")
@@ -81,7 +91,16 @@ def report(model: nn.Module) -> Report:
             continue
         unmatched = [u for i, record in enumerate(records, 1) for u in _unmatched(record, name, sites, i)]
         missing = {u.site for u in unmatched} if records else set(sites)
-        fusions[name] = FusionReport(name, True, len(sites), len(sites) - len(missing), tuple(unmatched), FUSIONS[name].replaces)
+        fusions[name] = FusionReport(
+            name,
+            True,
+            len(sites),
+            len(sites) - len(missing),
+            tuple(unmatched),
+            tuple(line for i, record in enumerate(records, 1) for line in _left(record, name, i)),
+            sum(LAUNCHES_SAVED.get(site.rewrite, 0) for site in records[-1].matched(name) if not site.left) if records else 0,
+            FUSIONS[name].replaces,
+        )
     seconds = sum(sum(record.seconds.values()) for record in records)
     return Report(fusions, len(records), len(records), len(records), seconds, state.eager_reason)
 
@@ -89,6 +108,11 @@ def report(model: nn.Module) -> Report:
 def _unmatched(record: Record, fusion: str, sites: tuple[str, ...], graph: int) -> list[Unmatched]:
     matched = {site_of(site.path) for site in record.matched(fusion) if _counts(fusion, site.path)}
     return [Unmatched(site, graph, _reason(record, fusion, site)) for site in sites if site not in matched]
+
+
+def _left(record: Record, fusion: str, graph: int) -> list[str]:
+    reasons = Counter(site.left for site in record.matched(fusion) if site.left)
+    return [f"graph {graph}: {count} sites left to Inductor, {reason}" for reason, count in reasons.items()]
 
 
 def _counts(fusion: str, path: str) -> bool:

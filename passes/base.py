@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Graph, Node
 
+from ..ops.measured import pays
 from ..patterns.rewrite import Rewrite, module_path
 from ..patterns.template import Match, Mismatch, find, instantiate, value_of
 
@@ -22,12 +23,15 @@ _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a rewrite fired: `path` is the module of its first output, `source` the pattern's file:line."""
+    """One place where a rewrite matched: `path` is the module of its first output, `source` the pattern's file:line.
+
+    left    why the site was left to Inductor all the same, because the op does not pay there; empty where it was fused"""
 
     fusion: str
     rewrite: str
     path: str
     source: str
+    left: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,25 @@ class Pass(Protocol):
 
 
 @dataclass(frozen=True)
+class Left:
+    """A match that is legal, and left to Inductor, which is as fast there."""
+
+    reason: str
+
+
+def _tokens(match: Match) -> int | None:
+    """Rows that the op works on: the product of batch and token dimensions of its first output. Where they vary, as many as at
+    the compilation; one graph serves all, so the choice is a guess there and costs little either way."""
+    value = value_of(match.outputs[0])
+    if value is None or value.dim() < 2:
+        return None
+    tokens = 1
+    for size in value.shape[:2] if value.dim() > 2 else value.shape[:1]:
+        tokens *= size if isinstance(size, int) else size.node.hint
+    return tokens
+
+
+@dataclass(frozen=True)
 class PatternPass:
     """Apply the rewrites in order, each wherever it matches. A miss by all of them is recorded with the nearest reason."""
 
@@ -76,19 +99,22 @@ class PatternPass:
                     continue
                 path = module_path(node)
                 outcome = self._try(graph, rewrite, node)
-                if isinstance(outcome, Match):
-                    record.sites.append(Site(self.name, rewrite.name, path, rewrite.searched.source))
+                if isinstance(outcome, (Match, Left)):
+                    left = outcome.reason if isinstance(outcome, Left) else ""
+                    record.sites.append(Site(self.name, rewrite.name, path, rewrite.searched.source, left))
                     nearest.pop(node, None)
                 elif node not in nearest or outcome.missing < nearest[node].missing:
                     nearest[node] = Miss(self.name, path, outcome.reason, outcome.missing)
         record.misses.extend(miss for node, miss in nearest.items() if not node._erased)
 
     @staticmethod
-    def _try(graph: Graph, rewrite: Rewrite, node: Node) -> Match | Mismatch:
+    def _try(graph: Graph, rewrite: Rewrite, node: Node) -> "Match | Mismatch | Left":
         match = find(rewrite.searched, node)
         if isinstance(match, Mismatch):
             return match
         objection = rewrite.guard(match)
+        if objection is None and rewrite.op and (tokens := _tokens(match)) and not pays(rewrite.op, tokens):
+            return Left(f"at {tokens} tokens {rewrite.op} is no faster than Inductor")
         if objection is None:
             objection = replace(graph, match, rewrite)
         return match if objection is None else Mismatch(objection, -1)

@@ -94,5 +94,5 @@ def rewrites() -> tuple[Rewrite, ...]:
         Rewrite("qkv_norm_rope", search_qkv, replace_qkv, lambda: inputs("qkv"), both),
         Rewrite("kv_norm_rope", search_k_eq_v, replace_k_eq_v, lambda: inputs("k_eq_v"), both),
         # Last: the q of the forms above looks like this too, and so does their k.
-        Rewrite("q_norm_rope", search_q, replace_q, lambda: inputs("q"), alone),
+        Rewrite("q_norm_rope", search_q, replace_q, lambda: inputs("q"), alone, op="q_norm_rope"),
     )

@@ -75,17 +75,36 @@ def test_heads_first_is_not_raised() -> None:
     assert not done.ops
 
 
+def test_queries_alone_are_fused_where_that_pays() -> None:
+    """ops/measured.py: from 128 tokens on; below, Inductor's one kernel is as fast, and the site is found and left to it."""
+    cos = rows(2, 64, 8)
+
+    def many(q: Tensor, cos: Tensor) -> Tensor:
+        return apply_rotary_pos_emb(Q(q), cos, cos, unsqueeze_dim=2)
+
+    done = compile_passes(many, {FUSION})
+    with torch.no_grad():
+        torch.testing.assert_close(done.call(rows(2, 64, 4, 8), cos), many(rows(2, 64, 4, 8), cos), rtol=0, atol=0)
+    assert done.ops == {"q_norm_rope": 1}
+
+    few = compile_passes(rotated, {FUSION})
+    few.call(rows(2, 3, 4, 8), rows(2, 3, 8))
+    assert not few.ops
+    (site,) = few.records[0].matched(FUSION)
+    assert site.left == "at 6 tokens q_norm_rope is no faster than Inductor"
+
+
 def test_projections_of_other_inputs_stay_apart() -> None:
     """q, k and v that do not come from one input are no attention layer: q and k fuse alone, v is left."""
     weights = {name: rows(16, 16, seed=i) for i, name in enumerate("qkv")}
 
     def attention(x: Tensor, y: Tensor, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (F.linear(t, weights[n]).view(2, 3, -1, 8) for t, n in ((x, "q"), (y, "k"), (y, "v")))
+        q, k, v = (F.linear(t, weights[n]).view(2, 64, -1, 8) for t, n in ((x, "q"), (y, "k"), (y, "v")))
         rope = apply_rotary_pos_emb
-        return rope(Q(q), cos, SIN, unsqueeze_dim=2), rope(K(k), cos, SIN, unsqueeze_dim=2), V(v)
+        return rope(Q(q), cos, cos, unsqueeze_dim=2), rope(K(k), cos, cos, unsqueeze_dim=2), V(v)
 
     done = compile_passes(attention, {FUSION})
-    inputs = (rows(2, 3, 16, seed=21), rows(2, 3, 16, seed=22), rows(2, 3, 8))
+    inputs = (rows(2, 64, 16, seed=21), rows(2, 64, 16, seed=22), rows(2, 64, 8))
     with torch.no_grad():
         torch.testing.assert_close(done.call(*inputs), attention(*inputs), rtol=0, atol=0)
     assert done.ops == {"q_norm_rope": 2}

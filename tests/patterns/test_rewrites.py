@@ -1,0 +1,56 @@
+"""Every Rewrite computes what it replaces; a new one is covered by being listed in its pattern module."""
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+import gemma4_compile.ops  # noqa: F401
+from gemma4_compile.patterns import (
+    feed_forward_tail,
+    geglu,
+    ple_inputs,
+    ple_tail,
+    post_attention_norms,
+    qkv_norm_rope,
+    rms_norm,
+    rope,
+    route,
+)
+from gemma4_compile.patterns.rewrite import Rewrite
+from gemma4_compile.patterns.template import Template
+
+MODULES = (rms_norm, rope, geglu, route, qkv_norm_rope, post_attention_norms, ple_inputs, ple_tail, feed_forward_tail)
+REWRITES = [rewrite for module in MODULES for rewrite in module.rewrites()]
+
+
+def evaluate(template: Template, inputs: dict) -> tuple[torch.Tensor, ...]:
+    names = [node.target for node in template.graph.nodes if node.op == "placeholder"]
+    result = GraphModule({}, template.graph)(*(inputs[name] for name in names))
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+@pytest.mark.parametrize("rewrite", REWRITES, ids=lambda rewrite: rewrite.name)
+def test_replacement_computes_the_same(rewrite: Rewrite) -> None:
+    torch.manual_seed(0)
+    inputs = rewrite.inputs()
+    expected, actual = evaluate(rewrite.searched, inputs), evaluate(rewrite.replacement, inputs)
+    assert len(expected) == len(actual)
+    for e, a in zip(expected, actual, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rewrite", REWRITES, ids=lambda rewrite: rewrite.name)
+def test_both_sides_have_the_same_parameters(rewrite: Rewrite) -> None:
+    """The replacement is bound with what the search found."""
+    assert rewrite.replacement.parameters.keys() <= rewrite.searched.parameters.keys()
+    assert rewrite.inputs().keys() == rewrite.searched.parameters.keys()
+
+
+def test_names_are_unique() -> None:
+    assert len({rewrite.name for rewrite in REWRITES}) == len(REWRITES)
+
+
+def test_sources_name_a_line() -> None:
+    for rewrite in REWRITES:
+        file, line = rewrite.searched.source.rsplit(":", 1)
+        assert file.startswith(("patterns/", "transformers/")) and int(line) > 0

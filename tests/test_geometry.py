@@ -1,0 +1,61 @@
+"""Geometry of the released checkpoints, against what their modules turn out to be."""
+
+import pytest
+import torch
+from transformers import Gemma4TextConfig
+
+from gemma4_compile.checkpoints import TEXT_CONFIGS
+from gemma4_compile.geometry import geometry
+from gemma4_compile.loading import cut, random_model
+from tests.models import CONFIGS, tiny
+
+
+def test_e2b() -> None:
+    found = geometry(Gemma4TextConfig(**TEXT_CONFIGS["E2B"]))
+    assert len(found.layers) == 35 and found.per_layer_input == 256 and found.experts == 0
+    assert [layer.index for layer in found.layers if layer.shares_kv] == list(range(15, 35))
+    assert found.layers[34].kv_from == 14 and found.layers[33].kv_from == 13
+    assert (found.layers[0].head_dim, found.layers[4].head_dim) == (256, 512)
+    assert (found.layers[14].intermediate, found.layers[15].intermediate) == (6144, 12288)
+    assert {name: len(sites) for name, sites in found.expected_sites().items()} == {
+        "qkv_norm_rope": 35, "post_attention_norms": 35, "geglu": 35, "route": 0, "feed_forward_tail": 35, "ple_inputs": 1,
+        "ple_tail": 35,
+    }  # fmt: skip
+
+
+def test_26b() -> None:
+    found = geometry(Gemma4TextConfig(**TEXT_CONFIGS["26B-A4B"]))
+    full, sliding = found.layers[5], found.layers[0]
+    assert (full.kv_heads, full.head_dim, full.k_eq_v) == (2, 512, True)
+    assert (sliding.kv_heads, sliding.head_dim, sliding.k_eq_v) == (8, 256, False)
+    assert (found.experts, found.top_k) == (128, 8)
+    assert not any(layer.shares_kv for layer in found.layers)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_agrees_with_the_modules(kind: str) -> None:
+    model = tiny(kind)
+    for layer, module in zip(geometry(model.config).layers, model.model.layers, strict=True):
+        attention = module.self_attn
+        assert layer.shares_kv == attention.is_kv_shared_layer
+        assert layer.head_dim == attention.head_dim
+        assert layer.intermediate == module.mlp.gate_proj.out_features
+        if not layer.shares_kv:
+            assert layer.kv_heads == attention.k_proj.out_features // attention.head_dim
+            assert layer.k_eq_v == (attention.v_proj is None)
+
+
+@pytest.mark.parametrize(("layers", "least"), [(3, 4), (36, 4), (1, 4)])
+def test_cut_refuses(layers: int, least: int) -> None:
+    with pytest.raises(ValueError, match=f"layers must be {least} to 35 for this config, got {layers}"):
+        cut(TEXT_CONFIGS["E2B"], layers)
+
+
+def test_random_models_are_repeatable_and_sized() -> None:
+    first, second = (random_model("31B", 2, vocab_size=32, hidden_size=32, intermediate_size=16, seed=3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    weight = first.model.layers[0].self_attn.q_proj.weight
+    assert weight.dtype == torch.bfloat16 and abs(weight.float().std().item() - 0.02) < 2e-3
+    assert first.lm_head.weight is first.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="a config must be one of E2B"):
+        random_model("no/such/config.json")

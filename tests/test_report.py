@@ -1,0 +1,114 @@
+"""report: true counts, true reasons, on a warm cache too."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gemma4_compile import OptimizeConfig, optimize, report
+from gemma4_compile.checkpoints import TEXT_CONFIGS
+from gemma4_compile.fusions import FUSIONS
+from gemma4_compile.loading import random_model
+from gemma4_compile.patterns import rms_norm
+from tests.models import prompt, tiny
+from tests.test_optimize import generate, passes_only
+
+ALL = OptimizeConfig(enable=tuple(FUSIONS))
+
+
+# What no pattern looks at is made small: memory and time of CI. Head dims and kinds of layers are the real ones.
+SMALL: dict[str, dict[str, int]] = {
+    "E2B": {"vocab_size_per_layer_input": 64, "intermediate_size": 512},
+    "E4B": {"vocab_size_per_layer_input": 64, "intermediate_size": 512},
+    "26B-A4B": {"num_experts": 16, "moe_intermediate_size": 64, "intermediate_size": 512},
+    "31B": {"intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TEXT_CONFIGS)
+def test_every_site_of_the_released_models(name: str, dtype: torch.dtype) -> None:
+    """Prefill and decode, lengths that change, batches of 1 and 4; all fusions on."""
+    layers = 4 if TEXT_CONFIGS[name].get("num_kv_shared_layers") else 2
+    model = random_model(name, layers=layers, dtype=dtype, vocab_size=64, **SMALL[name])
+    if model.config.enable_moe_block:
+        model.set_experts_implementation("grouped_mm")
+    passes_only(model, ALL)
+    for batch in (1, 4):
+        for tokens in (5, 7):
+            generate(model, prompt(batch, tokens) % 60 + 3, max_new_tokens=3, min_new_tokens=3)
+    result = report(model)
+    for fusion in result.fusions.values():
+        assert fusion.matched == fusion.expected, str(result)
+    assert result.graphs_compiled == 4
+    assert result.fusions["qkv_norm_rope"].expected == layers
+    assert result.fusions["route"].expected == (layers if model.config.enable_moe_block else 0)
+
+
+def test_a_fusion_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMMA4_COMPILE_DISABLE", "ple_tail, route")
+    model = passes_only(tiny("e"), OptimizeConfig(disable=("qkv_norm_rope",)))
+    monkeypatch.delenv("GEMMA4_COMPILE_DISABLE")
+    with torch.no_grad():
+        model(prompt(2, 5))
+    result = report(model)
+    assert not result.fusions["ple_tail"].enabled and "GEMMA4_COMPILE_DISABLE" in result.fusions["ple_tail"].note
+    assert "disabled in the config" in str(result)
+    assert result.fusions["post_attention_norms"].matched == 4
+
+
+def test_nothing_compiled_yet() -> None:
+    result = report(optimize(tiny("dense")))
+    assert result.graphs_compiled == 0 and result.fusions["qkv_norm_rope"].matched == 0
+    assert "call the model once" in str(result)
+
+
+def test_a_failing_guard_is_a_reason() -> None:
+    """Norm weights of another dtype: no kernel for mixed dtypes, so the site stays with Inductor, and the report says why."""
+    model = tiny("dense").bfloat16()
+    layer = model.model.layers[1]
+    layer.post_attention_layernorm.weight.data = layer.post_attention_layernorm.weight.data.float()
+    with torch.no_grad():
+        passes_only(model)(prompt(2, 5))
+    fusion = report(model).fusions["post_attention_norms"]
+    assert (fusion.expected, fusion.matched) == (2, 1)
+    (unmatched,) = fusion.unmatched
+    assert unmatched.site == "layers.1" and "dtypes differ" in unmatched.reason and "weight float32" in unmatched.reason
+
+
+def test_a_pattern_broken_on_purpose_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = passes_only(tiny("dense"))
+    monkeypatch.setattr(rms_norm, "rewrites", tuple)
+    import gemma4_compile.passes as passes
+    from gemma4_compile.passes.base import PatternPass
+
+    broken = PatternPass("rms_norm", lambda: rms_norm.rewrites())
+    monkeypatch.setattr(passes, "RAISE_RMS_NORM", broken)
+    with torch.no_grad():
+        model(prompt(2, 5))
+    fusion = report(model).fusions["post_attention_norms"]
+    assert fusion.matched == 0 and len(fusion.unmatched) == 2
+    assert "expected rms_norm" in fusion.unmatched[0].reason
+
+
+_SCRIPT = """
+import torch
+from torch._dynamo.utils import counters
+from gemma4_compile import optimize, report
+from tests.models import prompt, tiny
+model = optimize(tiny("dense"))
+with torch.no_grad():
+    model(prompt(2, 5))
+result = report(model)
+assert all(f.matched == f.expected for f in result.fusions.values() if f.enabled), result
+print(counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_true_on_a_warm_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    hits = [
+        subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True).stdout.strip() for _ in range(2)
+    ]
+    assert hits == ["0", "1"]
