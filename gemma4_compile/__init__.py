@@ -1,4 +1,4 @@
-"""gemma4-compile: torch.compile passes and fused Triton ops that make Hugging Face Gemma-4 models fast and leave them correct."""
+"""torch.compile passes and fused Triton ops that make Hugging Face Gemma-4 models fast and keep them correct."""
 
 from .config import OptimizeConfig
 from .demo import demo_checkpoint

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.compiler.config as compiler_config
 import transformers
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
@@ -61,7 +62,7 @@ class Backend:
         gm.recompile()
         self.records.append(record)
         title = f"compiling graph {len(self.records)} ({len(gm.graph.nodes)} nodes)"
-        with torch.compiler.config.patch(cache_key_tag=uuid(self.config, self.enabled)), self.progress(title):
+        with compiler_config.patch(cache_key_tag=uuid(self.config, self.enabled)), self.progress(title):  # type: ignore[attr-defined]
             return self.compile(gm, example_inputs, config_patches=self._options())
 
     def _options(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""gemma4-compile: the command line. Results go to stdout, progress and errors to stderr; exit codes 0, 1 (failed), 2 (usage)."""
+"""gemma4-compile: the command line. Results go to stdout, the rest to stderr; exit codes 0, 1 (failed), 2 (usage)."""
 
 import argparse
 import json
@@ -31,15 +31,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", default="e", help='"e" or "moe" for an embedded demo checkpoint, or a checkpoint folder')
     demo.add_argument("--prompt", default=DEMO_PROMPT)
     demo.add_argument("--max-tokens", type=int, default=120, help="new tokens to generate (default: %(default)s)")
-    demo.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    demo.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=3, help="of the sampling (default: %(default)s)")
     _add_common(demo)
     demo.set_defaults(func=_demo)
 
     report = commands.add_parser("report", help="compile a model and print which fusions matched")
-    report.add_argument("model", help='"e", "moe", a checkpoint folder; with random weights: a config.json, E2B, E4B, 26B-A4B or 31B')
+    report.add_argument(
+        "model", help='"e", "moe", a checkpoint folder; with random weights: a config.json, E2B, E4B, 26B-A4B or 31B'
+    )
     report.add_argument("--layers", type=int, help="cut a bare config to so many layers")
-    report.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's; bfloat16 for a config")
+    report.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's; bfloat16 for a config"
+    )
     _add_common(report)
     report.set_defaults(func=_report)
     return parser
@@ -56,7 +60,7 @@ def _demo(options: argparse.Namespace) -> int:
     if options.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {options.max_tokens}; use 120")
     if options.temperature < 0:
-        raise ValueError(f"--temperature must be 0 (greedy) or more, got {options.temperature}; use 0.6")
+        raise ValueError(f"--temperature must be 0 (greedy) or more, got {options.temperature}; use 0.8")
     import torch
     from transformers import TextStreamer
 

@@ -24,5 +24,5 @@ _REPLACES = {
 }
 FUSIONS: dict[str, Fusion] = {name: Fusion(text, MEASURED[name].on_by_default) for name, text in _REPLACES.items()}
 
-# Kernel launches that one site of a rewrite saves against Inductor on the GPU, where it saves any (docs/fusions.md, "launches").
+# Kernel launches that a site of a rewrite saves against Inductor on the GPU, where it saves any (docs/fusions.md, "launches").
 LAUNCHES_SAVED = {"route": 3, "qkv_norm_rope": 2, "kv_norm_rope": 1, "ple_tail": 1, "ple_tail_norm": 1}

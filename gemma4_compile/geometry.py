@@ -56,7 +56,7 @@ class Geometry:
 
 def geometry(config: Gemma4TextConfig) -> Geometry:
     """The geometry of a Gemma4TextConfig; works for transformers 5.17 and later, which differ in how they tell it."""
-    kinds = list(config.layer_types)
+    kinds = list(config.layer_types or ())
     first_shared = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
     layers = []
     for index, kind in enumerate(kinds):
@@ -83,8 +83,8 @@ def geometry(config: Gemma4TextConfig) -> Geometry:
         layers=tuple(layers),
         hidden=config.hidden_size,
         per_layer_input=config.hidden_size_per_layer_input or 0,
-        experts=config.num_experts if moe else 0,
-        top_k=config.top_k_experts if moe else 0,
+        experts=(config.num_experts or 0) if moe else 0,
+        top_k=(config.top_k_experts or 0) if moe else 0,
     )
 
 

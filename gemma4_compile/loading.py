@@ -25,9 +25,13 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"config.json must be a JSON object, got a broken file in {folder} ({error}); download it again") from None
+        raise ValueError(
+            f"config.json must be a JSON object, got a broken file in {folder} ({error}); download it again"
+        ) from None
     if model_type not in ("gemma4", "gemma4_text"):
-        raise ValueError(f"a checkpoint must have model_type gemma4 or gemma4_text, got {model_type!r} in {folder}; use a Gemma-4")
+        raise ValueError(
+            f"a checkpoint must have model_type gemma4 or gemma4_text, got {model_type!r} in {folder}; use a Gemma-4"
+        )
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
     except Exception as error:  # safetensors, JSON and OS errors alike: the user needs the file, not the traceback
@@ -53,7 +57,7 @@ def random_model(name_or_file: str | Path, layers: int | None = None, device: st
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device), no_init_weights():
-            model = Gemma4ForCausalLM(Gemma4TextConfig(**config))
+            model: Any = Gemma4ForCausalLM(Gemma4TextConfig(**config))
     finally:
         torch.set_default_dtype(before)
     generator = torch.Generator(device).manual_seed(seed)
@@ -64,7 +68,7 @@ def random_model(name_or_file: str | Path, layers: int | None = None, device: st
             else:
                 parameter.fill_(1)
     model.tie_weights()
-    return model.to(dtype).eval()
+    return model.to(dtype=dtype).eval()
 
 
 def _text_config(name_or_file: str | Path) -> dict[str, Any]:
@@ -76,7 +80,9 @@ def _text_config(name_or_file: str | Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())
         config = raw.get("text_config", raw)
-        return {key: value for key, value in config.items() if key not in ("architectures", "model_type", "transformers_version")}
+        return {
+            key: value for key, value in config.items() if key not in ("architectures", "model_type", "transformers_version")
+        }
     except (json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"a config must be a JSON object, got a broken file {path} ({error}); download it again") from None
 

@@ -76,7 +76,7 @@ def state_of(model: nn.Module) -> "_Compiled":
     return state
 
 
-def compiled_part(model: nn.Module) -> nn.Module:
+def compiled_part(model: nn.Module) -> Any:
     """The module that is compiled: the model itself, or the text part of a multimodal one."""
     if isinstance(model, (hf.Gemma4ForCausalLM, hf.Gemma4TextModel)):
         return model
@@ -88,7 +88,7 @@ def compiled_part(model: nn.Module) -> nn.Module:
     )
 
 
-def _check(target: nn.Module, config: OptimizeConfig) -> None:
+def _check(target: Any, config: OptimizeConfig) -> None:
     if target.training:
         raise ValueError("the model must be in eval mode, got training mode; call model.eval() first")
     experts = getattr(target.config, "_experts_implementation", None)
@@ -99,13 +99,15 @@ def _check(target: nn.Module, config: OptimizeConfig) -> None:
         )
     device = next(target.parameters()).device.type
     if config.device not in (None, device):
-        raise ValueError(f"the model must be on {config.device}, as the config asks, got {device}; call model.to({config.device!r})")
+        raise ValueError(
+            f"the model must be on {config.device}, as the config asks, got {device}; call model.to({config.device!r})"
+        )
 
 
 class _Compiled:
     """One optimized model: the compiled step, and what the host does around it."""
 
-    def __init__(self, module: nn.Module, backend: Backend):
+    def __init__(self, module: Any, backend: Backend):
         self.backend = backend
         if backend.config.progress:
             backend.progress = compiling
@@ -113,10 +115,10 @@ class _Compiled:
         self.signature = inspect.signature(module.forward)
         self.eager_reason = ""  # why the last call was not compiled
         self._step = torch.compile(own_code(_make_step(module)), backend=backend, fullgraph=True, dynamic=None)
-        self._module_ref = module
+        self._module_ref: Any = module
         self._outer: nn.Module | None = None
         self._disable_compile: bool | None = None
-        self._layer_types: list[tuple[nn.Module, set[str]]] = []
+        self._layer_types: list[tuple[Any, set[str]]] = []
 
     def install(self, outer: nn.Module) -> None:
         """Take the module's calls. generate() must not compile the compiled model again, as it does for static caches."""
@@ -175,7 +177,7 @@ class _Compiled:
             for part in self._module_ref.modules():
                 if isinstance(part, PreTrainedModel):
                     maybe_install_capturing_hooks(part)
-        limits = {"recompile_limit": self.backend.config.max_graphs, "accumulated_recompile_limit": 2**16}
+        limits: dict[str, Any] = {"recompile_limit": self.backend.config.max_graphs, "accumulated_recompile_limit": 2**16}
         with torch.no_grad(), torch._dynamo.config.patch(**limits):
             output, new = self._step(inputs, steps)
         if cache is not None:
@@ -190,7 +192,7 @@ class _Compiled:
         """Positions and masks, as the model's own forward would make them: both come from the cache's lengths.
 
         Masks are always built, also where SDPA could do without: otherwise a prompt longer than the window, a padded one
-        and a decode step would each need a graph of its own, and finding out whether a mask hides anything waits for the GPU."""
+        and a decode step would each need a graph of its own, and asking whether a mask hides anything waits for the GPU."""
         batch, length = tokens.shape[:2]
         seen = 0 if cache is None else cache.get_seq_length()
         if inputs.get("position_ids") is None:
@@ -226,7 +228,9 @@ class _Compiled:
 
     def _check_call(self, module: nn.Module) -> None:
         if module.training:
-            raise ValueError("an optimized model is for inference, got training mode; call model.eval(), or restore(model) to train")
+            raise ValueError(
+                "an optimized model is for inference, got training mode; call model.eval(), or restore(model) to train"
+            )
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
             raise ValueError(
                 "an optimized model computes no gradients, got enabled gradients and parameters that require them; "

@@ -64,7 +64,9 @@ class Report:
             counts = (str(fusion.matched), str(fusion.launches_saved)) if fusion.enabled else ("-", "-")
             rows.append((fusion.name, str(fusion.expected), *counts, fusion.note))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip() for a, b, c, d, e in rows]
+        lines = [
+            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip() for a, b, c, d, e in rows
+        ]
         for fusion in self.fusions.values():
             lines += [f"  {fusion.name}, {left}" for left in fusion.left]
             lines += [f"  {fusion.name} at {u.site}, graph {u.graph}: {u.reason}" for u in fusion.unmatched]

@@ -53,7 +53,9 @@ class UnsupportedCache(Exception):
     """What the cache has to do in this step is not known here; the step runs as Hugging Face wrote it."""
 
 
-def plan(cache: Cache, model_geometry: Geometry, tokens: int, batch: int, dtype: torch.dtype, device: torch.device) -> list[Step]:
+def plan(
+    cache: Cache, model_geometry: Geometry, tokens: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> list[Step]:
     """The steps of all layers that own KV, in order. Static layers are allocated here, so that the graph only writes.
 
     Raises UnsupportedCache for any other kind of layer, and for a sliding layer that records its past."""
@@ -67,7 +69,7 @@ def plan(cache: Cache, model_geometry: Geometry, tokens: int, batch: int, dtype:
         raise UnsupportedCache(f"a cache of {len(cache.layers)} layers for a model with {len(owners)}")
     steps = []
     for owner in owners:
-        layer = cache.layers[owner.index]
+        layer: Any = cache.layers[owner.index]
         kind = type(layer)
         if kind in (StaticLayer, StaticSlidingWindowLayer):
             if not layer.is_initialized:
@@ -84,7 +86,7 @@ def plan(cache: Cache, model_geometry: Geometry, tokens: int, batch: int, dtype:
     return steps
 
 
-def _static_step(layer: StaticLayer, tokens: int) -> Step:
+def _static_step(layer: Any, tokens: int) -> Step:
     if type(layer) is StaticLayer:
         return Step(WRITE, 0, layer.keys, layer.values, layer.cumulative_length)
     seen, window = layer.cumulative_length_int, layer.max_cache_len
@@ -99,7 +101,8 @@ def _static_step(layer: StaticLayer, tokens: int) -> Step:
 
 def commit(cache: Cache, steps: list[Step], new: list[tuple[Tensor, Tensor] | None], tokens: int) -> None:
     """Give the user's cache the new rows. Static tensors were written inside the graph."""
-    for layer, step, rows in zip(cache.layers, steps, new, strict=False):
+    layers: list[Any] = cache.layers
+    for layer, rows in zip(layers, new, strict=False):
         if rows is not None:
             layer.update(*rows)
         elif isinstance(layer, StaticSlidingWindowLayer):
@@ -117,7 +120,9 @@ class StepCache(Cache):
         self.layer_class_to_replicate = None
         self.offloading = False
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """New rows in, all rows that attention may see out; [batch, kv_heads, rows, head_dim]."""
         step = self.steps[layer_idx]
         keys, values = step.keys, step.values

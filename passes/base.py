@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch.fx import Graph, Node
 
-from ..ops.measured import pays
-from ..patterns.rewrite import Rewrite, module_path
-from ..patterns.template import Match, Mismatch, find, instantiate, value_of
+from gemma4_compile.ops.measured import pays
+from gemma4_compile.patterns.rewrite import Rewrite, module_path
+from gemma4_compile.patterns.template import Match, Mismatch, find, instantiate, value_of
 
 # Metadata that later passes, inspection and Inductor's provenance tracking read.
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -59,7 +59,8 @@ class Record:
 class Pass(Protocol):
     """One named step of the pipeline."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, graph: Graph, record: Record) -> None: ...
 

@@ -1,6 +1,7 @@
 """fuse: compositions of raised ops become one op with a kernel. What each one looks like is in patterns/."""
 
-from ..patterns import feed_forward_tail, ple_inputs, ple_tail, post_attention_norms, qkv_norm_rope
+from gemma4_compile.patterns import feed_forward_tail, ple_inputs, ple_tail, post_attention_norms, qkv_norm_rope
+
 from .base import PatternPass
 
 FUSE_QKV_NORM_ROPE = PatternPass("qkv_norm_rope", qkv_norm_rope.rewrites)

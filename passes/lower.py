@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ..patterns import geglu, rms_norm, rope, route
-from ..patterns.template import Template, instantiate, value_of
+from gemma4_compile.patterns import geglu, rms_norm, rope, route
+from gemma4_compile.patterns.template import Template, instantiate, value_of
+
 from .base import Record, annotate, erase
 
 _OPS = torch.ops.gemma4

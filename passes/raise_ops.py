@@ -2,8 +2,9 @@
 
 from torch.fx import Graph
 
-from ..patterns import geglu, rms_norm, rope, route
-from ..patterns.functionalize import functionalize
+from gemma4_compile.patterns import geglu, rms_norm, rope, route
+from gemma4_compile.patterns.functionalize import functionalize
+
 from .base import PatternPass, Record
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ..dynamo import own_code
+from gemma4_compile.dynamo import own_code
+
 from .functionalize import functionalize
 from .template import Template, from_graph, source_of
 
@@ -37,12 +38,14 @@ def capture(
 
     with torch.no_grad():
         torch.compile(own_code(function), backend=keep, fullgraph=True, dynamic=False)(*inputs.values())
-    (gm, example_inputs), = graphs
+    ((gm, example_inputs),) = graphs
     functionalize(gm.graph)
     return _name_inputs(gm.graph, example_inputs, inputs, literals or {}, cut, source_of(source or function))
 
 
-def _name_inputs(graph: Graph, examples: Sequence[Any], inputs: dict[str, Tensor], literals: dict[str, Any], cut: Any, source: str) -> Template:
+def _name_inputs(
+    graph: Graph, examples: Sequence[Any], inputs: dict[str, Tensor], literals: dict[str, Any], cut: Any, source: str
+) -> Template:
     named = Graph()
     copies: dict[Node, Any] = {}
     parameters: dict[str, Any] = dict.fromkeys(inputs, Tensor) | {name: type(value) for name, value in literals.items()}
@@ -62,7 +65,11 @@ def _name_inputs(graph: Graph, examples: Sequence[Any], inputs: dict[str, Tensor
             named.output(_rename(node.args[0], copies, by_value))
         else:
             copies[node] = named.create_node(
-                node.op, node.target, _rename(node.args, copies, by_value), _rename(node.kwargs, copies, by_value), name=node.name
+                node.op,
+                node.target,
+                _rename(node.args, copies, by_value),
+                _rename(node.kwargs, copies, by_value),
+                name=node.name,
             )
     named.eliminate_dead_code()  # what fed a cut node
     return from_graph(named, parameters, source)

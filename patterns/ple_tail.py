@@ -68,9 +68,7 @@ def gemm_shapes(match: Match) -> str | None:
 
 def _guard(*vectors: str) -> Guard:
     tensors = ("hidden", "per_layer_input", "gate_weight", "projection_weight", *vectors, "layer_scalar")
-    return all_guards(
-        same_dtype(*tensors), vectors_of_last_dim("hidden", *vectors), gemm_shapes, one_element("layer_scalar")
-    )
+    return all_guards(same_dtype(*tensors), vectors_of_last_dim("hidden", *vectors), gemm_shapes, one_element("layer_scalar"))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""post-attention norm + residual + the norms that read the sum      HF: Gemma4TextDecoderLayer.forward, Gemma4TextRouter.forward
+"""post-attention norm + residual + the norms that read the sum      HF: Gemma4TextDecoderLayer, Gemma4TextRouter
 
 Two forms: with experts the sum is read by three norms (feed-forward, router with its scales, experts); without, by one."""
 

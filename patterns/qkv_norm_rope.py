@@ -87,9 +87,7 @@ def rotary_shapes(match: Match) -> str | None:
 def rewrites() -> tuple[Rewrite, ...]:
     # q, k and v have the dtype of x: a GEMM of one dtype.
     both = all_guards(same_dtype("x", "q_weight", "k_weight", "cos", "sin"), rotary_shapes)
-    alone = all_guards(
-        same_dtype("q", "q_weight", "cos", "sin"), vectors_of_last_dim("q", "q_weight"), rotary_shapes
-    )
+    alone = all_guards(same_dtype("q", "q_weight", "cos", "sin"), vectors_of_last_dim("q", "q_weight"), rotary_shapes)
     return (
         Rewrite("qkv_norm_rope", search_qkv, replace_qkv, lambda: inputs("qkv"), both),
         Rewrite("kv_norm_rope", search_k_eq_v, replace_k_eq_v, lambda: inputs("k_eq_v"), both),

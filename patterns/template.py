@@ -143,7 +143,7 @@ class _Search:
 
     @staticmethod
     def _value(match: Match, node: Node) -> Any:
-        return match.binding.get(node.target) if node.op == "placeholder" else match.nodes.get(node)
+        return match.binding.get(str(node.target)) if node.op == "placeholder" else match.nodes.get(node)
 
     def _unify(self, match: Match, expected: Any, actual: Any, pending: list[tuple[Any, Any]]) -> bool:
         depth = len(match.nodes)
@@ -206,8 +206,9 @@ def _arguments(node: Node) -> dict[str | int, Any]:
     if inspect.isfunction(node.target):
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
         bound.apply_defaults()
-        return dict(bound.arguments)
-    return dict(enumerate(node.args)) | dict(node.kwargs)
+        return {name: value for name, value in bound.arguments.items()}  # noqa: C416 (for the type of the keys)
+    arguments: dict[str | int, Any] = dict(enumerate(node.args))
+    return arguments | dict(node.kwargs)
 
 
 def _name(node: Node) -> str:
@@ -231,7 +232,11 @@ def _substitute(value: Any, copies: dict[Node, Any]) -> Any:
     if isinstance(value, Node):
         return copies[value]
     if isinstance(value, (tuple, list)):
-        return tuple(_substitute(v, copies) for v in value) if isinstance(value, tuple) else [_substitute(v, copies) for v in value]
+        return (
+            tuple(_substitute(v, copies) for v in value)
+            if isinstance(value, tuple)
+            else [_substitute(v, copies) for v in value]
+        )
     if isinstance(value, dict):
         return {k: _substitute(v, copies) for k, v in value.items()}
     if isinstance(value, slice):

@@ -110,17 +110,13 @@ def train(name: str, args: argparse.Namespace, tokenizer: Any, streams: tuple[Te
 
     target = new_target(name, SEED)
     label = f"{name} target"
-    first = train_target(
-        target, batches(args.batch, SEED), args.steps, args.rate, args.device, label, args.compile, watch
-    )
+    first = train_target(target, batches(args.batch, SEED), args.steps, args.rate, args.device, label, args.compile, watch)
     save(target, folder / "target")
     tokenizer.save_pretrained(folder / "target")
     frozen = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)  # bf16-rounded values
     assistant, steps = new_assistant(name, SEED), max(2, args.steps * 2 // 5)
     rows = max(1, args.batch // 2)
-    second = train_assistant(
-        frozen, assistant, batches(rows, SEED + 1), steps, args.rate, args.device, f"{name} assistant"
-    )
+    second = train_assistant(frozen, assistant, batches(rows, SEED + 1), steps, args.rate, args.device, f"{name} assistant")
     save(assistant, folder / "assistant")
     count = {"target": target, "assistant": assistant}
     return {

@@ -18,7 +18,7 @@ from gemma4_compile.fusions import FUSIONS
         ({"enable": ("xyzzy",)}, "enable must name fusions, got 'xyzzy'; known are qkv_norm_rope"),
         ({"disable": "route"}, "disable must be a sequence of fusion names, got the string 'route'; write ('route',)"),
         ({"disable": ("route",), "enable": ("route",)}, "got both for route"),
-        ({"device": "tpu"}, "device must be \"cpu\", \"cuda\" or None, got 'tpu'"),
+        ({"device": "tpu"}, 'device must be "cpu", "cuda" or None, got \'tpu\''),
         ({"max_graphs": 1}, "max_graphs must be an integer of at least 2"),
         ({"max_graphs": "8"}, "max_graphs must be an integer"),
     ],

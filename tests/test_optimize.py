@@ -202,7 +202,9 @@ def untouched(model: Any, error: type[Exception], match: str, config: OptimizeCo
 
 
 def test_bad_models_are_left_as_they_were() -> None:
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
     untouched(llama, TypeError, "takes Gemma4ForCausalLM.*got LlamaForCausalLM")
     untouched(tiny("dense").train(), ValueError, r"eval mode.*model.eval\(\)")
     eager = tiny("moe")

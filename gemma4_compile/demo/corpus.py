@@ -93,9 +93,7 @@ def held_out_prompts(
     chooser = random.Random(seed)
     sources = [text for _, text in held_out_files(root)]
     if not sources:
-        raise ValueError(
-            f"the standard library must hold source files, got none in {root or stdlib_root()}; pass root="
-        )
+        raise ValueError(f"the standard library must hold source files, got none in {root or stdlib_root()}; pass root=")
     prompts: list[list[int]] = []
     for _ in range(50 * count):
         if len(prompts) == count:

@@ -69,9 +69,9 @@ def held_out_loss(
 def greedy(model: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Greedy continuations (without the prompt, cut after <eos>); prompts of one length run as one batch."""
     ids = torch.tensor(prompts, device=model.device)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True
-    )[:, ids.shape[1] :].tolist()
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True)[
+        :, ids.shape[1] :
+    ].tolist()
     eos = model.config.eos_token_id
     return [row[: row.index(eos) + 1] if eos in row else row for row in out]
 
@@ -122,9 +122,7 @@ def draft(
     tokens: list[int] = []
     for _ in range(drafts):
         embedded = target.model.embed_tokens(token)
-        out = assistant(
-            inputs_embeds=torch.cat([embedded, hidden], dim=-1), position_ids=positions, shared_kv_states=keys
-        )
+        out = assistant(inputs_embeds=torch.cat([embedded, hidden], dim=-1), position_ids=positions, shared_kv_states=keys)
         token, hidden = out.logits.argmax(dim=-1), out.last_hidden_state
         tokens.append(int(token))
     return tokens

@@ -24,9 +24,7 @@ def scale_by(hidden: Tensor, layer_scalar: Tensor | None) -> Tensor:
     return hidden if layer_scalar is None else (hidden * layer_scalar).to(hidden.dtype)
 
 
-def feed_forward_tail_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float
-) -> Tensor:
+def feed_forward_tail_reference(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
     _check("feed_forward_tail", x, residual, layer_scalar, weight)
     return scale_by(residual + normalize(x, weight, eps), layer_scalar)
 
@@ -66,9 +64,7 @@ def moe_feed_forward_tail_norm_reference(
     next_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    hidden = moe_feed_forward_tail_reference(
-        dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, eps
-    )
+    hidden = moe_feed_forward_tail_reference(dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, eps)
     return hidden, normalize(hidden, next_weight, eps)
 
 
@@ -166,9 +162,7 @@ def launch_tail(
     return hidden, normed
 
 
-def launch_feed_forward_tail(
-    x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float
-) -> Tensor:
+def launch_feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
     _check("feed_forward_tail", x, residual, layer_scalar, weight)
     return launch_tail(x, residual, weight, layer_scalar, None, eps)[0]
 
@@ -206,16 +200,12 @@ def launch_moe_feed_forward_tail_norm(
     next_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    _check(
-        "moe_feed_forward_tail_norm", dense, residual, layer_scalar, dense_weight, expert_weight, weight, next_weight
-    )
+    _check("moe_feed_forward_tail_norm", dense, residual, layer_scalar, dense_weight, expert_weight, weight, next_weight)
     _check_experts("moe_feed_forward_tail_norm", experts, residual)
     return launch_tail(dense, residual, weight, layer_scalar, next_weight, eps, experts, dense_weight, expert_weight)
 
 
-def _feed_forward_tail_fake(
-    x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float
-) -> Tensor:
+def _feed_forward_tail_fake(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
     _check("feed_forward_tail", x, residual, layer_scalar, weight)
     return fresh(residual)
 

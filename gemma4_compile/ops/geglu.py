@@ -52,9 +52,7 @@ def launch_geglu(gate: Tensor, up: Tensor) -> Tensor:
     if out.numel():
         rows, width = gates.shape
         block = min(power_of_two(width), 1024)
-        _geglu_kernel[(rows, -(-width // block))](
-            gates, ups, out, width, gates.stride(0), ups.stride(0), block, num_warps=4
-        )
+        _geglu_kernel[(rows, -(-width // block))](gates, ups, out, width, gates.stride(0), ups.stride(0), block, num_warps=4)
     return out
 
 

@@ -176,9 +176,7 @@ def _launch(
     else:
         projected = _project_few(hiddens, inputs, gate_weight.contiguous(), projection_weight.contiguous(), plan)
     chained = plan is not None and can_chain()
-    return launch_tail(
-        projected.view(hidden.shape), hidden, norm_weight, layer_scalar, next_weight, eps, chained=chained
-    )
+    return launch_tail(projected.view(hidden.shape), hidden, norm_weight, layer_scalar, next_weight, eps, chained=chained)
 
 
 def _project_many(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor) -> Tensor:
@@ -191,9 +189,7 @@ def _project_many(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projectio
     return F.linear(gated, projection_weight)
 
 
-def _project_few(
-    hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor, plan: PlePlan
-) -> Tensor:
+def _project_few(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor, plan: PlePlan) -> Tensor:
     """Both matrix products here: cuBLAS has too few programs for a handful of tokens, and a launch more."""
     (rows, width), p = hidden.shape, inputs.shape[1]
     gated, projected = hidden.new_empty((rows, p)), hidden.new_empty((rows, width))
@@ -271,9 +267,7 @@ def ple_tail(
     layer_scalar       [1] or None
     returns            [..., H], contiguous
     """
-    return torch.ops.gemma4.ple_tail(
-        hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, eps
-    )
+    return torch.ops.gemma4.ple_tail(hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, eps)
 
 
 def ple_tail_norm(

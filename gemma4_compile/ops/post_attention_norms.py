@@ -152,9 +152,7 @@ register(
 )
 
 
-def post_attention_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def post_attention_norm(x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """hidden = residual + norm(x, weight); normed = norm(hidden, next_weight).
 
     x, residual          [..., H]  fp32, fp16 or bf16

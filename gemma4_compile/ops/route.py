@@ -30,9 +30,7 @@ def _check(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> None:
         logits.shape[-1:],
         "pass the scale of this router",
     )
-    expect(
-        "route", "top_k must lie in 1..E", bool(1 <= top_k <= logits.shape[1]), True, "use the model's top_k_experts"
-    )
+    expect("route", "top_k must lie in 1..E", bool(1 <= top_k <= logits.shape[1]), True, "use the model's top_k_experts")
 
 
 @jit
@@ -63,9 +61,7 @@ def _route_kernel(
 
     # A lane outside the table has probability 0, like an expert whose probability underflows: the index decides.
     exponent = exponential(logits - tl.max(logits, axis=1)[:, None])
-    probability = tl.where(
-        inside, tl.div_rn(exponent, tl.broadcast_to(tl.sum(exponent, axis=1)[:, None], (ROWS, BLOCK))), 0.0
-    )
+    probability = tl.where(inside, tl.div_rn(exponent, tl.broadcast_to(tl.sum(exponent, axis=1)[:, None], (ROWS, BLOCK))), 0.0)
     # Positive floats order as their bits do: one integer maximum finds the value and, among equals, the least index.
     key = (probability.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (BLOCK - 1 - expert)
     weights = tl.zeros((ROWS, TOP_BLOCK), tl.float32)

@@ -50,9 +50,7 @@ def test_our_class_equals_the_parent():
         for kind, dim in (("sliding_attention", 32), ("full_attention", 64))
     }
     position = torch.tensor([[9]])
-    first, second = (
-        model(inputs_embeds=inputs, position_ids=position, shared_kv_states=keys) for model in (ours, theirs)
-    )
+    first, second = (model(inputs_embeds=inputs, position_ids=position, shared_kv_states=keys) for model in (ours, theirs))
     assert torch.equal(first.logits, second.logits)
     assert torch.equal(first.last_hidden_state, second.last_hidden_state)
 

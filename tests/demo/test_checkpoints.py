@@ -69,9 +69,7 @@ def test_experts_are_in_use_and_implementations_agree():
     ids = torch.tensor(held_out_prompts(AutoTokenizer.from_pretrained(folder), 1, 250, 400))
     logits = {}
     for implementation in ("eager", "grouped_mm", "batched_mm"):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, experts_implementation=implementation
-        ).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation=implementation).eval()
         chosen = [set() for _ in model.model.layers]
         hooks = [
             layer.router.register_forward_hook(lambda _m, _i, out, seen=seen: seen.update(out[2].flatten().tolist()))

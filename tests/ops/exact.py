@@ -52,9 +52,7 @@ def then(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return hidden, norm(hidden, weight, eps)
 
 
-def three_norms(
-    x: Tensor, r: Tensor, w: Tensor, w1: Tensor, scale: Tensor, root: float, w2: Tensor, eps: float
-) -> tuple:
+def three_norms(x: Tensor, r: Tensor, w: Tensor, w1: Tensor, scale: Tensor, root: float, w2: Tensor, eps: float) -> tuple:
     hidden = r + norm(x, w, eps)
     return hidden, norm(hidden, w1, eps), norm(hidden, None, eps) * scale * root, norm(hidden, w2, eps)
 

@@ -32,9 +32,7 @@ def _rounding(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarr
 
 
 interpreter._convert_float = _rounding
-ODD = Sizes(
-    hidden=37, q_heads=2, kv_heads=1, head_dim=18, intermediate=19, ple=5, layers=2, vocabulary=7, experts=5, top_k=2
-)
+ODD = Sizes(hidden=37, q_heads=2, kv_heads=1, head_dim=18, intermediate=19, ple=5, layers=2, vocabulary=7, experts=5, top_k=2)
 
 
 def attempt(name: str, check: Callable[[], None]) -> None:

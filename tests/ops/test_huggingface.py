@@ -89,9 +89,7 @@ def text_config(**changes):
 
 def randomized(module: Any, dtype: torch.dtype) -> Any:
     for name, parameter in module.named_parameters():
-        parameter.copy_(
-            1 + 0.1 * torch.randn(parameter.shape) if "norm" in name else torch.randn(parameter.shape) * 0.2
-        )
+        parameter.copy_(1 + 0.1 * torch.randn(parameter.shape) if "norm" in name else torch.randn(parameter.shape) * 0.2)
     for name, buffer in module.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.fill_(0.7)

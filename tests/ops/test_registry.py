@@ -50,9 +50,7 @@ def test_no_tokens(name: str):
     results = outputs(packet(name)(*example(name, SMALL, 0)))
     assert all(result.numel() == 0 for result in results)
     with torch.device("meta"):
-        fakes = outputs(
-            packet(name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in example(name, SMALL, 0)))
-        )
+        fakes = outputs(packet(name)(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in example(name, SMALL, 0))))
     assert [f.shape for f in fakes] == [r.shape for r in results]
 
 

@@ -107,7 +107,8 @@ def test_any_takes_a_tuple_and_instantiate_puts_it_back() -> None:
     new = Graph()
     a = new.placeholder("a")
     _, (output,) = instantiate(trace(viewed), {"x": a, "shape": (2, -1)}, new)
-    assert output.target == "relu" and output.args[0].args == (a, (2, -1))
+    view: Any = output.args[0]
+    assert output.target == "relu" and view.args == (a, (2, -1))
 
 
 def test_functions_may_be_called_by_position_or_by_name() -> None:
