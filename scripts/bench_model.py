@@ -101,9 +101,7 @@ class Decode:
         return self._call(self.model._call_impl)
 
     def _call(self, call: Callable[..., Any]) -> Tensor:
-        return call(
-            input_ids=self.tokens, past_key_values=self.cache, position_ids=self.positions, use_cache=True
-        ).logits
+        return call(input_ids=self.tokens, past_key_values=self.cache, position_ids=self.positions, use_cache=True).logits
 
     def weight_bytes(self) -> tuple[int, float]:
         """Bytes of weights of one step, and how many distinct experts a layer chose on average (0 without experts)."""

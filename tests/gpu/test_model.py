@@ -85,9 +85,7 @@ def test_bf16_logits_are_as_near_to_fp64_as_eagers(name: str, config: str):
     eager = logit_error(plain_logits(model, prompts), exact)
     optimize(model, CONFIGS[config])
     optimized = logit_error(plain_logits(model, prompts), exact)
-    print(
-        f"\n{name} {config}: error against fp64, eager {eager}\n{name} {config}:                 optimized {optimized}"
-    )
+    print(f"\n{name} {config}: error against fp64, eager {eager}\n{name} {config}:                 optimized {optimized}")
     assert_all_matched(model, graphs=1)
     assert optimized.typical <= 1.1 * eager.typical
     assert optimized.rms <= 1.1 * eager.rms
