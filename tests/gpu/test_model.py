@@ -40,12 +40,16 @@ def assert_all_matched(model: Any, graphs: int) -> None:
 
 @pytest.fixture(autouse=True)
 def true_fp32():
-    """fp32 matrix products in fp32, not in tf32, which is a coarser type than what is compared here."""
+    """fp32 matrix products in fp32, not in tf32, which is a coarser type than what is compared here. The fp64 model gets
+    one CPU thread: the workers of pytest-xdist would fight for the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     torch._dynamo.reset()
     yield
     torch.set_float32_matmul_precision(before)
+    torch.set_num_threads(threads)
 
 
 @each_config
@@ -79,7 +83,7 @@ def test_fp32_text_is_eagers(name: str):
 @each_config
 def test_bf16_logits_are_as_near_to_fp64_as_eagers(name: str, config: str):
     model, tokenizer = demo(name, torch.bfloat16)
-    prompts = held_out_prompts(tokenizer, 64, 24, 160)
+    prompts = held_out_prompts(tokenizer, 128, 24, 160)  # many: a few positions decide the rms of a model with experts
     exact_model = Exact(model)
     exact = [exact_model.logits(torch.tensor([prompt]))[0] for prompt in prompts]
     eager = logit_error(plain_logits(model, prompts), exact)
