@@ -49,6 +49,7 @@ class Backend:
     enabled     the fusions, resolved once: a change of the environment does not reach a model already optimized
     records     one Record for each graph compiled, in order
     progress    entered with a title while a graph compiles
+    cuda_graph  whether the step that is about to run, and so a graph compiled for it, is replayed as a CUDA graph
     """
 
     config: OptimizeConfig
@@ -56,6 +57,8 @@ class Backend:
     compile: Callable[..., Any] = compile_fx
     records: list[Record] = field(default_factory=list)
     progress: Callable[[str], AbstractContextManager[Any]] = lambda title: nullcontext()
+
+    cuda_graph: bool = False
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
         record = run(pipeline(self.enabled), gm.graph)
@@ -67,6 +70,6 @@ class Backend:
 
     def _options(self) -> dict[str, Any]:
         options = dict(self.config.inductor)
-        if self.config.cuda_graphs:
+        if self.cuda_graph:
             options["triton.cudagraphs"] = True
         return options

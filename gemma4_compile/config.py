@@ -18,7 +18,8 @@ class OptimizeConfig:
     enable          fusions to switch on that are off by default, by name (`docs/fusions.md` says why they are off)
     disable         fusions to switch off, by name; also GEMMA4_COMPILE_DISABLE=name,... in the environment
     device          "cpu" or "cuda": refuse a model that lies elsewhere. None takes the model's own
-    cuda_graphs     let Inductor replay each graph as a CUDA graph; for static caches, as every new shape is captured anew
+    cuda_graphs     let Inductor replay graphs as CUDA graphs. None: decode steps on a static cache, where shapes and addresses
+                    stay and the step is bound by launches; True: every graph, captured anew for each shape; False: none
     max_graphs      graphs that one model may compile before it refuses, at least 2 (prefill and decode)
     progress        show a progress bar on stderr while a graph compiles
     inductor        further Inductor options, such as {"max_autotune": True}
@@ -29,7 +30,7 @@ class OptimizeConfig:
     enable: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
     device: Literal["cpu", "cuda"] | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     max_graphs: int = 32
     progress: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +47,10 @@ class OptimizeConfig:
             raise ValueError(f"a fusion is enabled or disabled, got both for {', '.join(both)}; name it once")
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f'device must be "cpu", "cuda" or None, got {self.device!r}; leave it out to take the model\'s')
+        if self.cuda_graphs not in (None, True, False):
+            raise ValueError(
+                f"cuda_graphs must be True, False or None, got {self.cuda_graphs!r}; leave it out to let the cache decide"
+            )
         if not isinstance(self.max_graphs, int) or self.max_graphs < 2:
             raise ValueError(f"max_graphs must be an integer of at least 2 (prefill, decode), got {self.max_graphs!r}; use 32")
 

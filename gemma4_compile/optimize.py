@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -25,7 +26,7 @@ from .dynamo import dense, own_code
 from .geometry import Geometry, geometry
 from .passes import prepare
 from .progress import compiling
-from .step_cache import Step, StepCache, UnsupportedCache, commit, plan
+from .step_cache import GROW, Step, StepCache, UnsupportedCache, commit, plan
 
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 _MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -177,9 +178,15 @@ class _Compiled:
             for part in self._module_ref.modules():
                 if isinstance(part, PreTrainedModel):
                     maybe_install_capturing_hooks(part)
+        self.backend.cuda_graph = graphed = self._is_graphed(tokens, steps)
+        if graphed:
+            torch.compiler.cudagraph_mark_step_begin()
         limits: dict[str, Any] = {"recompile_limit": self.backend.config.max_graphs, "accumulated_recompile_limit": 2**16}
         with torch.no_grad(), torch._dynamo.config.patch(**limits):
             output, new = self._step(inputs, steps)
+        if graphed:  # the next replay writes to the same memory, and the caller may hold this step's logits
+            for name in list(output):
+                output[name] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output[name])
         if cache is not None:
             assert steps is not None
             commit(cache, steps, new, tokens.shape[1])
@@ -187,6 +194,12 @@ class _Compiled:
         if return_dict is None:
             return_dict = self._module_ref.config.return_dict
         return output if return_dict else output.to_tuple()
+
+    def _is_graphed(self, tokens: Tensor, steps: list[Step] | None) -> bool:
+        if tokens.device.type != "cuda" or self.backend.config.cuda_graphs is False:
+            return False
+        static = steps is not None and tokens.shape[1] == 1 and all(step.mode != GROW for step in steps)
+        return static or self.backend.config.cuda_graphs is True
 
     def _prepare(self, inputs: dict[str, Any], tokens: Tensor, cache: Any) -> None:
         """Positions and masks, as the model's own forward would make them: both come from the cache's lengths.
