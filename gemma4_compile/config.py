@@ -20,7 +20,7 @@ class OptimizeConfig:
     device          "cpu" or "cuda": refuse a model that lies elsewhere. None takes the model's own
     cuda_graphs     let Inductor replay graphs as CUDA graphs. None: decode steps on a static cache, where shapes and addresses
                     stay and the step is bound by launches; True: every graph, captured anew for each shape; False: none
-    max_graphs      graphs that one model may compile before it refuses, at least 2 (prefill and decode)
+    max_graphs      graphs that one model may compile, at least 2 (prefill and decode); further kinds of calls run uncompiled
     progress        show a progress bar on stderr while a graph compiles
     inductor        further Inductor options, such as {"max_autotune": True}
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -164,7 +165,7 @@ class _Compiled:
         try:
             steps = self._plan(cache, tokens)
         except UnsupportedCache as error:
-            self._warn_eager(str(error))
+            self._warn_eager(f"it does not know {error}")
             return module._call_impl(*args, **kwargs)
         return self._run(inputs, tokens, cache, steps)
 
@@ -183,7 +184,14 @@ class _Compiled:
             torch.compiler.cudagraph_mark_step_begin()
         limits: dict[str, Any] = {"recompile_limit": self.backend.config.max_graphs, "accumulated_recompile_limit": 2**16}
         with torch.no_grad(), torch._dynamo.config.patch(**limits):
-            output, new = self._step(inputs, steps)
+            try:
+                output, new = self._step(inputs, steps)
+            except FailOnRecompileLimitHit:  # before anything ran: the user's cache is as it was
+                self._warn_eager(
+                    f"max_graphs={self.backend.config.max_graphs} are in use; raise it, or call with fewer kinds of inputs"
+                )
+                output = self._module_ref._call_impl(**inputs, past_key_values=cache)
+                return output if return_dict in (None, True) else output.to_tuple()
         if graphed:  # the next replay writes to the same memory, and the caller may hold this step's logits
             for name in list(output):
                 output[name] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output[name])
@@ -253,7 +261,7 @@ class _Compiled:
     def _warn_eager(self, reason: str) -> None:
         if reason != self.eager_reason:
             self.eager_reason = reason
-            warnings.warn(f"gemma4_compile runs this call uncompiled: it does not know {reason}", stacklevel=3)
+            warnings.warn(f"gemma4_compile runs this call uncompiled: {reason}", stacklevel=3)
 
 
 def _make_step(module: nn.Module) -> Callable[..., Any]:

@@ -41,6 +41,8 @@ import transformers
 from torch import Tensor
 from transformers import StaticCache
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
+
 from gemma4_compile import OptimizeConfig, optimize, report
 from gemma4_compile.checkpoints import TEXT_CONFIGS
 from gemma4_compile.dynamo import own_code
@@ -48,6 +50,7 @@ from gemma4_compile.fusions import FUSIONS
 from gemma4_compile.loading import random_model
 from gemma4_compile.optimize import state_of
 from gemma4_compile.passes import pipeline, prepare, run
+from scripts._bandwidth import copy_bandwidth
 
 VARIANTS: dict[str, OptimizeConfig | None] = {
     "eager": None,
@@ -60,21 +63,6 @@ VARIANTS: dict[str, OptimizeConfig | None] = {
     ),
 }
 ROOM = 256  # rows of the cache behind the context; a variant decodes fewer tokens than that
-
-
-def copy_bandwidth() -> float:
-    """Bytes read plus written a second by a large device-to-device copy."""
-    source = torch.randn(2**29, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(12):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
-    return 2 * source.numel() * 4 / statistics.median(times)
 
 
 class Decode:

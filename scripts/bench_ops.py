@@ -22,8 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
+
 from gemma4_compile.ops import OPS
 from gemma4_compile.ops.examples import Sizes, example
+from scripts._bandwidth import copy_bandwidth
 
 E2B = Sizes(hidden=1536, q_heads=8, kv_heads=1, head_dim=256, intermediate=6144, layers=35)
 E4B = Sizes(hidden=2560, q_heads=8, kv_heads=2, head_dim=256, intermediate=10240, layers=42)
@@ -120,21 +123,6 @@ def launches(function: Callable, args: tuple) -> int:
         function(*args)
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
-
-
-def copy_bandwidth() -> float:
-    """Bytes read plus written a second by a large device-to-device copy (a copy node in a graph is slower)."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(12):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
-    return 2 * source.numel() * 4 / statistics.median(times)
 
 
 def case_arguments(op: str, sizes: Sizes, tokens: int) -> tuple[list[tuple], int]:

@@ -193,6 +193,20 @@ def test_an_unknown_cache_runs_uncompiled_and_says_so() -> None:
     assert "Odd" in str(report(model))
 
 
+def test_too_many_kinds_of_calls_run_uncompiled() -> None:
+    """At max_graphs the model goes on, uncompiled, and says what to do; what is compiled stays in use."""
+    plain, model = tiny("dense"), passes_only(tiny("dense"), OptimizeConfig(max_graphs=2))
+    with torch.no_grad():
+        cache = model(prompt(2, 5)).past_key_values
+        model(prompt(2, 1), past_key_values=cache)
+        with pytest.warns(UserWarning, match="max_graphs=2 are in use; raise it"):
+            output = model(prompt(1, 5))
+        torch.testing.assert_close(output.logits, plain(prompt(1, 5)).logits, rtol=1e-5, atol=1e-5)
+        assert output.past_key_values.get_seq_length() == 5
+        torch.testing.assert_close(model(prompt(2, 7)).logits, plain(prompt(2, 7)).logits, rtol=1e-5, atol=1e-5)
+    assert graphs(model) == 2
+
+
 def untouched(model: Any, error: type[Exception], match: str, config: OptimizeConfig | None = None) -> None:
     before = dict(model.__dict__)
     with pytest.raises(error, match=match) as caught:

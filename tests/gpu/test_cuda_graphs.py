@@ -1,5 +1,7 @@
 """Decode on a static cache is replayed as a CUDA graph: the same tokens, and results that outlive the next replay."""
 
+from typing import Any
+
 import torch
 from torch._dynamo.utils import counters
 from transformers import StaticCache
@@ -25,7 +27,7 @@ def test_same_tokens_with_and_without() -> None:
 
 
 def test_logits_outlive_the_next_step() -> None:
-    model = optimize(load(FOLDER, "cuda")[0])
+    model: Any = optimize(load(FOLDER, "cuda")[0])
     cache = StaticCache(config=model.config, max_cache_len=64)
     with torch.inference_mode():
         model(torch.tensor([[2, 50, 60, 70]], device="cuda"), past_key_values=cache)
