@@ -7,10 +7,12 @@ match did not cover are never erased: an in-place cache write without users must
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
 from gemma4_compile.ops.measured import pays
@@ -148,7 +150,10 @@ def annotate(created: Iterable[Node], origin: Node) -> None:
         if fake_mode is None or "example_value" in node.meta:
             continue
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
-        with fake_mode, torch.no_grad():
+        # As Dynamo runs nodes: without the Python dispatcher, torch 2.11's linear takes a symbolic size for what it is now, and
+        # every length compiles anew. Dynamo has made the guards that this code needs: nothing here may add one.
+        guards = fake_mode.shape_env.suppress_guards() if fake_mode.shape_env is not None else nullcontext()
+        with fake_mode, torch.no_grad(), enable_python_dispatcher(), guards:
             if node.op == "call_method":
                 node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
