@@ -7,7 +7,6 @@ import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -31,7 +30,6 @@ from .step_cache import GROW, Step, StepCache, UnsupportedCache, commit, plan
 
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 _MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-_STATES: "WeakKeyDictionary[nn.Module, _Compiled]" = WeakKeyDictionary()
 
 
 def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Module:
@@ -52,19 +50,18 @@ def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Modul
     target = compiled_part(model)
     _check(target, config)
     enabled = config.enabled()
-    previous = _STATES.get(target)
+    previous = _installed(target)
     if previous is not None and (previous.backend.config, previous.backend.enabled) == (config, enabled):
         return model
     prepare()
     restore(model)
-    _STATES[target] = state = _Compiled(target, Backend(config, enabled))
-    state.install(model)
+    _Compiled(target, Backend(config, enabled)).install(model)
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `optimize`; harmless for a model that was not optimized. Returns the model."""
-    state = _STATES.pop(compiled_part(model), None)
+    state = _installed(compiled_part(model))
     if state is not None:
         state.uninstall()
     return model
@@ -72,10 +69,16 @@ def restore(model: nn.Module) -> nn.Module:
 
 def state_of(model: nn.Module) -> "_Compiled":
     """What `optimize` keeps for a model. Raises ValueError for a model that was not optimized."""
-    state = _STATES.get(compiled_part(model))
+    state = _installed(compiled_part(model))
     if state is None:
         raise ValueError(f"the model must be optimized first, got a plain {type(model).__name__}; call optimize(model)")
     return state
+
+
+def _installed(target: nn.Module) -> "_Compiled | None":
+    """The state lives where the compiled callable does, on the module: it goes when the model goes."""
+    installed = target.__dict__.get("_compiled_call_impl")
+    return installed if isinstance(installed, _Compiled) else None
 
 
 def compiled_part(model: nn.Module) -> Any:
@@ -155,7 +158,7 @@ class _Compiled:
         inputs = dict(bound.arguments)
         inputs |= inputs.pop("kwargs", {})
         self._check_call(module)
-        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
         if not isinstance(tokens, Tensor):  # Hugging Face says what is wrong
             return module._call_impl(*args, **kwargs)
         cache = inputs.pop("past_key_values", None)

@@ -106,6 +106,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "no cache": lambda model: model(prompt(2, 5), use_cache=False).logits,
     "last logits": lambda model: model(prompt(2, 5), logits_to_keep=1).logits,
     "chosen logits": lambda model: model(prompt(2, 5), logits_to_keep=torch.tensor([1, 3])).logits,
+    "named none": lambda model: model(input_ids=None, inputs_embeds=model.model.embed_tokens(prompt(2, 5))).logits,
     "embeddings": lambda model: model(inputs_embeds=model.model.embed_tokens(prompt(2, 5))).logits,
     "hidden states": lambda model: torch.stack(model(prompt(2, 5), output_hidden_states=True).hidden_states),
     "router logits": lambda model: torch.stack(model(prompt(2, 5), output_router_logits=True).router_logits),
@@ -116,13 +117,15 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_work_as_before(name: str) -> None:
-    kind = "moe" if name == "router logits" or name == "embeddings" else "e"
+    kind = "moe" if name in ("router logits", "embeddings", "named none") else "e"
     plain = tiny(kind)
     if name == "router logits" and "router_logits" not in plain(prompt(1, 2), output_router_logits=True):
         pytest.skip("this transformers returns router logits from the base model only")
     with torch.no_grad():
         expected = CALLS[name](plain)
-        actual = CALLS[name](passes_only(tiny(kind)))
+        model = passes_only(tiny(kind))
+        actual = CALLS[name](model)
+    assert graphs(model) == 1
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
