@@ -175,6 +175,8 @@ class _Compiled:
     def _run(self, inputs: dict[str, Any], tokens: Tensor, cache: Any, steps: list[Step] | None) -> Any:
         self._prepare(inputs, tokens, cache)
         return_dict = inputs.pop("return_dict", None)
+        if return_dict is None:
+            return_dict = self._module_ref.config.return_dict
         inputs |= {"return_dict": True, "use_cache": cache is not None}
         _normalize(inputs, steps)
         if any(inputs.get(name, getattr(self._module_ref.config, name, False)) for name in _RECORDED):
@@ -194,7 +196,7 @@ class _Compiled:
                     f"max_graphs={self.backend.config.max_graphs} are in use; raise it, or call with fewer kinds of inputs"
                 )
                 output = self._module_ref._call_impl(**inputs, past_key_values=cache)
-                return output if return_dict in (None, True) else output.to_tuple()
+                return output if return_dict else output.to_tuple()
         if graphed:  # the next replay writes to the same memory, and the caller may hold this step's logits
             for name in list(output):
                 output[name] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output[name])
@@ -202,8 +204,6 @@ class _Compiled:
             assert steps is not None
             commit(cache, steps, new, tokens.shape[1])
             output.past_key_values = cache
-        if return_dict is None:
-            return_dict = self._module_ref.config.return_dict
         return output if return_dict else output.to_tuple()
 
     def _is_graphed(self, tokens: Tensor, steps: list[Step] | None) -> bool:

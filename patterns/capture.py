@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from gemma4_compile.dynamo import own_code
 
 from .functionalize import functionalize
-from .template import Template, from_graph, source_of
+from .template import Template, from_graph, source_of, substitute
 
 
 def capture(
@@ -62,26 +62,9 @@ def _name_inputs(
         elif cut is not None and cut(node):
             copies[node] = created[next(cuts)]
         elif node.op == "output":
-            named.output(_rename(node.args[0], copies, by_value))
+            named.output(substitute(node.args[0], copies, by_value))
         else:
-            copies[node] = named.create_node(
-                node.op,
-                node.target,
-                _rename(node.args, copies, by_value),
-                _rename(node.kwargs, copies, by_value),
-                name=node.name,
-            )
+            args, kwargs = substitute((node.args, node.kwargs), copies, by_value)
+            copies[node] = named.create_node(node.op, node.target, args, kwargs, name=node.name)
     named.eliminate_dead_code()  # what fed a cut node
     return from_graph(named, parameters, source)
-
-
-def _rename(value: Any, copies: dict[Node, Any], literals: dict[Any, Node]) -> Any:
-    if isinstance(value, Node):
-        return copies[value]
-    if isinstance(value, (tuple, list)):
-        return type(value)(_rename(v, copies, literals) for v in value)
-    if isinstance(value, dict):
-        return {k: _rename(v, copies, literals) for k, v in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_rename(v, copies, literals) for v in (value.start, value.stop, value.step)))
-    return literals.get((type(value), value), value) if isinstance(value, (int, float)) else value

@@ -34,12 +34,10 @@ def _may_change(node: Node) -> bool:
     target = node.args[0]
     if not isinstance(target, Node) or not _is_fresh(target):
         return False
-    before, after = value_of(target), value_of(node)
-    if before is not None and after is not None and len(node.args) == 2:
-        # `x *= y` keeps the dtype and shape of x where `x * y` may promote or broadcast.
-        other = value_of(node.args[1])
-        if other is not None and (other.dtype != before.dtype or other.dim() > before.dim()):
-            return False
+    before, other = value_of(target), value_of(node.args[1])
+    # `x *= y` keeps the dtype and shape of x where `x * y` may promote or broadcast.
+    if before is not None and other is not None and (other.dtype != before.dtype or other.dim() > before.dim()):
+        return False
     return all(user is node or user < node for user in target.users)
 
 

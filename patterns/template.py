@@ -223,25 +223,24 @@ def instantiate(template: Template, binding: Binding, graph: Graph) -> tuple[lis
         if node.op == "placeholder":
             copies[node] = binding[str(node.target)]
         elif node.op != "output":
-            copies[node] = graph.create_node(node.op, node.target, *_substitute((node.args, node.kwargs), copies))
+            copies[node] = graph.create_node(node.op, node.target, *substitute((node.args, node.kwargs), copies))
     return [c for n, c in copies.items() if n.op != "placeholder"], [copies[o] for o in template.outputs]
 
 
-def _substitute(value: Any, copies: dict[Node, Any]) -> Any:
-    # Not torch.fx.map_arg: a parameter may stand for a tuple, which map_arg would not splice into the arguments.
+def substitute(value: Any, copies: dict[Node, Any], literals: dict[Any, Any] | None = None) -> Any:
+    """An argument with its nodes replaced by `copies`, and numbers by `literals`, whose keys are (type, number).
+
+    Not torch.fx.map_arg: a parameter may stand for a tuple, which map_arg would not splice into the arguments."""
     if isinstance(value, Node):
         return copies[value]
     if isinstance(value, (tuple, list)):
-        return (
-            tuple(_substitute(v, copies) for v in value)
-            if isinstance(value, tuple)
-            else [_substitute(v, copies) for v in value]
-        )
+        items = [substitute(v, copies, literals) for v in value]
+        return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
-        return {k: _substitute(v, copies) for k, v in value.items()}
+        return {k: substitute(v, copies, literals) for k, v in value.items()}
     if isinstance(value, slice):
-        return slice(*(_substitute(v, copies) for v in (value.start, value.stop, value.step)))
-    return value
+        return slice(*(substitute(v, copies, literals) for v in (value.start, value.stop, value.step)))
+    return literals.get((type(value), value), value) if literals and isinstance(value, (int, float)) else value
 
 
 def value_of(node: Any) -> Any:
