@@ -1,10 +1,13 @@
 """Tiny Gemma-4 models with every kind of layer; random weights, layer scalars and norm weights that are not 1."""
 
+import os
 from typing import Any
 
 import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
+# GEMMA4_TEST_DEVICE=cuda runs the pass tests with the real kernels.
+DEVICE = os.environ.get("GEMMA4_TEST_DEVICE", "cpu")
 _COMMON: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16,
     "global_head_dim": 32, "sliding_window": 8, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
@@ -45,10 +48,11 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrid
             if parameter.dim() == 1:
                 parameter.uniform_(0.8, 1.2)
     if kind == "moe":
-        model.set_experts_implementation("grouped_mm")
-    return model.to(dtype)
+        grouped = DEVICE == "cpu" or dtype == torch.bfloat16  # the CUDA kernel is for bf16 only
+        model.set_experts_implementation("grouped_mm" if grouped else "batched_mm")
+    return model.to(DEVICE, dtype)
 
 
 def prompt(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
     """Random token ids [batch, tokens] without specials."""
-    return torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed)).to(DEVICE)

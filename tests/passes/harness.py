@@ -13,7 +13,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4Text
 import gemma4_compile.ops  # noqa: F401
 from gemma4_compile.dynamo import own_code
 from gemma4_compile.passes import Record, pipeline, prepare, run
-from tests.models import prompt, tiny
+from tests.models import DEVICE, prompt, tiny
 
 
 @dataclass
@@ -46,12 +46,24 @@ def compile_passes(function: Callable[..., Any], enabled: Collection[str]) -> Ru
     return Run(torch.compile(own_code(function), backend=backend, fullgraph=True), graphs, records)
 
 
+def assert_same(actual: Any, expected: Any) -> None:
+    """Bit-equal on the CPU, where each reference rounds as Hugging Face does. On a GPU the kernels sum in another order."""
+    actual, expected = (value if isinstance(value, tuple) else (value,) for value in (actual, expected))
+    for mine, other in zip(actual, expected, strict=True):
+        if DEVICE == "cpu" or not other.is_floating_point():
+            torch.testing.assert_close(mine, other, rtol=0, atol=0)
+            continue
+        assert mine.dtype == other.dtype and mine.shape == other.shape
+        difference = (mine.double() - other.double()).square().mean().sqrt() / other.double().square().mean().sqrt()
+        assert difference <= (1e-5 if other.dtype != torch.bfloat16 else 2e-2), f"relative rms difference {difference:.2g}"
+
+
 def assert_missed(function: Callable[..., Any], inputs: tuple[Tensor, ...], fusion: str, reason: str = "") -> None:
     """The fusion leaves the function alone, says why, and nothing changes in the result."""
     done = compile_passes(function, {fusion})
     with torch.no_grad():
         expected, actual = function(*inputs), done.call(*inputs)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert_same(actual, expected)
     (record,) = done.records
     assert record.matched(fusion) == [] or fusion in ("geglu", "route") and not done.ops[fusion]
     reasons = [miss.reason for miss in record.misses if miss.fusion == fusion]
@@ -63,12 +75,12 @@ def norm(width: int = 16, scale: bool = True, seed: int = 3) -> Any:
     module = Gemma4RMSNorm(width, with_scale=scale).requires_grad_(False)
     if scale:
         module.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed))
-    return module
+    return module.to(DEVICE)
 
 
 def rows(*shape: int, seed: int = 5) -> Tensor:
     """Random activations."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def at_yoco_boundary(usual: str, at_boundary: str) -> dict[str, int]:
@@ -97,7 +109,7 @@ def assert_equal_alone(kind: str, fusion: str, dtype: torch.dtype) -> None:
         expected, actual = model(ids, use_cache=False).logits, done.call(ids)
     assert sum(len(record.matched(fusion)) for record in done.records) > 0
     assert not any("gemma4.rms_norm" in str(n.target) or "gemma4.rope" in str(n.target) for n in done.graphs[0].nodes)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert_same(actual, expected)
 
 
 def assert_dynamic(kind: str, fusion: str) -> None:
@@ -108,6 +120,6 @@ def assert_dynamic(kind: str, fusion: str) -> None:
         ids = prompt(2, tokens)
         torch._dynamo.mark_dynamic(ids, 1)
         with torch.no_grad():
-            torch.testing.assert_close(done.call(ids), model(ids, use_cache=False).logits, rtol=0, atol=0)
+            assert_same(done.call(ids), model(ids, use_cache=False).logits)
     assert len(done.graphs) == 1
     assert done.records[0].matched(fusion)

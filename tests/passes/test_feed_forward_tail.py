@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models import DEVICE
 from tests.passes.harness import (
     assert_dynamic,
     assert_equal_alone,
     assert_missed,
+    assert_same,
     at_yoco_boundary,
     compile_passes,
     forms,
@@ -17,7 +19,7 @@ from tests.passes.harness import (
 
 FUSION = "feed_forward_tail"
 POST, NEXT = norm(seed=1), norm(seed=2)
-VECTOR = torch.linspace(0.5, 1.5, 16)
+VECTOR = torch.linspace(0.5, 1.5, 16).to(DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -55,14 +57,14 @@ def vector_scalar(x: Tensor, residual: Tensor) -> Tensor:
 
 def sum_read_twice(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     hidden = residual + POST(x)
-    return hidden * torch.ones(1), hidden.mean()
+    return hidden * torch.ones(1, device=DEVICE), hidden.mean()
 
 
 def test_vector_scalar_stays_outside() -> None:
     """Norm and residual still fuse; a vector in the place of the layer scalar does not join them."""
     x, residual = rows(2, 3, 16), rows(2, 3, 16, seed=6)
     done = compile_passes(vector_scalar, {FUSION})
-    torch.testing.assert_close(done.call(x, residual), vector_scalar(x, residual), rtol=0, atol=0)
+    assert_same(done.call(x, residual), vector_scalar(x, residual))
     assert done.ops == {"feed_forward_tail": 1}
 
 
@@ -71,7 +73,7 @@ def test_sum_read_twice_keeps_its_scalar_outside() -> None:
     x, residual = rows(2, 3, 16), rows(2, 3, 16, seed=6)
     done = compile_passes(sum_read_twice, {FUSION})
     for actual, expected in zip(done.call(x, residual), sum_read_twice(x, residual), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        assert_same(actual, expected)
     assert done.ops == {"feed_forward_tail": 1}
 
 

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.models import DEVICE
 from tests.passes.harness import assert_dynamic, assert_equal_alone, assert_missed, at_yoco_boundary, forms, norm, rows
 
 FUSION = "ple_tail"
 POST = norm(seed=1)
-GATE, PROJECTION, SCALAR = rows(8, 16, seed=11), rows(16, 8, seed=12), torch.full((1,), 0.7)
+GATE, PROJECTION, SCALAR = rows(8, 16, seed=11), rows(16, 8, seed=12), torch.full((1,), 0.7).to(DEVICE)
 
 
 def test_exact_count() -> None:

@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.gemma4.modeling_gemma4 import apply_rotary_pos_emb
 
-from tests.passes.harness import assert_dynamic, assert_equal_alone, assert_missed, compile_passes, forms, norm, rows
+from tests.passes.harness import (
+    assert_dynamic,
+    assert_equal_alone,
+    assert_missed,
+    assert_same,
+    compile_passes,
+    forms,
+    norm,
+    rows,
+)
 
 FUSION = "qkv_norm_rope"
 Q, K, V = norm(8, seed=1), norm(8, seed=2), norm(8, scale=False)
@@ -71,7 +80,7 @@ def test_heads_first_is_not_raised() -> None:
     q, cos = rows(2, 3, 4, 8), rows(2, 3, 8)
     done = compile_passes(heads_first, {FUSION})
     with torch.no_grad():
-        torch.testing.assert_close(done.call(q, cos), heads_first(q, cos), rtol=0, atol=0)
+        assert_same(done.call(q, cos), heads_first(q, cos))
     assert not done.ops
 
 
@@ -84,7 +93,7 @@ def test_queries_alone_are_fused_where_that_pays() -> None:
 
     done = compile_passes(many, {FUSION})
     with torch.no_grad():
-        torch.testing.assert_close(done.call(rows(2, 64, 4, 8), cos), many(rows(2, 64, 4, 8), cos), rtol=0, atol=0)
+        assert_same(done.call(rows(2, 64, 4, 8), cos), many(rows(2, 64, 4, 8), cos))
     assert done.ops == {"q_norm_rope": 1}
 
     few = compile_passes(rotated, {FUSION})
@@ -106,5 +115,5 @@ def test_projections_of_other_inputs_stay_apart() -> None:
     done = compile_passes(attention, {FUSION})
     inputs = (rows(2, 64, 16, seed=21), rows(2, 64, 16, seed=22), rows(2, 64, 8))
     with torch.no_grad():
-        torch.testing.assert_close(done.call(*inputs), attention(*inputs), rtol=0, atol=0)
+        assert_same(done.call(*inputs), attention(*inputs))
     assert done.ops == {"q_norm_rope": 2}

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.models import DEVICE
 from tests.passes.harness import assert_dynamic, assert_equal_alone, assert_missed, forms, rows
 
 FUSION = "route"
-SCALE = torch.linspace(0.5, 1.5, 8)
+SCALE = torch.linspace(0.5, 1.5, 8).to(DEVICE)
 
 
 def test_exact_count() -> None:
