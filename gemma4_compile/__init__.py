@@ -3,8 +3,9 @@
 from .config import OptimizeConfig
 from .demo import demo_checkpoint
 from .inductor import inductor_options
+from .inspection import Inspection, inspect
 from .optimize import optimize, restore
 from .report import report
 
 __version__ = "0.1.0"
-__all__ = ["OptimizeConfig", "demo_checkpoint", "inductor_options", "optimize", "report", "restore"]
+__all__ = ["Inspection", "OptimizeConfig", "demo_checkpoint", "inductor_options", "inspect", "optimize", "report", "restore"]

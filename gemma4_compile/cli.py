@@ -33,23 +33,43 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-tokens", type=int, default=120, help="new tokens to generate (default: %(default)s)")
     demo.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=3, help="of the sampling (default: %(default)s)")
-    _add_common(demo)
+    add_common(demo)
     demo.set_defaults(func=_demo)
 
     report = commands.add_parser("report", help="compile a model and print which fusions matched")
-    report.add_argument(
-        "model", help='"e", "moe", a checkpoint folder; with random weights: a config.json, E2B, E4B, 26B-A4B or 31B'
-    )
-    report.add_argument("--layers", type=int, help="cut a bare config to so many layers")
-    report.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's; bfloat16 for a config"
-    )
-    _add_common(report)
+    add_model(report)
+    add_common(report)
     report.set_defaults(func=_report)
+
+    inspect = commands.add_parser("inspect", help="show each kernel of a step, from the model's line to the code, as a page")
+    add_model(inspect)
+    inspect.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the page and the dumps")
+    inspect.add_argument("--compare", choices=("plain",), help="compile and measure the step without our passes beside it")
+    inspect.add_argument("--layer", type=int, metavar="N", help="list the kernels of this layer (default: one of each kind)")
+    inspect.add_argument("--step", choices=("decode", "prefill"), default="decode", help="default: %(default)s")
+    inspect.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
+    inspect.add_argument("--context", type=int, default=1024, help="tokens: cached, or of the prefill (default: %(default)s)")
+    inspect.add_argument("--cache", choices=("static", "dynamic"), default="static", help="of a decode (default: %(default)s)")
+    inspect.add_argument("--force", action="store_true", help="replace what an earlier inspection left in DIR")
+    add_common(inspect)
+    inspect.set_defaults(func=_inspect)
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `load_model` reads, but for those that all commands share."""
+    parser.add_argument(
+        "model",
+        help='"e", "moe", a checkpoint folder or hub id; with random weights: a config.json, E2B, E4B, 26B-A4B or 31B',
+    )
+    parser.add_argument("--layers", type=int, metavar="K", help="cut a bare config to so many layers")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's; bfloat16 for a config"
+    )
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Device, fusions, output form."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--disable", default="", metavar="NAME,...", help="fusions to switch off")
     parser.add_argument("--enable", default="", metavar="NAME,...", help="fusions to switch on that are off by default")
@@ -100,28 +120,77 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _optimized(options: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
+def _inspect(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+    from pathlib import Path
+
     import torch
 
-    from . import OptimizeConfig, demo_checkpoint, optimize
-    from .checkpoints import TEXT_CONFIGS
-    from .demo import DEMO_NAMES
-    from .loading import load, random_model
+    from . import inspect
+    from .inspection.files import check_folder
+    from .inspection.tables import check_layer, summary
+
+    check_folder(Path(options.out), options.force)  # before the model is loaded
+    model, _ = load_model(options, getattr(torch, options.dtype) if options.dtype else None)
+    check_layer(options.layer, model.config.get_text_config().num_hidden_layers)
+    name = options.model + (f" cut to {options.layers} layers" if options.layers else "")
+    found = inspect(
+        model,
+        out=options.out,
+        step=options.step,
+        batch=options.batch,
+        context=options.context,
+        static_cache=options.cache == "static",
+        compare=options.compare,
+        config=config_of(options),
+        force=options.force,
+        name=name,
+    )
+    if options.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    print(summary(found, options.layer))
+    files = sorted(path for path in Path(options.out).rglob("*") if path.is_file())
+    print("\n" + "\n".join(f"{path.stat().st_size:>10,} B  {path}" for path in files))
+    return 0
+
+
+def _optimized(options: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
+    from . import optimize
+
+    model, tokenizer = load_model(options, dtype)
+    return optimize(model, config_of(options)), tokenizer
+
+
+def config_of(options: argparse.Namespace) -> Any:
+    """The OptimizeConfig of --enable and --disable."""
+    from . import OptimizeConfig
 
     def names(text: str) -> tuple[str, ...]:
         return tuple(name for name in text.split(",") if name)
 
-    config = OptimizeConfig(enable=names(options.enable), disable=names(options.disable), progress=True)
+    return OptimizeConfig(enable=names(options.enable), disable=names(options.disable), progress=True)
+
+
+def load_model(options: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
+    """(model, tokenizer or None) of what the command line names. Raises ValueError for what cannot be loaded."""
+    import torch
+
+    from . import demo_checkpoint
+    from .checkpoints import TEXT_CONFIGS
+    from .demo import DEMO_NAMES
+    from .loading import load, random_model
+
+    config_of(options)  # a wrong name must not cost the time of loading
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU that torch can see, got none; use --device cpu")
     if options.model.endswith(".json") or options.model in TEXT_CONFIGS:
-        return optimize(random_model(options.model, options.layers, device, dtype or torch.bfloat16), config), None
+        return random_model(options.model, options.layers, device, dtype or torch.bfloat16), None
     if getattr(options, "layers", None):
         raise ValueError(f"--layers cuts a bare config, got {options.model}; leave it out")
     folder = demo_checkpoint(options.model) / "target" if options.model in DEMO_NAMES else options.model
-    model, tokenizer = load(folder, device, dtype)
-    return optimize(model, config), tokenizer
+    return load(folder, device, dtype)
 
 
 def as_dict(report: Any) -> dict[str, Any]:

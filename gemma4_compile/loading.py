@@ -1,6 +1,7 @@
 """Checkpoints and bare configs to models, with errors that a user can act on. Weights come from transformers."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ from transformers.initialization import no_init_weights
 
 from .checkpoints import TEXT_CONFIGS
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
 
 def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer or None) of a checkpoint folder.
+    """(model in eval mode, tokenizer or None) of a checkpoint.
 
+    folder   a folder, or the id of a checkpoint on the hub, such as google/gemma-4-E2B-it
     dtype    of the weights; the checkpoint's own unless given
 
-    Raises ValueError for a folder that is missing, not a Gemma-4 checkpoint or broken.
+    Raises ValueError for a folder that is missing, not a Gemma-4 checkpoint or broken, and for an id that gives no checkpoint.
     """
+    if _HUB_ID.fullmatch(str(folder)) and not Path(folder).exists():
+        folder = _from_hub(str(folder))
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         what = "a folder without config.json" if folder.is_dir() else "no such folder"
@@ -40,6 +46,19 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
     return model.eval().to(device), tokenizer
+
+
+def _from_hub(name: str) -> str:
+    """The local folder of a hub checkpoint, downloaded if it is not there yet."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+    except Exception as error:  # of the network, of the hub's answer and of the disk, in many classes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"a checkpoint must be a folder or an id on the hub, got {name!r}: no such folder, and {reason}; check the name"
+        ) from error
 
 
 def random_model(name_or_file: str | Path, layers: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.bfloat16,

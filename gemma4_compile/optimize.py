@@ -48,37 +48,37 @@ def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Modul
     """
     config = config or OptimizeConfig()
     target = compiled_part(model)
-    _check(target, config)
+    check_model(target, config)
     enabled = config.enabled()
-    previous = _installed(target)
+    previous = existing_state(target)
     if previous is not None and (previous.backend.config, previous.backend.enabled) == (config, enabled):
         return model
     prepare()
     restore(model)
-    _Compiled(target, Backend(config, enabled)).install(model)
+    CompiledModel(target, Backend(config, enabled)).install(model)
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `optimize`; harmless for a model that was not optimized. Returns the model."""
-    state = _installed(compiled_part(model))
+    state = existing_state(compiled_part(model))
     if state is not None:
         state.uninstall()
     return model
 
 
-def state_of(model: nn.Module) -> "_Compiled":
+def state_of(model: nn.Module) -> "CompiledModel":
     """What `optimize` keeps for a model. Raises ValueError for a model that was not optimized."""
-    state = _installed(compiled_part(model))
+    state = existing_state(compiled_part(model))
     if state is None:
         raise ValueError(f"the model must be optimized first, got a plain {type(model).__name__}; call optimize(model)")
     return state
 
 
-def _installed(target: nn.Module) -> "_Compiled | None":
-    """The state lives where the compiled callable does, on the module: it goes when the model goes."""
+def existing_state(target: nn.Module) -> "CompiledModel | None":
+    """What `optimize` keeps for a module, or None. It lives where the compiled callable does, and goes when the module goes."""
     installed = target.__dict__.get("_compiled_call_impl")
-    return installed if isinstance(installed, _Compiled) else None
+    return installed if isinstance(installed, CompiledModel) else None
 
 
 def compiled_part(model: nn.Module) -> Any:
@@ -93,7 +93,8 @@ def compiled_part(model: nn.Module) -> Any:
     )
 
 
-def _check(target: Any, config: OptimizeConfig) -> None:
+def check_model(target: Any, config: OptimizeConfig) -> None:
+    """Raises ValueError for training mode, experts that cannot be traced, or a device other than config.device."""
     if target.training:
         raise ValueError("the model must be in eval mode, got training mode; call model.eval() first")
     experts = getattr(target.config, "_experts_implementation", None)
@@ -109,7 +110,7 @@ def _check(target: Any, config: OptimizeConfig) -> None:
         )
 
 
-class _Compiled:
+class CompiledModel:
     """One optimized model: the compiled step, and what the host does around it."""
 
     def __init__(self, module: Any, backend: Backend):

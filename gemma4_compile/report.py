@@ -16,11 +16,13 @@ _LAYER = re.compile(r"layers\.\d+")
 
 @dataclass(frozen=True)
 class Unmatched:
-    """A site that was expected and not fused. `graph` counts from 1 in the order of compilation."""
+    """A site that was expected and not fused. `graph` counts from 1 in the order of compilation; `pattern` is the file:line of
+    the pattern that came nearest, empty if none did."""
 
     site: str
     graph: int
     reason: str
+    pattern: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def report(model: nn.Module) -> Report:
         if not enabled:
             fusions[name] = FusionReport(name, False, len(sites), 0, note=state.backend.config.why_off(name))
             continue
-        unmatched = [u for i, record in enumerate(records, 1) for u in _unmatched(record, name, sites, i)]
+        unmatched = [u for i, record in enumerate(records, 1) for u in unmatched_sites(record, name, sites, i)]
         missing = {u.site for u in unmatched} if records else set(sites)
         fusions[name] = FusionReport(
             name,
@@ -107,9 +109,10 @@ def report(model: nn.Module) -> Report:
     return Report(fusions, len(records), len(records), len(records), seconds, state.eager_reason)
 
 
-def _unmatched(record: Record, fusion: str, sites: tuple[str, ...], graph: int) -> list[Unmatched]:
+def unmatched_sites(record: Record, fusion: str, sites: tuple[str, ...], graph: int = 1) -> list[Unmatched]:
+    """The expected sites of one fusion that one graph lacks, with the nearest pattern's reason."""
     matched = {site_of(site.path) for site in record.matched(fusion) if _counts(fusion, site.path)}
-    return [Unmatched(site, graph, _reason(record, fusion, site)) for site in sites if site not in matched]
+    return [Unmatched(site, graph, *_reason(record, fusion, site)) for site in sites if site not in matched]
 
 
 def _left(record: Record, fusion: str, graph: int) -> list[str]:
@@ -122,9 +125,12 @@ def _counts(fusion: str, path: str) -> bool:
     return fusion != "geglu" or path.endswith("mlp")
 
 
-def _reason(record: Record, fusion: str, site: str) -> str:
+def _reason(record: Record, fusion: str, site: str) -> tuple[str, str]:
     near = [miss for miss in record.misses if miss.fusion == fusion and site_of(miss.path) == site]
-    return min(near, key=lambda miss: miss.missing).reason if near else "nothing like it in this layer's graph"
+    if not near:
+        return "nothing like it in this layer's graph", ""
+    nearest = min(near, key=lambda miss: miss.missing)
+    return nearest.reason, nearest.source
 
 
 def site_of(path: str) -> str:

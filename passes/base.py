@@ -21,29 +21,39 @@ from gemma4_compile.patterns.template import Match, Mismatch, find, instantiate,
 
 # Metadata that later passes, inspection and Inductor's provenance tracking read.
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
+_ORIGINS = "gemma4_origins"
+
+
+def origins_of(node: Node) -> tuple[str, ...]:
+    """Names of the nodes of Dynamo's graph that a node stands for: its own, or those that the passes replaced by it."""
+    return node.meta.get(_ORIGINS, (node.name,))
 
 
 @dataclass(frozen=True)
 class Site:
     """One place where a rewrite matched: `path` is the module of its first output, `source` the pattern's file:line.
 
-    left    why the site was left to Inductor all the same, because the op does not pay there; empty where it was fused"""
+    left     why the site was left to Inductor all the same, because the op does not pay there; empty where it was fused
+    nodes    names of the nodes of Dynamo's graph in it"""
 
     fusion: str
     rewrite: str
     path: str
     source: str
     left: str = ""
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Miss:
-    """One place where a fusion was looked for and left alone; `missing` says how near it came, 0 is nearest."""
+    """One place where a fusion was looked for and left alone; `missing` says how near the nearest pattern came, 0 is nearest,
+    and `source` is the file:line of that pattern."""
 
     fusion: str
     path: str
     reason: str
     missing: int
+    source: str = ""
 
 
 @dataclass
@@ -68,10 +78,11 @@ class Pass(Protocol):
 
 
 @dataclass(frozen=True)
-class Left:
-    """A match that is legal, and left to Inductor, which is as fast there."""
+class Done:
+    """A legal match: `nodes` of Dynamo's graph are in it. `left` says why it stays with Inductor all the same, if it does."""
 
-    reason: str
+    nodes: tuple[str, ...]
+    left: str = ""
 
 
 def _tokens(match: Match) -> int | None:
@@ -102,51 +113,72 @@ class PatternPass:
                     continue
                 path = module_path(node)
                 outcome = self._try(graph, rewrite, node)
-                if isinstance(outcome, (Match, Left)):
-                    left = outcome.reason if isinstance(outcome, Left) else ""
-                    record.sites.append(Site(self.name, rewrite.name, path, rewrite.searched.source, left))
+                if isinstance(outcome, Done):
+                    site = Site(self.name, rewrite.name, path, rewrite.searched.source, outcome.left, outcome.nodes)
+                    record.sites.append(site)
                     nearest.pop(node, None)
                 elif node not in nearest or outcome.missing < nearest[node].missing:
-                    nearest[node] = Miss(self.name, path, outcome.reason, outcome.missing)
+                    nearest[node] = Miss(self.name, path, outcome.reason, outcome.missing, rewrite.searched.source)
         record.misses.extend(miss for node, miss in nearest.items() if not node._erased)
 
     @staticmethod
-    def _try(graph: Graph, rewrite: Rewrite, node: Node) -> "Match | Mismatch | Left":
+    def _try(graph: Graph, rewrite: Rewrite, node: Node) -> "Mismatch | Done":
         match = find(rewrite.searched, node)
         if isinstance(match, Mismatch):
             return match
         objection = rewrite.guard(match)
-        if objection is None and rewrite.op and (tokens := _tokens(match)) and not pays(rewrite.op, tokens):
-            return Left(f"at {tokens} tokens {rewrite.op} is no faster than Inductor")
-        if objection is None:
-            objection = replace(graph, match, rewrite)
-        return match if objection is None else Mismatch(objection, -1)
+        if objection is not None:
+            return Mismatch(objection, -1)
+        if rewrite.op and (tokens := _tokens(match)) and not pays(rewrite.op, tokens):
+            return Done(_origins(match.nodes.values()), f"at {tokens} tokens {rewrite.op} is no faster than Inductor")
+        return replace(graph, match, rewrite)
 
 
-def replace(graph: Graph, match: Match, rewrite: Rewrite) -> str | None:
-    """Put the replacement before the first output; None, or why there is no such place."""
+def replace(graph: Graph, match: Match, rewrite: Rewrite) -> "Mismatch | Done":
+    """Put the replacement before the first output; a Mismatch says why there is no such place."""
     first = min(match.outputs)
     for name, value in match.binding.items():
         late = next((n for n in _nodes(value) if not n < first), None)
         if late is not None:
-            return f"{name} ({late.name}) is computed after {first.name}, where the fused op has to stand"
+            reason = f"{name} ({late.name}) is computed after {first.name}, where the fused op has to stand"
+            return Mismatch(reason, -1)
     with graph.inserting_before(first):
         created, outputs = instantiate(rewrite.replacement, match.binding, graph)
     for old, new in zip(match.outputs, outputs, strict=True):
         new.meta.update(old.meta)
         old.replace_all_uses_with(new)
-    annotate(created, match.outputs[0])
+    kept = counterparts(created, match)
+    origins = _origins(node for node in match.nodes.values() if node not in kept.values())
+    for node in created:
+        annotate([node], match.outputs[0], origins_of(kept[node]) if node in kept else origins)
     erase(graph, match.nodes.values())
-    return None
+    return Done(origins)
 
 
-def annotate(created: Iterable[Node], origin: Node) -> None:
-    """New nodes come from where the replaced one came from, and get a fake value where Dynamo left some: AOT's cache refuses
-    a graph with a method call on a value that it does not know."""
+def _origins(nodes: Iterable[Node]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for node in sorted(nodes) for name in origins_of(node)))
+
+
+def counterparts(created: Sequence[Node], match: Match) -> dict[Node, Node]:
+    """New node -> the matched node that did the very same: a projection in front of a fused norm is not part of the fusion."""
+    found: dict[Node, Node] = {}
+    for new in created:
+        arguments = torch.fx.map_arg((new.args, new.kwargs), lambda n: found.get(n, n))
+        for old in match.nodes.values():
+            if (old.op, old.target) == (new.op, new.target) and (old.args, old.kwargs) == arguments:
+                found[new] = old
+                break
+    return found
+
+
+def annotate(created: Iterable[Node], origin: Node, origins: tuple[str, ...]) -> None:
+    """New nodes come from where the replaced one came from, stand for the nodes named in `origins`, and get a fake value where
+    Dynamo left some: AOT's cache refuses a graph with a method call on a value that it does not know."""
     modes = (getattr(value_of(n), "fake_mode", None) for n in [origin, *origin.all_input_nodes])
     fake_mode = next((mode for mode in modes if mode is not None), None)
     for node in created:
         node.meta.update({key: origin.meta[key] for key in _KEPT if key in origin.meta and key not in node.meta})
+        node.meta[_ORIGINS] = origins
         if fake_mode is None or "example_value" in node.meta:
             continue
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
@@ -173,12 +205,15 @@ def _nodes(value: Any) -> list[Node]:
     return [n for v in value for n in _nodes(v)] if isinstance(value, (tuple, list)) else []
 
 
-def run(pipeline: Iterable[Pass], graph: Graph) -> Record:
-    """Run the steps in order; the record says what matched, what did not and how long each took."""
+def run(pipeline: Iterable[Pass], graph: Graph, after: Callable[[str], None] = lambda name: None) -> Record:
+    """Run the steps in order; the record says what matched, what did not and how long each took.
+
+    after    called with the name of each step when it is done, for those who look on"""
     record = Record()
     for step in pipeline:
         start = time.perf_counter()
         step(graph, record)
         record.seconds[step.name] = record.seconds.get(step.name, 0.0) + time.perf_counter() - start
+        after(step.name)
     graph.lint()
     return record

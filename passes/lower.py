@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from gemma4_compile.patterns import geglu, rms_norm, rope, route
 from gemma4_compile.patterns.template import Template, instantiate, value_of
 
-from .base import Record, annotate, erase
+from .base import Record, annotate, erase, origins_of
 
 _OPS = torch.ops.gemma4
 # raised op -> the captured subgraph, and the names of the op's arguments in it
@@ -58,5 +58,5 @@ def expand(graph: Graph, node: Node) -> None:
             new.meta.update(item.meta)
             item.replace_all_uses_with(new)
             graph.erase_node(item)
-    annotate(created, node)
+    annotate(created, node, origins_of(node))
     erase(graph, [node])

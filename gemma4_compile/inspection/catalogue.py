@@ -1,0 +1,213 @@
+"""The fusion catalogue: each kernel call of a compiled graph with the layer, the ops and the model's lines that it computes.
+
+Ties together what Inductor's code calls (wrapper_code), which post-grad nodes each call computes (Inductor's provenance), which
+nodes of Dynamo's graph those came from (`from_node`), and which of those a pass replaced (the passes' own record).
+"""
+
+import functools
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from gemma4_compile.geometry import Geometry, LayerGeometry
+from gemma4_compile.ops.library import OPS
+from gemma4_compile.ops.measured import FUSIONS
+from gemma4_compile.patterns.rewrite import module_path
+
+from .capture import CompiledGraph, short_path
+from .data import Kernel, Kind, Layer, Line
+from .traffic import is_view, traffic
+from .wrapper_code import Call, WrapperCode, read
+
+_LAYER = re.compile(r"layers\.(\d+)")
+_FUSION_OF = {op: name for name, fusion in FUSIONS.items() for op in fusion.pays}
+_GEMMS = {"mm", "addmm", "bmm", "baddbmm", "_mm_plus_mm", "bias_addmm", "_int_mm", "_scaled_mm", "_grouped_mm", "mkl_linear"}
+_GEMMS |= {
+    "_mkl_linear",
+    "_linear_pointwise",
+    "linear",
+    "linear_dynamic_fp16",
+    "grouped_mm_fallback",
+}  # the last: transformers, on a CPU
+
+
+def catalogue(graph: CompiledGraph) -> tuple[Kernel, ...]:
+    """The kernels of one compiled graph, in the order of the calls.
+
+    Raises ValueError where Inductor's code has calls of kernels and none of them has provenance: nothing could be said of them.
+    """
+    code = read(graph.code)
+    nodes = {node.name: node for node in graph.post_grad.graph.nodes}
+    order = {name: place for place, name in enumerate(nodes)}
+    names = _names(graph)
+    found = [[nodes[name] for name in graph.provenance.get(call.key, ()) if name in nodes] for call in code.calls]
+    # A library call names the nodes that its arguments were folded from, and a generated kernel that copies such an argument
+    # names the call's node. What a call computes are the nodes of its own name, and those no generated kernel computes.
+    generated = [call.name in code.kernels for call in code.calls]
+    found = [own if by_us else _of_name(call.name, own) for call, own, by_us in zip(code.calls, found, generated, strict=True)]
+    called = {node for own, by_us in zip(found, generated, strict=True) if not by_us for node in own}
+    kernels = []
+    for index, (call, own) in enumerate(zip(code.calls, found, strict=True)):
+        if generated[index]:
+            own = [node for node in own if node not in called]
+        kernels.append(_kernel(index, call, code, sorted(own, key=lambda n: order[n.name]), graph, names))
+    if kernels and not any(kernel.ops for kernel in kernels):
+        raise ValueError("each kernel needs provenance, got none from Inductor; use a torch version that pyproject.toml admits")
+    return tuple(kernels)
+
+
+def _kernel(
+    index: int, call: Call, code: WrapperCode, nodes: list[Node], graph: CompiledGraph, names: dict[str, str]
+) -> Kernel:
+    computed = [node for node in nodes if not is_view(node)] or nodes
+    dynamo = _dynamo_nodes(computed, graph)
+    inputs, outputs = traffic(computed, names)
+    written = {value.name for value in outputs}
+    paths = [module_path(node) for node in computed if node.name in written] or [module_path(node) for node in computed]
+    kind = classify(call.name, call.name in code.kernels)
+    lines = [graph.sources[name] for name in graph.sources if name in dynamo]
+    return Kernel(
+        index=index,
+        name=call.name,
+        kind=kind,
+        fusion=_FUSION_OF.get(_op(call.name), "") if kind == "ours" else "",
+        layer=_layer(paths),
+        module=_common(paths),
+        ops=tuple(dict.fromkeys(str(node.target) for node in computed)),
+        lines=_unique(lines or _own_lines(computed, graph)),
+        nodes=tuple(dynamo),
+        inputs=inputs,
+        outputs=outputs,
+        bytes=sum(value.bytes for value in (*inputs, *outputs)),
+        launches=1,
+        microseconds=None,
+        code=code.kernels.get(call.name) or (source_of(_op(call.name)) if kind == "ours" else call.text),
+    )
+
+
+def classify(name: str, generated: bool) -> Kind:
+    """The class of a kernel by its name in Inductor's code; `generated` where Inductor wrote it."""
+    last = _op(name)
+    if generated:
+        return "gemm" if name.startswith("triton_tem_") and "mm" in name else "inductor"
+    if "attention" in last and "gemma4." not in name or last == "attention":
+        return "attention"
+    if "gemma4." in name:
+        return "ours"
+    if "c10d" in name or "symm_mem" in name:
+        return "collective"
+    return "gemm" if last in _GEMMS else "other"
+
+
+@functools.cache
+def source_of(op: str) -> str:
+    """Source of an op's kernels and launchers, those that it shares with other ops too."""
+    found: dict[str, str] = {}
+    pending: list[Any] = [OPS[op].launch]
+    while pending:
+        function = pending.pop()
+        function = getattr(function, "fn", function)  # the Python under triton.jit
+        if not inspect.isfunction(function) or not function.__module__.startswith("gemma4_compile.ops."):
+            continue
+        path = short_path(function.__code__.co_filename)
+        if f"{path} {function.__name__}" not in found and not path.endswith("/library.py"):
+            found[f"{path} {function.__name__}"] = f"# {path}\n{inspect.getsource(function)}"
+            pending += [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
+    return "\n".join(found.values())
+
+
+def _of_name(name: str, nodes: list[Node]) -> list[Node]:
+    """The nodes that a library call is named after: aten.mm.default for extern_kernels.mm; all of them if none is."""
+    op = _op(name)
+    return [node for node in nodes if _op(f"torch.ops.{node.target}") == op] or nodes
+
+
+def _op(name: str) -> str:
+    """mm of extern_kernels.mm and of torch.ops.aten.mm.default."""
+    parts = name.split(".")
+    return parts[3] if name.startswith("torch.ops.") and len(parts) > 3 else parts[-1]
+
+
+def _dynamo_nodes(nodes: Iterable[Node], graph: CompiledGraph) -> dict[str, None]:
+    """Names of the nodes of Dynamo's graph that post-grad nodes came from."""
+    found: dict[str, None] = {}
+    for node in nodes:
+        pending = list(node.meta.get("from_node") or ())
+        while pending:
+            source = pending.pop()
+            if source.name in graph.origins:
+                found |= dict.fromkeys(graph.origins[source.name])
+            pending.extend(source.from_node or ())
+    return found
+
+
+def _own_lines(nodes: Iterable[Node], graph: CompiledGraph) -> list[Line]:
+    """Where Inductor lost the way back: the lines of the modules that the nodes say they ran in."""
+    paths = {module_path(node) for node in nodes} - {""}
+    return [line for line in graph.sources.values() if line.module in paths][:1]
+
+
+def _names(graph: CompiledGraph) -> dict[str, str]:
+    """Placeholder of the post-grad graph -> parameter path, where the two graphs have the same placeholders."""
+    placeholders = [node.name for node in graph.post_grad.graph.nodes if node.op == "placeholder"]
+    return dict(zip(placeholders, graph.parameters, strict=True)) if len(placeholders) == len(graph.parameters) else {}
+
+
+def _layer(paths: Iterable[str]) -> int | None:
+    """The first layer among several: a kernel over the boundary of two belongs to the one that it ends."""
+    layers = [int(found.group(1)) for path in paths if (found := _LAYER.search(path))]
+    return min(layers, default=None)
+
+
+def _common(paths: list[str]) -> str:
+    """The longest dotted prefix of all paths."""
+    parts = [path.split(".") for path in paths if path]
+    shared = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared)
+
+
+def _unique(lines: Iterable[Line]) -> tuple[Line, ...]:
+    return tuple({(line.file, line.line, line.module): line for line in lines}.values())
+
+
+def layers_of(geometry: Geometry) -> tuple[Layer, ...]:
+    """The decoder layers with the kind of each."""
+    return tuple(Layer(layer.index, _label(layer, geometry)) for layer in geometry.layers)
+
+
+def _label(layer: LayerGeometry, geometry: Geometry) -> str:
+    parts = [layer.kind.removesuffix("_attention")]
+    if layer.shares_kv:
+        parts.append(f"shares KV of layer {layer.kv_from}")
+    if geometry.experts:
+        parts.append("experts")
+    return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """Launches of one layer by class."""
+
+    layer: int | None
+    counts: Counter[str]
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+
+def count_by_layer(kernels: Iterable[Kernel]) -> list[LayerCount]:
+    """Launches a layer, layers in order; what belongs to no layer comes last."""
+    found: dict[int | None, Counter[str]] = {}
+    for kernel in kernels:
+        found.setdefault(kernel.layer, Counter())[kernel.kind] += kernel.launches
+    return [LayerCount(layer, found[layer]) for layer in sorted(found, key=lambda n: (n is None, n or 0))]

@@ -1,0 +1,72 @@
+"""The step that is inspected: a decode step on a filled cache, a prefill, or the caller's own inputs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from gemma4_compile.geometry import Geometry
+
+STEPS = ("decode", "prefill")
+_ROOM = 64  # further tokens in a static cache: more than the steps that an inspection runs
+
+
+@dataclass(frozen=True)
+class Step:
+    """inputs() gives the keyword arguments of the next call of the model; the same cache from call to call in a decode."""
+
+    description: str
+    inputs: Callable[[], dict[str, Any]]
+
+
+def default_step(
+    model: Any, geometry: Geometry, kind: str = "decode", batch: int = 1, context: int = 1024, static_cache: bool = True
+) -> Step:
+    """A step on random tokens and, for a decode, random keys and values: what is in them changes no kernel.
+
+    kind           "decode": one new token after `context` cached ones; "prefill": `context` tokens and an empty cache
+    static_cache   decode on transformers' StaticCache, as generate(cache_implementation="static") does, or on a DynamicCache
+
+    Raises ValueError for a value out of range.
+    """
+    if kind not in STEPS:
+        raise ValueError(f"step must be one of {', '.join(STEPS)}, got {kind!r}; use decode")
+    if batch < 1 or context < 1:
+        raise ValueError(f"batch and context must be at least 1, got {batch} and {context}; use 1 and 1024")
+    config, device = model.config.get_text_config(), next(model.parameters()).device
+    dtype = next(model.parameters()).dtype
+    generator = torch.Generator(device).manual_seed(0)
+
+    def tokens(length: int) -> Tensor:
+        return torch.randint(0, config.vocab_size, (batch, length), device=device, generator=generator)
+
+    described = f"{kind}, batch {batch}, context {context}, {str(dtype).removeprefix('torch.')}"
+    if kind == "prefill":
+        return Step(described, lambda: {"input_ids": tokens(context), "past_key_values": DynamicCache(config=config)})
+    cache: Any = StaticCache(config=config, max_cache_len=context + _ROOM) if static_cache else DynamicCache(config=config)
+    for layer in geometry.layers:
+        if not layer.shares_kv:
+            shape = (batch, layer.kv_heads, context, layer.head_dim)
+            rows = [torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(2)]
+            cache.update(*rows, layer.index)
+    described += ", static cache" if static_cache else ", dynamic cache"
+    return Step(described, lambda: {"input_ids": tokens(1), "past_key_values": cache})
+
+
+def given_step(example_inputs: Any) -> Step:
+    """The caller's own: token ids, or the keyword arguments of a call.
+
+    Raises TypeError for anything else."""
+    if isinstance(example_inputs, Tensor):
+        example_inputs = {"input_ids": example_inputs}
+    if not isinstance(example_inputs, Mapping):
+        raise TypeError(
+            f"example_inputs must be token ids or a mapping of keyword arguments, got {type(example_inputs).__name__}; "
+            "pass tokenizer(text, return_tensors='pt')"
+        )
+    inputs = dict(example_inputs)
+    shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in inputs.items() if isinstance(v, Tensor))
+    return Step(f"the given inputs: {shapes}", lambda: dict(inputs))
