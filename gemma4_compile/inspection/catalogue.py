@@ -24,6 +24,7 @@ from .data import Kernel, Kind, Layer, Line
 from .traffic import is_view, traffic
 from .wrapper_code import Call, WrapperCode, read
 
+_CACHE = re.compile(r"steps\.(\d+)\.")
 _LAYER = re.compile(r"layers\.(\d+)")
 _FUSION_OF = {op: name for name, fusion in FUSIONS.items() for op in fusion.pays}
 _GEMMS = {"mm", "addmm", "bmm", "baddbmm", "_mm_plus_mm", "bias_addmm", "_int_mm", "_scaled_mm", "_grouped_mm", "mkl_linear"}
@@ -36,7 +37,7 @@ _GEMMS |= {
 }  # the last: transformers, on a CPU
 
 
-def catalogue(graph: CompiledGraph) -> tuple[Kernel, ...]:
+def catalogue(graph: CompiledGraph, geometry: Geometry) -> tuple[Kernel, ...]:
     """The kernels of one compiled graph, in the order of the calls.
 
     Raises ValueError where Inductor's code has calls of kernels and none of them has provenance: nothing could be said of them.
@@ -45,6 +46,7 @@ def catalogue(graph: CompiledGraph) -> tuple[Kernel, ...]:
     nodes = {node.name: node for node in graph.post_grad.graph.nodes}
     order = {name: place for place, name in enumerate(nodes)}
     names = _names(graph)
+    owners = [layer.index for layer in geometry.layers if not layer.shares_kv]
     found = [[nodes[name] for name in graph.provenance.get(call.key, ()) if name in nodes] for call in code.calls]
     # A library call names the nodes that its arguments were folded from, and a generated kernel that copies such an argument
     # names the call's node. What a call computes are the nodes of its own name, and those no generated kernel computes.
@@ -55,20 +57,27 @@ def catalogue(graph: CompiledGraph) -> tuple[Kernel, ...]:
     for index, (call, own) in enumerate(zip(code.calls, found, strict=True)):
         if generated[index]:
             own = [node for node in own if node not in called]
-        kernels.append(_kernel(index, call, code, sorted(own, key=lambda n: order[n.name]), graph, names))
+        kernels.append(_kernel(index, call, code, sorted(own, key=lambda n: order[n.name]), graph, names, owners))
     if kernels and not any(kernel.ops for kernel in kernels):
         raise ValueError("each kernel needs provenance, got none from Inductor; use a torch version that pyproject.toml admits")
     return tuple(kernels)
 
 
 def _kernel(
-    index: int, call: Call, code: WrapperCode, nodes: list[Node], graph: CompiledGraph, names: dict[str, str]
+    index: int,
+    call: Call,
+    code: WrapperCode,
+    nodes: list[Node],
+    graph: CompiledGraph,
+    names: dict[str, str],
+    owners: list[int],
 ) -> Kernel:
     computed = [node for node in nodes if not is_view(node)] or nodes
     dynamo = _dynamo_nodes(computed, graph)
     inputs, outputs = traffic(computed, names)
     written = {value.name for value in outputs}
-    paths = [module_path(node) for node in computed if node.name in written] or [module_path(node) for node in computed]
+    paths = [_path(node, names, owners) for node in computed if node.name in written]
+    paths = paths or [module_path(node) for node in computed]
     kind = classify(call.name, call.name in code.kernels)
     lines = [graph.sources[name] for name in graph.sources if name in dynamo]
     return Kernel(
@@ -156,6 +165,13 @@ def _names(graph: CompiledGraph) -> dict[str, str]:
     """Placeholder of the post-grad graph -> parameter path, where the two graphs have the same placeholders."""
     placeholders = [node.name for node in graph.post_grad.graph.nodes if node.op == "placeholder"]
     return dict(zip(placeholders, graph.parameters, strict=True)) if len(placeholders) == len(graph.parameters) else {}
+
+
+def _path(node: Node, names: dict[str, str], owners: list[int]) -> str:
+    """The module of a node. AOT's copies into graph inputs have none: those into a cache belong to its layer."""
+    target = node.args[0] if str(node.target) == "aten.copy_.default" else None
+    found = _CACHE.match(names.get(target.name, "")) if isinstance(target, Node) else None
+    return f"model.layers.{owners[int(found.group(1))]}.self_attn" if found else module_path(node)
 
 
 def _layer(paths: Iterable[str]) -> int | None:

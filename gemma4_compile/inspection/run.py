@@ -76,7 +76,7 @@ def run_variant(
         reason = compiled.eager_reason or "the model was called inside another compilation"
         raise ValueError(f"the step must compile, but it ran as Hugging Face wrote it: {reason}; use another kind of cache")
     graph = recorder.graphs[-1]
-    kernels = catalogue(graph)
+    kernels = catalogue(graph, compiled.geometry)
     measured = None
     if next(target.parameters()).device.type == "cuda":
         trace = None if draft is None else draft / ("trace_plain.json" if name == "plain" else "trace.json")

@@ -19,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from .data import Kernel, Outside
 
 _STEP = "gemma4_compile.step"
+# The profiler's own work, which it reports as if what it interrupts were called by it.
+_OVERHEAD = {"Activity Buffer Request", "Buffer Flush", "Command Buffer Full", "Instrumentation", "Resource", "Overhead"}
 _INSIDE = ("## Call CompiledFxGraph", "Torch-Compiled Region", "Call CompiledFxGraph")
 WARM_UP, STEPS = 3, 7
 
@@ -97,6 +99,7 @@ def _owner(event: Any) -> tuple[Any, bool]:
     chain = [event]
     while chain[-1].cpu_parent is not None and chain[-1].cpu_parent.name != _STEP:
         chain.append(chain[-1].cpu_parent)
+    chain = [one for one in chain if one.name not in _OVERHEAD] or chain
     for place, parent in enumerate(chain):
         if parent.name.startswith(_INSIDE) and place:
             return chain[place - 1], True
@@ -129,11 +132,13 @@ def assign(kernels: Sequence[Kernel], steps: Sequence[Sequence[Launched]]) -> tu
         replace(kernel, microseconds=statistics.median(times[i]) if times[i] else 0.0, launches=counts.get(i, 0))
         for i, kernel in enumerate(kernels)
     )
-    outside = tuple(
-        Outside(name, round(statistics.median(n for n, _ in seen)), statistics.median(t for _, t in seen))
-        for name, seen in others.items()
-    )
-    return timed, outside
+    outside = []
+    for name, seen in others.items():
+        seen += [(0, 0.0)] * (len(steps) - len(seen))  # the steps without it
+        work = Outside(name, round(statistics.median(n for n, _ in seen)), statistics.median(t for _, t in seen))
+        if work.launches:
+            outside.append(work)
+    return timed, tuple(outside)
 
 
 def event_name(name: str) -> str:

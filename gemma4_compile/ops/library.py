@@ -59,7 +59,9 @@ def register(schema: str, *, reference: Callable, launch: Callable, fake: Callab
         with torch.cuda.device(device):
             return launch(*args)
 
-    LIBRARY.define(schema)
+    # The launchers take any strides. Without the tag, Inductor copies each argument that is no buffer yet, for each call anew:
+    # cos and sin once a layer.
+    LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     LIBRARY.impl(name, on_cpu, "CPU")
     LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"gemma4::{name}", fake, lib=LIBRARY)
@@ -78,7 +80,7 @@ def _plain(value: Any) -> Any:
 
 def fresh(x: Tensor) -> Tensor:
     """A new contiguous tensor of x's shape, dtype and device: what every kernel writes."""
-    return x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def as_rows(x: Tensor) -> Tensor:

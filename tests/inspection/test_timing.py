@@ -33,6 +33,19 @@ def test_what_fits_no_kernel_is_outside() -> None:
     assert {(o.name, o.launches, o.microseconds) for o in outside} == {("aten::copy_", 1, 7.0), ("aten::mm", 1, 4.0)}
 
 
+def test_what_one_step_alone_did_is_no_part_of_a_step() -> None:
+    _, outside = assign(KERNELS, [[Launched("aten::empty", False, 4, 8.0)], [], []])
+    assert outside == ()
+
+
+def test_the_profilers_own_work_calls_nothing() -> None:
+    step = Event(0, "gemma4_compile.step", Range(0, 100))
+    graph = Event(1, "## Call CompiledFxGraph abc ##", Range(10, 90), step)
+    flush = Event(2, "Activity Buffer Request", Range(20, 60), graph)
+    product = Event(3, "aten::mm", Range(21, 39), flush, [Duration(4.0)])
+    assert launched(step, [step, graph, flush, product]) == [Launched("aten::mm", True, 1, 4.0)]
+
+
 def test_names_in_the_profiler() -> None:
     assert event_name("torch.ops.gemma4.route.default") == "gemma4::route"
     assert event_name("extern_kernels._grouped_mm") == "aten::_grouped_mm"
