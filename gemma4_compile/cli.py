@@ -128,7 +128,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     from . import inspect
     from .inspection.files import check_folder
-    from .inspection.tables import check_layer, summary
+    from .inspection.tables import check_layer, only_layer, summary
 
     check_folder(Path(options.out), options.force)  # before the model is loaded
     model, _ = load_model(options, getattr(torch, options.dtype) if options.dtype else None)
@@ -147,7 +147,7 @@ def _inspect(options: argparse.Namespace) -> int:
         name=name,
     )
     if options.json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(found if options.layer is None else only_layer(found, options.layer))))
         return 0
     print(summary(found, options.layer))
     files = sorted(path for path in Path(options.out).rglob("*") if path.is_file())

@@ -10,7 +10,7 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import Unsupported
 
 from gemma4_compile.config import OptimizeConfig
 from gemma4_compile.geometry import Geometry
@@ -69,7 +69,7 @@ def run_variant(
         warnings.simplefilter("ignore")  # that a call ran uncompiled is an error here
         try:
             call()
-        except TorchDynamoException as error:
+        except Unsupported as error:
             raise ValueError(_graph_break(error)) from error
     seconds = time.perf_counter() - start
     if compiled.eager_reason or not recorder.graphs:
@@ -92,7 +92,7 @@ def run_variant(
     return Run(variant, graph, compiled.geometry, step.description, decompiled, tuple(notes))
 
 
-def _graph_break(error: TorchDynamoException) -> str:
+def _graph_break(error: Unsupported) -> str:
     """Dynamo's reason and the user's line of it, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__

@@ -1,6 +1,7 @@
 """An inspection as text: what the command prints."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from .catalogue import count_by_layer
 from .data import Inspection, Kernel, Variant
@@ -12,7 +13,10 @@ def summary(found: Inspection, layer: int | None = None) -> str:
     """The passes, kernels a layer before and after, what each fusion saved, and the kernels of one layer.
 
     layer    the one to list; None: the first of each kind
+
+    Raises ValueError for a layer that the model does not have.
     """
+    check_layer(layer, len(found.layers))
     parts = [f"{found.model}: {found.step}, on {found.device}", passes_table(found), layers_table(found)]
     if found.fusions:
         parts.append(fusions_table(found))
@@ -25,6 +29,12 @@ def check_layer(layer: int | None, layers: int) -> None:
     """Raises ValueError for a layer that the model does not have."""
     if layer is not None and not 0 <= layer < layers:
         raise ValueError(f"the layer must be 0 to {layers - 1} for this model, got {layer}; choose one of them")
+
+
+def only_layer(found: Inspection, layer: int) -> Inspection:
+    """The same with the kernels of one layer."""
+    ours, *plain = (replace(v, kernels=v.of_layer(layer)) for v in (found.ours, found.plain) if v)
+    return replace(found, ours=ours, plain=plain[0] if plain else None)
 
 
 def _shown(found: Inspection, layer: int | None) -> list[int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from gemma4_compile.inspection.catalogue import layers_of
 from gemma4_compile.inspection.files import ENTRIES
 from gemma4_compile.patterns import post_attention_norms
 from gemma4_compile.patterns.rewrite import Rewrite
+from scripts import dump_inductor
 from tests.models import CONFIGS, prompt, tiny
 
 ops = torch.ops.gemma4
@@ -270,6 +272,22 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "gemma4-compile, layer 1, full, experts" in printed and "report.html" in printed
     assert main(common) == 1
     assert capsys.readouterr().err.count("\n") == 1
-    assert main([*common, "--force", "--json"]) == 0
+    assert main([*common, "--force", "--json", "--layer", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {field.name for field in dataclasses.fields(data.Inspection)} == set(found)
+    assert {kernel["layer"] for kernel in found["ours"]["kernels"]} == {2}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_raw_dump(plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIGS["dense"]))
+    out = tmp_path / "out"
+    arguments = ["dump_inductor", str(config), "--out", str(out), "--device", "cpu", "--context", "6"]
+    monkeypatch.setattr(sys, "argv", arguments + ["--plain"] * plain)
+    assert dump_inductor.main() == 0
+    assert [path.name for path in out.iterdir()] == ["torchinductor"]
+    code = next(out.rglob("output_code.py")).read_text()
+    assert ("torch.ops.gemma4" in code) is not plain
+    assert next(out.rglob("ir_post_fusion.txt")).stat().st_size > 0
+    assert dump_inductor.main() == 1  # the folder is not empty
