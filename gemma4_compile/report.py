@@ -111,7 +111,7 @@ def report(model: nn.Module) -> Report:
 
 def unmatched_sites(record: Record, fusion: str, sites: tuple[str, ...], graph: int = 1) -> list[Unmatched]:
     """The expected sites of one fusion that one graph lacks, with the nearest pattern's reason."""
-    matched = {site_of(site.path) for site in record.matched(fusion) if _counts(fusion, site.path)}
+    matched = {site_of(site.path) for site in record.matched(fusion) if is_promised(fusion, site.path)}
     return [Unmatched(site, graph, *_reason(record, fusion, site)) for site in sites if site not in matched]
 
 
@@ -120,7 +120,8 @@ def _left(record: Record, fusion: str, graph: int) -> list[str]:
     return [f"graph {graph}: {count} sites left to Inductor, {reason}" for reason, count in reasons.items()]
 
 
-def _counts(fusion: str, path: str) -> bool:
+def is_promised(fusion: str, path: str) -> bool:
+    """Whether a matched site is one of those that the config promises."""
     # gelu(gate) * up also occurs in the PLE gate and in the experts; the sites promised are the dense MLPs.
     return fusion != "geglu" or path.endswith("mlp")
 

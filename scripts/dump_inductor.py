@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch._dynamo.exc import Unsupported
 
 from gemma4_compile.cli import add_common, add_model, config_of, load_model
 from gemma4_compile.inspection.capture import Recorder
@@ -37,8 +38,8 @@ def main() -> int:
         model, _ = load_model(options, getattr(torch, options.dtype) if options.dtype else None)
         with whole_or_nothing(options.out, ("torchinductor",)) as draft:
             dump(compiled_part(model), draft, options)
-    except (ValueError, TypeError) as error:
-        print(f"dump_inductor: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, Unsupported) as error:
+        print(f"dump_inductor: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     for path in sorted(path for path in options.out.rglob("*") if path.is_file()):
         print(f"{path.stat().st_size:>10,} B  {path}")
@@ -51,12 +52,17 @@ def dump(target: torch.nn.Module, folder: Path, options: argparse.Namespace) -> 
     prepare()
     passes = () if options.plain else pipeline(config.enabled())
     tracing = {"trace.enabled": True, "trace.debug_dir": str(folder)}
-    compiled = CompiledModel(target, Recorder(config, config.enabled(), steps=passes, options=tracing))
+    recorder = Recorder(config, config.enabled(), steps=passes, options=tracing)
+    compiled = CompiledModel(target, recorder)
     step = default_step(target, compiled.geometry, options.step, options.batch, options.context)
     with torch.inference_mode():
         compiled(**step.inputs())
-    for empty in [path for path in folder.iterdir() if path.name != "torchinductor"]:
-        shutil.rmtree(empty) if empty.is_dir() else empty.unlink()
+    if not recorder.graphs:
+        raise ValueError(
+            f"the step must compile, but it ran as Hugging Face wrote it: {compiled.eager_reason}; use another step"
+        )
+    for other in [path for path in folder.iterdir() if path.name != "torchinductor"]:
+        shutil.rmtree(other) if other.is_dir() else other.unlink()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from gemma4_compile.config import OptimizeConfig
 from gemma4_compile.fusions import FUSIONS
 from gemma4_compile.optimize import check_model, compiled_part, existing_state
 from gemma4_compile.passes import Record, pipeline, prepare
-from gemma4_compile.report import unmatched_sites
+from gemma4_compile.report import is_promised, unmatched_sites
 
 from .capture import CompiledGraph
 from .catalogue import layers_of
@@ -50,9 +50,11 @@ def inspect(
 ) -> Inspection:
     """Compile one step of a Gemma-4 with the caches off and say what became of it.
 
-    model            plain or optimized, and left as it is; an optimized one is inspected with its own config
+    model            plain or optimized, and left as it is; an optimized one is inspected with its own config, of a multimodal
+                     one the text part
     example_inputs   token ids [batch, tokens] int64, or the keyword arguments of a call; None: the step that `step` ("decode",
-                     "prefill"), `batch`, `context` and `static_cache` describe, on random tokens and random keys and values
+                     "prefill"), `batch`, `context` and `static_cache` describe, on random tokens and random keys and values.
+                     Each call gets a copy of the cache
     out              folder for report.html, inspection.json, catalogue.txt, graphs/, inductor/, depyf/ and, from a GPU, the
                      traces for Perfetto; None writes nothing
     compare          "plain" compiles and measures the same step without our passes too
@@ -73,7 +75,8 @@ def inspect(
     enabled = state.backend.enabled if state else config.enabled()
     config = dataclasses.replace(config, cuda_graphs=False)  # a replayed graph is one launch: nothing to tell its kernels by
     check_model(target, config)
-    folder = None if out is None else Path(out)
+    device = next(target.parameters()).device
+    folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_folder(folder, force)
     prepare()
@@ -90,10 +93,10 @@ def inspect(
         found = Inspection(
             model=name or type(model).__name__,
             step=ours.description,
-            device=torch.cuda.get_device_name() if on_gpu else next(target.parameters()).device.type,
+            device=torch.cuda.get_device_name(device) if on_gpu else device.type,
             versions={"torch": torch.__version__, "transformers": transformers.__version__},
             layers=layers_of(ours.geometry),
-            passes=_passes(ours.graph, ours.geometry.expected_sites()),
+            passes=_passes(ours.graph, {name: s for name, s in ours.geometry.expected_sites().items() if name in enabled}),
             ours=ours.variant,
             plain=plain.variant if plain else None,
             fusions=fusions(ours.graph.record, _in_order(enabled), plain.variant.kernels, ours.variant.kernels)
@@ -118,8 +121,8 @@ def _passes(graph: CompiledGraph, expected: dict[str, tuple[str, ...]]) -> tuple
             name=name,
             milliseconds=seconds * 1e3,
             expected=len(expected[name]) if name in expected else None,
-            matched=len(graph.record.matched(name)),
-            left=sum(bool(site.left) for site in graph.record.matched(name)),
+            matched=len(sites := [site for site in graph.record.matched(name) if is_promised(name, site.path)]),
+            left=sum(bool(site.left) for site in sites),
             changed_lines=changed_lines(stages[names[names.index(name) - 1]], stages[name]),
             unmatched=_unmatched(graph.record, name, expected.get(name)),
         )

@@ -25,7 +25,7 @@ from gemma4_compile.patterns.rewrite import module_path
 
 from .data import Line
 
-_NO_CACHES = {"fx_graph_cache": False, "trace.provenance_tracking_level": 1, "triton.cudagraphs": False}
+_INSPECTING = {"fx_graph_cache": False, "trace.provenance_tracking_level": 1, "triton.cudagraphs": False}
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \w+\n\s*(?P<code>.*)')
 _PACKAGE = Path(gemma4_compile.__file__).parent
 
@@ -88,7 +88,7 @@ class Recorder(Backend):
             )
             return compiled
 
-        options = {**self.config.inductor, **self.options, **_NO_CACHES}
+        options = {**self.config.inductor, **self.options, **_INSPECTING}
         with functorch_config.patch(enable_autograd_cache=False), self.progress(f"compiling {len(gm.graph.nodes)} nodes"):
             call: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=options)  # type: ignore[arg-type]
         return call

@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,9 @@ from gemma4_compile.patterns.rewrite import module_path
 
 from .capture import CompiledGraph, short_path
 from .data import Kernel, Kind, Layer, Line
+from .ownership import computed, stored
 from .traffic import is_view, traffic
-from .wrapper_code import Call, WrapperCode, read
+from .wrapper_code import Call, WrapperCode, op_of, read
 
 _CACHE = re.compile(r"steps\.(\d+)\.")
 _LAYER = re.compile(r"layers\.(\d+)")
@@ -44,20 +45,14 @@ def catalogue(graph: CompiledGraph, geometry: Geometry) -> tuple[Kernel, ...]:
     """
     code = read(graph.code)
     nodes = {node.name: node for node in graph.post_grad.graph.nodes}
-    order = {name: place for place, name in enumerate(nodes)}
     names = _names(graph)
     owners = [layer.index for layer in geometry.layers if not layer.shares_kv]
-    found = [[nodes[name] for name in graph.provenance.get(call.key, ()) if name in nodes] for call in code.calls]
-    # A library call names the nodes that its arguments were folded from, and a generated kernel that copies such an argument
-    # names the call's node. What a call computes are the nodes of its own name, and those no generated kernel computes.
-    generated = [call.name in code.kernels for call in code.calls]
-    found = [own if by_us else _of_name(call.name, own) for call, own, by_us in zip(code.calls, found, generated, strict=True)]
-    called = {node for own, by_us in zip(found, generated, strict=True) if not by_us for node in own}
-    kernels = []
-    for index, (call, own) in enumerate(zip(code.calls, found, strict=True)):
-        if generated[index]:
-            own = [node for node in own if node not in called]
-        kernels.append(_kernel(index, call, code, sorted(own, key=lambda n: order[n.name]), graph, names, owners))
+    owned = computed(code, nodes, graph.provenance)
+    is_stored = stored(owned)
+    kernels = [
+        _kernel(index, call, code, own, graph, names, owners, functools.partial(is_stored, index))
+        for index, (call, own) in enumerate(zip(code.calls, owned, strict=True))
+    ]
     if kernels and not any(kernel.ops for kernel in kernels):
         raise ValueError("each kernel needs provenance, got none from Inductor; use a torch version that pyproject.toml admits")
     return tuple(kernels)
@@ -71,37 +66,39 @@ def _kernel(
     graph: CompiledGraph,
     names: dict[str, str],
     owners: list[int],
+    is_stored: Callable[[Node], bool],
 ) -> Kernel:
-    computed = [node for node in nodes if not is_view(node)] or nodes
-    dynamo = _dynamo_nodes(computed, graph)
-    inputs, outputs = traffic(computed, names)
+    nodes = [node for node in nodes if not is_view(node)] or nodes
+    dynamo = _dynamo_nodes(nodes, graph)
+    passed = {*call.reads, *call.writes} if call.name in code.kernels else None
+    inputs, outputs = traffic(nodes, names, passed, is_stored)
     written = {value.name for value in outputs}
-    paths = [_path(node, names, owners) for node in computed if node.name in written]
-    paths = paths or [module_path(node) for node in computed]
+    paths = [_path(node, names, owners, _prefix(graph)) for node in nodes if node.name in written]
+    paths = paths or [module_path(node) for node in nodes]
     kind = classify(call.name, call.name in code.kernels)
     lines = [graph.sources[name] for name in graph.sources if name in dynamo]
     return Kernel(
         index=index,
         name=call.name,
         kind=kind,
-        fusion=_FUSION_OF.get(_op(call.name), "") if kind == "ours" else "",
+        fusion=_FUSION_OF.get(op_of(call.name), "") if kind == "ours" else "",
         layer=_layer(paths),
         module=_common(paths),
-        ops=tuple(dict.fromkeys(str(node.target) for node in computed)),
-        lines=_unique(lines or _own_lines(computed, graph)),
+        ops=tuple(dict.fromkeys(str(node.target) for node in nodes)),
+        lines=_unique(lines or _own_lines(nodes, graph)),
         nodes=tuple(dynamo),
         inputs=inputs,
         outputs=outputs,
         bytes=sum(value.bytes for value in (*inputs, *outputs)),
         launches=1,
         microseconds=None,
-        code=code.kernels.get(call.name) or (source_of(_op(call.name)) if kind == "ours" else call.text),
+        code=code.kernels.get(call.name) or (source_of(op_of(call.name)) if kind == "ours" else call.text),
     )
 
 
 def classify(name: str, generated: bool) -> Kind:
     """The class of a kernel by its name in Inductor's code; `generated` where Inductor wrote it."""
-    last = _op(name)
+    last = op_of(name)
     if generated:
         return "gemm" if name.startswith("triton_tem_") and "mm" in name else "inductor"
     if "attention" in last and "gemma4." not in name or last == "attention":
@@ -130,18 +127,6 @@ def source_of(op: str) -> str:
     return "\n".join(found.values())
 
 
-def _of_name(name: str, nodes: list[Node]) -> list[Node]:
-    """The nodes that a library call is named after: aten.mm.default for extern_kernels.mm; all of them if none is."""
-    op = _op(name)
-    return [node for node in nodes if _op(f"torch.ops.{node.target}") == op] or nodes
-
-
-def _op(name: str) -> str:
-    """mm of extern_kernels.mm and of torch.ops.aten.mm.default."""
-    parts = name.split(".")
-    return parts[3] if name.startswith("torch.ops.") and len(parts) > 3 else parts[-1]
-
-
 def _dynamo_nodes(nodes: Iterable[Node], graph: CompiledGraph) -> dict[str, None]:
     """Names of the nodes of Dynamo's graph that post-grad nodes came from."""
     found: dict[str, None] = {}
@@ -167,11 +152,17 @@ def _names(graph: CompiledGraph) -> dict[str, str]:
     return dict(zip(placeholders, graph.parameters, strict=True)) if len(placeholders) == len(graph.parameters) else {}
 
 
-def _path(node: Node, names: dict[str, str], owners: list[int]) -> str:
+def _path(node: Node, names: dict[str, str], owners: list[int], prefix: str) -> str:
     """The module of a node. AOT's copies into graph inputs have none: those into a cache belong to its layer."""
     target = node.args[0] if str(node.target) == "aten.copy_.default" else None
     found = _CACHE.match(names.get(target.name, "")) if isinstance(target, Node) else None
-    return f"model.layers.{owners[int(found.group(1))]}.self_attn" if found else module_path(node)
+    return f"{prefix}layers.{owners[int(found.group(1))]}.self_attn" if found else module_path(node)
+
+
+def _prefix(graph: CompiledGraph) -> str:
+    """What stands before `layers.N` in this model's paths: `model.`, or nothing where the text model itself was compiled."""
+    paths = (line.module for line in graph.sources.values())
+    return next((path[: found.start()] for path in paths if (found := _LAYER.search(path))), "model.")
 
 
 def _layer(paths: Iterable[str]) -> int | None:

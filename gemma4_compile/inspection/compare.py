@@ -15,15 +15,15 @@ def fusions(record: Record, names: Iterable[str], plain: tuple[Kernel, ...], our
 
     Both graphs start from the same graph of Dynamo's. A kernel counts for a fusion if fusions took all the nodes that it is the
     first to compute: one that also writes the KV cache, say, is not saved, as that work needs a kernel still. What Inductor
-    computes again in a later kernel says nothing of that kernel's purpose.
+    computes again in a later kernel says nothing of that kernel's purpose. Over several fusions, the most nodes decide.
     """
     taken: dict[str, str] = {}
     sites: Counter[str] = Counter()
-    for name in names:
-        for site in record.matched(name):
-            if not site.left:
-                sites[name] += 1
-                taken |= dict.fromkeys(site.nodes, name)
+    matched = [(name, site) for name in names for site in record.matched(name) if not site.left]
+    for name, site in matched:
+        taken |= dict.fromkeys(site.nodes, name)
+    for name, site in matched:  # a later fusion may have taken the whole of an earlier one's site
+        sites[name] += any(taken[node] == name for node in site.nodes)
     before, after = _shares(plain, taken), _shares(ours, taken)
     measured = all(kernel.microseconds is not None for kernel in ours)
     rows = []

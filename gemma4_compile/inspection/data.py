@@ -139,7 +139,8 @@ class PassRow:
 
 @dataclass(frozen=True)
 class FusionRow:
-    """What a fusion replaced, counted in the two compiled graphs.
+    """What a fusion replaced, counted in the two compiled graphs. A kernel over several fusions counts for the one that took
+    most of it.
 
     plain        launches of the plain graph's kernels that compute nothing but what this fusion matched
     now          launches of our graph's kernels that do

@@ -1,5 +1,6 @@
 """The output folder: written beside its place and moved there when it is whole, so that nothing half-written is left behind."""
 
+import contextlib
 import difflib
 import json
 import os
@@ -43,15 +44,17 @@ def whole_or_nothing(out: Path, entries: Sequence[str] = ENTRIES) -> Iterator[Pa
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=out))
     try:
         yield draft
-        for name in entries:
-            old = out / name
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-            if (draft / name).exists():
-                os.replace(draft / name, old)
+        with tempfile.TemporaryDirectory(prefix=".old-", dir=out) as old:
+            for name in entries:
+                if os.path.lexists(out / name):
+                    os.replace(out / name, Path(old) / name)
+            for name in os.listdir(draft):
+                os.replace(draft / name, out / name)
     except BaseException:
-        shutil.rmtree(draft)
-        for folder in made:  # the innermost first
-            folder.rmdir()
+        shutil.rmtree(draft, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another writer may have put something there meanwhile
+            for folder in made:  # the innermost first
+                folder.rmdir()
         raise
     draft.rmdir()
 

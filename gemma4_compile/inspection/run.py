@@ -60,27 +60,33 @@ def run_variant(
     compiled = CompiledModel(target, recorder)
     step = default_step(target, compiled.geometry, **described) if example_inputs is None else given_step(example_inputs)
 
-    def call() -> Any:
+    def call(inputs: dict[str, Any]) -> Any:
         with torch.inference_mode():
-            return compiled(**step.inputs())
+            return compiled(**inputs)
 
     start = time.perf_counter()
     with _decompiling() as (decompiled, notes), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a call ran uncompiled is an error here
         try:
-            call()
+            call(step.inputs())
         except Unsupported as error:
             raise ValueError(_graph_break(error)) from error
     seconds = time.perf_counter() - start
     if compiled.eager_reason or not recorder.graphs:
         reason = compiled.eager_reason or "the model was called inside another compilation"
         raise ValueError(f"the step must compile, but it ran as Hugging Face wrote it: {reason}; use another kind of cache")
-    graph = recorder.graphs[-1]
+    graph = recorder.graphs[0]
     kernels = catalogue(graph, compiled.geometry)
     measured = None
-    if next(target.parameters()).device.type == "cuda":
+    device = next(target.parameters()).device
+    if device.type == "cuda":
         trace = None if draft is None else draft / ("trace_plain.json" if name == "plain" else "trace.json")
-        measured = timing.measure(call, kernels, trace)
+        with torch.cuda.device(device):
+            measured = timing.measure(step.inputs, call, kernels, trace)
+        if len(recorder.graphs) > 1:
+            raise ValueError(
+                "the step must compile to the same graph each time, got another one when it was repeated; use another step"
+            )
     variant = Variant(
         name,
         measured.kernels if measured else kernels,

@@ -1,25 +1,31 @@
 """The step that is inspected: a decode step on a filled cache, a prefill, or the caller's own inputs."""
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from gemma4_compile.geometry import Geometry
 
 STEPS = ("decode", "prefill")
-_ROOM = 64  # further tokens in a static cache: more than the steps that an inspection runs
+_ROOM = 64  # further tokens in a static cache
+_NOT_TEXT = ("pixel_values", "input_features", "mm_token_type_ids", "image_", "video_", "audio_")
 
 
 @dataclass(frozen=True)
 class Step:
-    """inputs() gives the keyword arguments of the next call of the model; the same cache from call to call in a decode."""
+    """A step that can be repeated: inputs() gives the keyword arguments of one call, with a copy of the cache each time, as a
+    call fills it."""
 
     description: str
-    inputs: Callable[[], dict[str, Any]]
+    arguments: Mapping[str, Any]
+
+    def inputs(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(v) if isinstance(v, Cache) else v for name, v in self.arguments.items()}
 
 
 def default_step(
@@ -40,12 +46,11 @@ def default_step(
     dtype = next(model.parameters()).dtype
     generator = torch.Generator(device).manual_seed(0)
 
-    def tokens(length: int) -> Tensor:
-        return torch.randint(0, config.vocab_size, (batch, length), device=device, generator=generator)
-
+    length = 1 if kind == "decode" else context
+    tokens = torch.randint(0, config.vocab_size, (batch, length), device=device, generator=generator)
     described = f"{kind}, batch {batch}, context {context}, {str(dtype).removeprefix('torch.')}"
     if kind == "prefill":
-        return Step(described, lambda: {"input_ids": tokens(context), "past_key_values": DynamicCache(config=config)})
+        return Step(described, {"input_ids": tokens, "past_key_values": DynamicCache(config=config)})
     cache: Any = StaticCache(config=config, max_cache_len=context + _ROOM) if static_cache else DynamicCache(config=config)
     for layer in geometry.layers:
         if not layer.shares_kv:
@@ -53,13 +58,13 @@ def default_step(
             rows = [torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(2)]
             cache.update(*rows, layer.index)
     described += ", static cache" if static_cache else ", dynamic cache"
-    return Step(described, lambda: {"input_ids": tokens(1), "past_key_values": cache})
+    return Step(described, {"input_ids": tokens, "past_key_values": cache})
 
 
 def given_step(example_inputs: Any) -> Step:
-    """The caller's own: token ids, or the keyword arguments of a call.
+    """The caller's own: token ids, or the keyword arguments of a call, whose cache is not touched.
 
-    Raises TypeError for anything else."""
+    Raises TypeError for anything else, ValueError for images and sounds: what is compiled is the text part."""
     if isinstance(example_inputs, Tensor):
         example_inputs = {"input_ids": example_inputs}
     if not isinstance(example_inputs, Mapping):
@@ -67,6 +72,7 @@ def given_step(example_inputs: Any) -> Step:
             f"example_inputs must be token ids or a mapping of keyword arguments, got {type(example_inputs).__name__}; "
             "pass tokenizer(text, return_tensors='pt')"
         )
-    inputs = dict(example_inputs)
-    shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in inputs.items() if isinstance(v, Tensor))
-    return Step(f"the given inputs: {shapes}", lambda: dict(inputs))
+    if others := sorted(name for name in example_inputs if name.startswith(_NOT_TEXT)):
+        raise ValueError(f"a step of the text part takes tokens or embeddings, got {', '.join(others)}; pass inputs_embeds")
+    shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in example_inputs.items() if isinstance(v, Tensor))
+    return Step(f"the given inputs: {shapes}", dict(example_inputs))

@@ -1,9 +1,10 @@
 """An inspection as text: what the command prints."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from .catalogue import count_by_layer
+from .catalogue import LayerCount, count_by_layer
 from .data import Inspection, Kernel, Variant
 
 _KINDS = ("gemm", "attention", "ours", "inductor", "collective", "other")
@@ -53,6 +54,8 @@ def totals(variant: Variant) -> str:
             f"\n  GPU busy {variant.busy_microseconds / 1e3:.3f} ms a step, sum of the kernels "
             f"{variant.kernel_microseconds / 1e3:.3f} ms, wall {variant.wall_microseconds / 1e3:.3f} ms (launched from Python)"
         )
+        works = ", ".join(f"{work.name} {work.launches}" for work in variant.outside)
+        line += f"\n  launched outside the graph: {works or 'nothing'}"
     return line
 
 
@@ -77,14 +80,14 @@ def layers_table(found: Inspection) -> str:
     timed = found.ours.busy_microseconds is not None
     rows: list[Sequence[str]] = [("layer", "kernels", *(["us"] if timed else []), *_KINDS, "")]
     for layer in [*labels, None]:
-        here = [count[layer] for count in counts if layer in count]
-        if not here:
+        if not any(layer in count for count in counts):
             continue
+        here = [count.get(layer) or LayerCount(layer, Counter()) for count in counts]
         cells = [_arrow(str(one.total) for one in here)]
         if timed:
             cells.append(_arrow(f"{_time(variant.of_layer(layer)):.1f}" for variant in found.variants))
         cells += [_arrow(str(one.counts[kind]) for one in here) for kind in _KINDS]
-        name = "outside" if layer is None else str(layer)
+        name = "none" if layer is None else str(layer)
         rows.append((name, *cells, "" if layer is None else labels[layer]))
     return "\n".join(_align(rows))
 
@@ -112,7 +115,7 @@ def catalogue_table(found: Inspection, layers: Sequence[int | None] | None) -> s
         for layer in shown:
             kernels = variant.of_layer(layer)
             if kernels:
-                title = "outside the layers" if layer is None else f"layer {layer}, {labels[layer]}"
+                title = "in no layer" if layer is None else f"layer {layer}, {labels[layer]}"
                 blocks.append("\n".join([f"{variant.name}, {title}", *_align([_row(kernel) for kernel in kernels])]))
     return "\n\n".join(blocks)
 

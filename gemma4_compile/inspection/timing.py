@@ -46,31 +46,36 @@ class Timing:
     wall_microseconds: float
 
 
-def measure(call: Callable[[], Any], kernels: Sequence[Kernel], trace: Path | None) -> Timing:
-    """Time a step whose catalogue is `kernels`; medians over STEPS steps, after WARM_UP.
+def measure(prepare: Callable[[], Any], call: Callable[[Any], Any], kernels: Sequence[Kernel], trace: Path | None) -> Timing:
+    """Time call(prepare()), a step on the current device whose catalogue is `kernels`: medians over STEPS steps, after WARM_UP.
+    What prepare() does is not in the times.
 
     trace    where the profile goes, for Perfetto; None: nowhere
     """
     for _ in range(WARM_UP):
-        call()
+        call(prepare())
     walls = []
     for _ in range(STEPS):
+        inputs = prepare()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        call()
+        call(inputs)
         torch.cuda.synchronize()
         walls.append((time.perf_counter() - start) * 1e6)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(STEPS):
-            with record_function(_STEP):
-                call()
+            inputs = prepare()
             torch.cuda.synchronize()
+            with record_function(_STEP):
+                call(inputs)
+                torch.cuda.synchronize()
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     events = list(profiler.events() or ())
-    steps = [launched(step, events) for step in events if step.name == _STEP and step.device_type == DeviceType.CPU]
-    timed, outside = assign(kernels, steps)
-    return Timing(timed, outside, _busy(events) / STEPS, statistics.median(walls))
+    steps = [event for event in events if event.name == _STEP and event.device_type == DeviceType.CPU]
+    timed, outside = assign(kernels, [launched(step, events) for step in steps])
+    busy = statistics.median(busy_microseconds(step, events) for step in steps)
+    return Timing(timed, outside, busy, statistics.median(walls))
 
 
 def launched(step: Any, events: Iterable[Any]) -> list[Launched]:
@@ -151,12 +156,15 @@ def event_name(name: str) -> str:
     return name
 
 
-def _busy(events: Iterable[Any]) -> float:
-    """Microseconds in which at least one kernel ran: the union of their intervals."""
+def busy_microseconds(step: Any, events: Iterable[Any]) -> float:
+    """The time in a step, which ends when the GPU is done, in which at least one kernel ran: the union of their intervals."""
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False) and event.name != _STEP
+        if event.device_type == DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+        and event.name != _STEP
+        and _within(event, step)
     )
     busy, end = 0.0, float("-inf")
     for start, stop in spans:

@@ -5,7 +5,7 @@ writes the rows it is given.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -70,10 +70,17 @@ def _is_output(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
-def traffic(nodes: Iterable[Node], names: dict[str, str]) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
+def traffic(
+    nodes: Iterable[Node],
+    names: dict[str, str],
+    passed: set[str] | None = None,
+    stored: Callable[[Node], bool] | None = None,
+) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
     """(inputs, outputs) of a kernel that computes these nodes of the post-grad graph.
 
-    names    placeholder -> what it is to the model
+    names     placeholder -> what it is to the model
+    passed    placeholders that the kernel is given, where that is known: it reads no other
+    stored    whether a node has to be written, where that is known; else what anything outside reads is
     """
     inside = {node for node in nodes if not is_view(node) or _is_output(node)}
     for node in list(inside):  # outputs of an op with several come with it
@@ -86,10 +93,14 @@ def traffic(nodes: Iterable[Node], names: dict[str, str]) -> tuple[tuple[Value, 
             base = base_of(source)
             if base in inside or position == 0 and target in _WRITES_FIRST:
                 continue
-            reads.setdefault(base, {})[source] = _bytes_read(node, target, position, source)
+            if passed is not None and base.op == "placeholder" and base.name not in passed:
+                continue
+            views = reads.setdefault(base, {})
+            gathered = _GATHERS.get(target) == position
+            views[source] = _bytes_read(node, target, position, source) + (views.get(source, 0) if gathered else 0)
         if not is_view(node) or _is_output(node):
             moved = _written(node)
-            if moved and _leaves(node, inside):
+            if moved and (_leaves(node, inside) if stored is None or _is_output(node) else stored(node)):
                 writes[node] = moved
     inputs = tuple(
         _value(base, names, min(sum(views.values()), _nbytes(base) or sum(views.values()))) for base, views in reads.items()
@@ -98,7 +109,8 @@ def traffic(nodes: Iterable[Node], names: dict[str, str]) -> tuple[tuple[Value, 
 
 
 def _tensor_arguments(node: Node) -> list[tuple[int, Node]]:
-    """(position, node) of each tensor that a node reads, also from lists; arguments by name come after those by place."""
+    """(position, node) of each tensor that a node reads, also from lists. Post-grad graphs pass tensors by place, but for a few
+    optional ones, which are counted after those."""
     found: list[tuple[int, Node]] = []
     for position, argument in enumerate([*node.args, *node.kwargs.values()]):
         for item in argument if isinstance(argument, (list, tuple)) else (argument,):
@@ -123,7 +135,8 @@ def _written(node: Node) -> int:
     target = str(node.target)
     if target == "aten.copy_.default" and isinstance(node.args[1], Node):
         source = base_of(node.args[1])
-        return _written(source) if str(source.target) in _SCATTERS else _nbytes(node)
+        updated = str(source.target) in _SCATTERS and base_of(source.args[0]) is base_of(node.args[0])  # type: ignore[arg-type]
+        return _written(source) if updated else _nbytes(node)
     if target in _SCATTERS:
         written = node.args[_SCATTERS[target]]
         return _nbytes(written) if isinstance(written, Node) else 0

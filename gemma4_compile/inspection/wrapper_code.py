@@ -13,14 +13,20 @@ _LIBRARY_CALLS = ("extern_kernels.", "torch.ops.", "aten.")
 class Call:
     """One kernel call.
 
-    name      the kernel as the code names it, without `.run`
-    key       name:handle, as the provenance tables have it; empty if the code has no handle for it
-    text      the statement
+    name       the kernel as the code names it, without `.run`
+    key        name:handle, as the provenance tables have it; empty if the code has no handle for it
+    text       the statement
+    arguments  the buffer or graph input at each place, None where there is neither
+    reads      buffers that a generated kernel reads, and those it updates in place; of a library call, all its arguments
+    writes     buffers that it fills or updates
     """
 
     name: str
     key: str
     text: str
+    arguments: tuple[str | None, ...] = ()
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ def read(code: str) -> WrapperCode:
     }
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     if "call" not in functions:
-        raise ValueError("Inductor's code must define `call`, got a module without; this torch version writes it another way")
+        raise ValueError("Inductor's code must define `call`, got a module without; leave cpp_wrapper out of the options")
     lines = code.splitlines()
     calls: list[Call] = []
     _collect(functions["call"], functions, kernels, lines, calls)
@@ -73,7 +79,41 @@ def _collect(
         found = handles.pop(above) if above is not None and handles[above]["name"] == base else None
         key = f"{base}:{found['handle']}" if found else ""
         text = " ".join(line.strip() for line in lines[node.lineno - 1 : node.end_lineno])
-        calls.append(Call(base, key, text))
+        arguments = tuple(_buffer(argument) for argument in node.args)
+        calls.append(Call(base, key, text, arguments, *_reads_and_writes(base, arguments, text, kernels)))
+
+
+_BUFFER = re.compile(r"(buf|arg|primals_)\d+(_\d+)?")
+_PARAMETERS = re.compile(r"(?:def|void)\s+\w+\((?P<names>[^)]*_ptr[^)]*)\)")
+_POINTER = re.compile(r"\b(in_out|in|out)_ptr\d+")
+_RESULT = re.compile(r"(?:^|\bout=)(?P<buffer>buf\d+)\b(?: = |\))")
+
+
+def _buffer(argument: ast.expr) -> str | None:
+    """The buffer or graph input that an argument is, or is a view of."""
+    names = [n.id for n in ast.walk(argument) if isinstance(n, ast.Name) and _BUFFER.fullmatch(n.id)]
+    return names[0] if names else None
+
+
+def _reads_and_writes(
+    name: str, arguments: tuple[str | None, ...], text: str, kernels: dict[str, str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if name not in kernels:
+        results = tuple(found["buffer"] for found in _RESULT.finditer(text))
+        return tuple(argument for argument in arguments if argument), results
+    parameters = _PARAMETERS.search(kernels[name])
+    ways = [found.group(1) for found in map(_POINTER.search, parameters["names"].split(",")) if found] if parameters else []
+    pointers = list(zip(arguments, ways, strict=False))  # pointers come first, sizes after them
+    return (
+        tuple(buffer for buffer, way in pointers if buffer and way != "out"),
+        tuple(buffer for buffer, way in pointers if buffer and way != "in"),
+    )
+
+
+def op_of(name: str) -> str:
+    """mm of extern_kernels.mm and of torch.ops.aten.mm.default."""
+    parts = name.split(".")
+    return parts[3] if name.startswith("torch.ops.") and len(parts) > 3 else parts[-1]
 
 
 def _kernel_source(call: ast.expr) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -12,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from gemma4_compile import OptimizeConfig, inspect, optimize, passes
 from gemma4_compile.cli import main
 from gemma4_compile.geometry import geometry
 from gemma4_compile.inspection import data, tables
 from gemma4_compile.inspection.catalogue import layers_of
-from gemma4_compile.inspection.files import ENTRIES
+from gemma4_compile.inspection.files import ENTRIES, whole_or_nothing
 from gemma4_compile.patterns import post_attention_norms
 from gemma4_compile.patterns.rewrite import Rewrite
 from scripts import dump_inductor
@@ -91,6 +93,18 @@ def test_kernels_say_where_they_come_from(compared: Compared, kind: str) -> None
     for kernel in found.ours.kernels:
         if kernel.fusion == fusion:
             assert any(code in line.code and line.file.startswith("transformers/models/gemma4") for line in kernel.lines)
+
+
+@each_kind
+def test_a_kernel_has_no_more_values_than_pointers(compared: Compared, kind: str) -> None:
+    """Inductor's provenance names more nodes than a kernel computes: those of the other arguments of the call that it feeds."""
+    found, _ = compared(kind)
+    for variant in found.variants:
+        generated = [kernel for kernel in variant.kernels if kernel.kind == "inductor"]
+        assert generated
+        for kernel in generated:
+            written = len(re.findall(r"^ +(?:const )?\w+\* (?:in_)?out_ptr\d|kernel\(\w+\* in_out_ptr", kernel.code, re.M))
+            assert 1 <= len(kernel.outputs) <= max(written, 1), (kernel.name, written, [v.name for v in kernel.outputs])
 
 
 @moe
@@ -184,6 +198,40 @@ def test_an_optimized_model_stays_as_it_is_and_a_warm_cache_hides_nothing() -> N
         assert torch.equal(model(ids).logits, expected)
 
 
+def test_the_callers_cache_is_not_touched() -> None:
+    """Both variants, and each repetition, run the same step."""
+    model: Any = tiny("dense")
+    cache: Any = DynamicCache(config=model.config)
+    for layer, (heads, dim) in enumerate(((2, 16), (1, 32))):
+        cache.update(torch.randn(1, heads, 3, dim), torch.randn(1, heads, 3, dim), layer)
+    found = inspect(model, {"input_ids": prompt(1, 6), "past_key_values": cache}, compare="plain")
+    assert cache.get_seq_length() == 3
+    assert [layer.keys.shape[2] for layer in cache.layers] == [3, 3]
+    for variant in found.variants:
+        for kernel in variant.kernels:
+            if kernel.kind == "attention":
+                sizes = {size for value in kernel.inputs for size in value.shape}
+                assert 9 in sizes and 15 not in sizes
+
+
+def test_a_full_window_is_rolled() -> None:
+    """The default step of the real models: the static sliding cache is full, and moves whole."""
+    model = tiny("dense")
+    found = inspect(model, context=20)
+    copies = [k for k in found.ours.kernels if any("copy" in op for op in k.ops) and k.layer == 0]
+    window = 2 * 8 * 16 * 4  # heads, rows, head dim, fp32
+    assert copies and all(any(value.bytes == window for value in kernel.outputs) for kernel in copies)
+    assert all(kernel.bytes <= 40 * window for kernel in found.ours.kernels if kernel.kind == "inductor")
+
+
+def test_fusions_that_are_off_promise_nothing() -> None:
+    found = inspect(tiny("moe"), context=6, config=OptimizeConfig(disable=("route",)), compare="plain")
+    rows = {row.name: row for row in found.passes}
+    assert rows["route"].expected is None and rows["geglu"].expected is None
+    assert rows["post_attention_norms"].expected == rows["post_attention_norms"].matched == 3
+    assert "route" not in {row.name for row in found.fusions}
+
+
 @pytest.mark.parametrize("static_cache", [True, False])
 @pytest.mark.parametrize("step", ["decode", "prefill"])
 def test_other_steps(step: str, static_cache: bool) -> None:
@@ -209,8 +257,6 @@ def test_a_graph_break_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_step_that_runs_uncompiled_is_refused(tmp_path: Path) -> None:
-    from transformers import DynamicCache
-
     model: Any = tiny("dense")
     cache: Any = DynamicCache(config=model.config)
     cache.layers[0].record_past = True
@@ -236,9 +282,31 @@ def test_folders(tmp_path: Path) -> None:
     assert not (tmp_path / "graphs" / "stale").exists()
 
 
+def test_what_was_there_stays_when_an_inspection_fails(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "graphs").symlink_to(tmp_path / "link")
+    with pytest.raises(RuntimeError), whole_or_nothing(tmp_path) as draft:
+        (draft / "report.html").write_text("new")
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graphs", "link", "report.html"]
+    assert (tmp_path / "report.html").read_text() == "old"
+    with whole_or_nothing(tmp_path) as draft:
+        (draft / "graphs").mkdir()
+    assert not (tmp_path / "graphs").is_symlink() and not (tmp_path / "report.html").exists()
+
+
+def test_an_error_is_not_hidden_by_another_writer(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), whole_or_nothing(tmp_path / "out") as draft:
+        (draft.parent / "other.txt").write_text("of another")
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["other.txt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"example_inputs": {"input_ids": torch.ones(1, 2), "pixel_values": torch.ones(1)}}, "takes tokens or embeddings"),
         ({"step": "verify"}, "step must be one of decode, prefill, got 'verify'"),
         ({"batch": 0}, "batch and context must be at least 1, got 0"),
         ({"compare": "eager"}, 'compare must be "plain" or None'),

@@ -6,7 +6,7 @@ from typing import Any
 from torch.autograd import DeviceType
 
 from gemma4_compile.inspection.data import Kernel
-from gemma4_compile.inspection.timing import Launched, assign, event_name, launched
+from gemma4_compile.inspection.timing import Launched, assign, busy_microseconds, event_name, launched
 
 
 def kernel(index: int, name: str) -> Kernel:
@@ -44,6 +44,13 @@ def test_the_profilers_own_work_calls_nothing() -> None:
     flush = Event(2, "Activity Buffer Request", Range(20, 60), graph)
     product = Event(3, "aten::mm", Range(21, 39), flush, [Duration(4.0)])
     assert launched(step, [step, graph, flush, product]) == [Launched("aten::mm", True, 1, 4.0)]
+
+
+def test_busy_is_the_union_of_the_kernels_of_a_step() -> None:
+    step = Event(0, "gemma4_compile.step", Range(0, 100))
+    spans = [(10, 20), (15, 30), (50, 60), (120, 130)]  # two overlap, one is of the next step
+    kernels = [Event(i, "k", Range(*span), device_type=DeviceType.CUDA) for i, span in enumerate(spans, 1)]
+    assert busy_microseconds(step, [step, *kernels]) == 30
 
 
 def test_names_in_the_profiler() -> None:

@@ -60,6 +60,22 @@ def test_a_scatter_writes_rows() -> None:
     assert sorted(read.values()) == [16, 32] and list(written.values()) == [32]
 
 
+def test_a_scatter_into_a_copy_moves_all_of_it() -> None:
+    def roll(cache: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+        return cache.copy_(aten.index_put(aten.roll(cache, [-1], [0]), [rows], new))
+
+    _, written = moved(roll, torch.rand(1000, 4), torch.tensor([3, 5]), torch.rand(2, 4), only="aten.copy_.default")
+    assert list(written.values()) == [16000]
+
+
+def test_two_gathers_from_one_table() -> None:
+    def both(table: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+        return aten.embedding(table, rows) + aten.embedding(table, others)
+
+    read, _ = moved(both, torch.rand(1000, 4), torch.tensor([3, 5]), torch.tensor([7, 9]))
+    assert sorted(read.values()) == [16, 16, 64]
+
+
 def test_outputs_of_an_op_with_several() -> None:
     _, written = moved(lambda x: aten.topk(x, 2), torch.rand(3, 9))
     assert sorted(written.values()) == [24, 48]  # fp32 values, int64 indices
