@@ -30,7 +30,6 @@ from .run import run_variant
 
 __all__ = ["Inspection", "inspect"]
 
-_NEAR = 2  # nodes
 OURS, PLAIN = "gemma4-compile", "plain"
 
 
@@ -131,15 +130,12 @@ def _passes(graph: CompiledGraph, expected: dict[str, tuple[str, ...]]) -> tuple
 
 
 def _unmatched(record: Record, name: str, sites: tuple[str, ...] | None) -> tuple[Unmatched, ...]:
-    """The sites that a fusion was expected at. A step that promises none lists the places where its pattern all but fitted: its
-    anchor alone, such as an addition, is found everywhere."""
+    """The sites that a fusion was expected at. A step that promises none lists where its pattern fitted and the guard objected:
+    parts of a pattern, such as an addition, are found everywhere."""
     if sites is not None:
         return tuple(Unmatched(one.site, one.reason, one.pattern) for one in unmatched_sites(record, name, sites))
-    return tuple(
-        Unmatched(miss.path, miss.reason, miss.source)
-        for miss in record.misses
-        if miss.fusion == name and miss.missing <= _NEAR
-    )
+    refused = [miss for miss in record.misses if miss.fusion == name and miss.missing < 0]
+    return tuple(Unmatched(miss.path, miss.reason, miss.source) for miss in refused)
 
 
 def _notes(on_gpu: bool, compared: bool, own: tuple[str, ...]) -> list[str]:

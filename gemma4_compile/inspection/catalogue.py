@@ -82,7 +82,7 @@ def _kernel(
         name=call.name,
         kind=kind,
         fusion=_FUSION_OF.get(op_of(call.name), "") if kind == "ours" else "",
-        layer=_layer(paths),
+        layer=_layer(paths, min) if _layer(paths, min) is not None else _layer(map(module_path, nodes), max),
         module=_common(paths),
         ops=tuple(dict.fromkeys(str(node.target) for node in nodes)),
         lines=_unique(lines or _own_lines(nodes, graph)),
@@ -165,10 +165,11 @@ def _prefix(graph: CompiledGraph) -> str:
     return next((path[: found.start()] for path in paths if (found := _LAYER.search(path))), "model.")
 
 
-def _layer(paths: Iterable[str]) -> int | None:
-    """The first layer among several: a kernel over the boundary of two belongs to the one that it ends."""
+def _layer(paths: Iterable[str], choose: Callable[..., int]) -> int | None:
+    """One of the layers among some paths. Of a kernel's outputs the first: over the boundary of two layers it belongs to the
+    one that it ends. If they are in none, as the model's last norm, the last that it computes something of."""
     layers = [int(found.group(1)) for path in paths if (found := _LAYER.search(path))]
-    return min(layers, default=None)
+    return choose(layers) if layers else None
 
 
 def _common(paths: list[str]) -> str:

@@ -228,6 +228,7 @@ def test_fusions_that_are_off_promise_nothing() -> None:
     found = inspect(tiny("moe"), context=6, config=OptimizeConfig(disable=("route",)), compare="plain")
     rows = {row.name: row for row in found.passes}
     assert rows["route"].expected is None and rows["geglu"].expected is None
+    assert not any(row.unmatched for row in found.passes)
     assert rows["post_attention_norms"].expected == rows["post_attention_norms"].matched == 3
     assert "route" not in {row.name for row in found.fusions}
 
