@@ -31,7 +31,8 @@ class FusionReport:
 
     matched          sites that were found, and may be fused, in every compiled graph
     left             such sites that stay with Inductor because the op is no faster there, one line for each graph
-    launches_saved   kernel launches saved against Inductor, in the graph compiled last
+    launches_saved   kernel launches saved against Inductor's code for the sites alone, in the graph compiled last. In the whole
+                     graph Inductor joins some with other work: inspect(model, compare="plain") counts there
     """
 
     name: str

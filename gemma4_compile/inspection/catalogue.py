@@ -28,14 +28,9 @@ from .wrapper_code import Call, WrapperCode, op_of, read
 _CACHE = re.compile(r"steps\.(\d+)\.")
 _LAYER = re.compile(r"layers\.(\d+)")
 _FUSION_OF = {op: name for name, fusion in FUSIONS.items() for op in fusion.pays}
-_GEMMS = {"mm", "addmm", "bmm", "baddbmm", "_mm_plus_mm", "bias_addmm", "_int_mm", "_scaled_mm", "_grouped_mm", "mkl_linear"}
-_GEMMS |= {
-    "_mkl_linear",
-    "_linear_pointwise",
-    "linear",
-    "linear_dynamic_fp16",
-    "grouped_mm_fallback",
-}  # the last: transformers, on a CPU
+# grouped_mm_fallback is transformers' own, on a CPU.
+_GEMMS = {"mm", "addmm", "bmm", "baddbmm", "_mm_plus_mm", "bias_addmm", "_int_mm", "_scaled_mm", "_grouped_mm"}
+_GEMMS |= {"mkl_linear", "_mkl_linear", "_linear_pointwise", "grouped_mm_fallback"}
 
 
 def catalogue(graph: CompiledGraph, geometry: Geometry) -> tuple[Kernel, ...]:
@@ -82,7 +77,7 @@ def _kernel(
         name=call.name,
         kind=kind,
         fusion=_FUSION_OF.get(op_of(call.name), "") if kind == "ours" else "",
-        layer=_layer(paths, min) if _layer(paths, min) is not None else _layer(map(module_path, nodes), max),
+        layer=_last_layer(map(module_path, nodes)) if (first := _first_layer(paths)) is None else first,
         module=_common(paths),
         ops=tuple(dict.fromkeys(str(node.target) for node in nodes)),
         lines=_unique(lines or _own_lines(nodes, graph)),
@@ -165,11 +160,18 @@ def _prefix(graph: CompiledGraph) -> str:
     return next((path[: found.start()] for path in paths if (found := _LAYER.search(path))), "model.")
 
 
-def _layer(paths: Iterable[str], choose: Callable[..., int]) -> int | None:
-    """One of the layers among some paths. Of a kernel's outputs the first: over the boundary of two layers it belongs to the
-    one that it ends. If they are in none, as the model's last norm, the last that it computes something of."""
-    layers = [int(found.group(1)) for path in paths if (found := _LAYER.search(path))]
-    return choose(layers) if layers else None
+def _layers(paths: Iterable[str]) -> list[int]:
+    return [int(found.group(1)) for path in paths if (found := _LAYER.search(path))]
+
+
+def _first_layer(paths: Iterable[str]) -> int | None:
+    """Of a kernel's outputs: over the boundary of two layers it belongs to the one that it ends."""
+    return min(_layers(paths), default=None)
+
+
+def _last_layer(paths: Iterable[str]) -> int | None:
+    """Of all that it computes, where its outputs are in no layer: the last layer's tail ends in the model's norm."""
+    return max(_layers(paths), default=None)
 
 
 def _common(paths: list[str]) -> str:
