@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from .traffic import base_of, is_view
+from .traffic import base_of, is_view, readers
 from .wrapper_code import Call, WrapperCode, op_of
 
 
@@ -50,7 +50,7 @@ def stored(owned: list[list[Node]]) -> Callable[[int, Node], bool]:
     def is_stored(i: int, node: Node) -> bool:
         if str(node.target) == "aten.copy_.default":  # into memory of another
             return True
-        return any(all(node not in sets[j] for j in owners[reader]) for reader in _readers(node) - sets[i])
+        return any(all(node not in sets[j] for j in owners[reader]) for reader in readers(node) - sets[i])
 
     return is_stored
 
@@ -118,22 +118,14 @@ def _without(claimed: set[Node], dropped: set[Node]) -> set[Node]:
     """What is left when some nodes, and those that only they need, are taken away."""
     left = claimed - dropped
     gone = set(dropped)
-    while unneeded := {node for node in left if (readers := _readers(node)) and readers <= gone}:
+    while unneeded := {node for node in left if (who := readers(node)) and who <= gone}:
         left -= unneeded
         gone |= unneeded
     return left
 
 
-def _readers(node: Node) -> set[Node]:
-    """Who reads a node, directly or through views."""
-    found: set[Node] = set()
-    for user in node.users:
-        found |= _readers(user) if is_view(user) else {user}
-    return found
-
-
 def _is_read_outside(node: Node, own: set[Node]) -> bool:
-    return not is_view(node) and bool(_readers(node) - own)
+    return not is_view(node) and bool(readers(node) - own)
 
 
 def _of_name(call: Call, nodes: set[Node]) -> list[Node]:

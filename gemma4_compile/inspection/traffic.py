@@ -66,6 +66,14 @@ def base_of(node: Node) -> Node:
     return node
 
 
+def readers(node: Node) -> set[Node]:
+    """Who reads a node, directly or through views."""
+    found: set[Node] = set()
+    for user in node.users:
+        found |= readers(user) if is_view(user) else {user}
+    return found
+
+
 def _is_output(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
@@ -144,16 +152,8 @@ def _written(node: Node) -> int:
 
 
 def _leaves(node: Node, inside: set[Node]) -> bool:
-    """Whether something outside reads a node, directly or through views; writing to memory of another is read always."""
-    if str(node.target) == "aten.copy_.default":
-        return True
-    for user in node.users:
-        if is_view(user) and not _is_output(user):
-            if _leaves(user, inside):
-                return True
-        elif user not in inside:
-            return True
-    return False
+    """Whether something outside reads a node; writing to memory of another is read always."""
+    return str(node.target) == "aten.copy_.default" or bool(readers(node) - inside)
 
 
 def _nbytes(node: Node) -> int:
