@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .fusions import FUSIONS
+from .fusions import SWITCHES
 
 DISABLE_VARIABLE = "GEMMA4_COMPILE_DISABLE"
 
@@ -16,11 +16,13 @@ class OptimizeConfig:
     """How `optimize` compiles a model.
 
     enable          fusions to switch on that are off by default, by name (`docs/fusions.md` says why they are off)
-    disable         fusions to switch off, by name; also GEMMA4_COMPILE_DISABLE=name,... in the environment
+    disable         fusions, or the transform yoco, to switch off by name; also GEMMA4_COMPILE_DISABLE=name,... in the
+                    environment
     device          "cpu" or "cuda": refuse a model that lies elsewhere. None takes the model's own
     cuda_graphs     let Inductor replay graphs as CUDA graphs. None: decode steps on a static cache, where shapes and addresses
                     stay and the step is bound by launches; True: every graph, captured anew for each shape; False: none
     max_graphs      graphs that one model may compile, at least 2 (prefill and decode); further kinds of calls run uncompiled
+    cache_dir       folder for the compiled pieces of packed steps; None puts them beside Inductor's cache
     progress        show a progress bar on stderr while a graph compiles
     inductor        further Inductor options, such as {"max_autotune": True}
 
@@ -32,6 +34,7 @@ class OptimizeConfig:
     device: Literal["cpu", "cuda"] | None = None
     cuda_graphs: bool | None = None
     max_graphs: int = 32
+    cache_dir: str | None = None
     progress: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -58,14 +61,14 @@ class OptimizeConfig:
         """The fusions that run: the defaults, with `enable`, without `disable` and GEMMA4_COMPILE_DISABLE."""
         disabled = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")} - {""}
         check_names(sorted(disabled), DISABLE_VARIABLE)
-        default = {name for name, fusion in FUSIONS.items() if fusion.on_by_default}
+        default = {name for name, fusion in SWITCHES.items() if fusion.on_by_default}
         return frozenset((default | set(self.enable)) - set(self.disable) - disabled)
 
     def why_off(self, name: str) -> str:
         """The reason, for the report, that a fusion is not in `enabled()`."""
         if name in self.disable:
             return "disabled in the config"
-        if not FUSIONS[name].on_by_default and name not in self.enable:
+        if not SWITCHES[name].on_by_default and name not in self.enable:
             return "off by default: no faster than Inductor, see docs/fusions.md"
         return f"disabled by {DISABLE_VARIABLE}"
 
@@ -73,7 +76,7 @@ class OptimizeConfig:
 def check_names(names: Iterable[str], where: str) -> None:
     """Raises ValueError for a name that is no fusion, with the nearest one that is."""
     for name in names:
-        if name not in FUSIONS:
-            near = difflib.get_close_matches(str(name), FUSIONS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FUSIONS)}"
+        if name not in SWITCHES:
+            near = difflib.get_close_matches(str(name), SWITCHES, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(SWITCHES)}"
             raise ValueError(f"{where} must name fusions, got {name!r}; {hint}")

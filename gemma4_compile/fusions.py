@@ -1,4 +1,4 @@
-"""The fusions by name: what each replaces, and whether it is on by default, as measured."""
+"""The fusions and graph transforms by name: what each does, and whether it is on by default, as measured."""
 
 from dataclasses import dataclass
 
@@ -23,6 +23,12 @@ _REPLACES = {
     "ple_tail": "PLE gate, projection, norm, residual, scalar [+ the next layer's norm]",
 }
 FUSIONS: dict[str, Fusion] = {name: Fusion(text, MEASURED[name].on_by_default) for name, text in _REPLACES.items()}
+
+# Rewrites of the whole graph, with a switch like a fusion's.
+TRANSFORMS: dict[str, Fusion] = {
+    "yoco": Fusion("behind the last layer that owns KV, only the rows whose logits are wanted", True),
+}
+SWITCHES = FUSIONS | TRANSFORMS
 
 # Kernel launches that a site of a rewrite saves against Inductor on the GPU, where it saves any (docs/fusions.md, "launches").
 LAUNCHES_SAVED = {"route": 3, "qkv_norm_rope": 2, "kv_norm_rope": 1, "ple_tail": 1, "ple_tail_norm": 1}

@@ -40,9 +40,10 @@ class Geometry:
     top_k: int
 
     def expected_sites(self) -> dict[str, tuple[str, ...]]:
-        """fusion -> the sites where it should match, `layers.N` or `model`."""
+        """fusion or transform -> the sites where it should match, `layers.N` or `model`."""
         every = tuple(layer.site for layer in self.layers)
         ple = self.per_layer_input > 0
+        shared = [layer.site for layer in self.layers if layer.shares_kv]
         return {
             "qkv_norm_rope": every,
             "post_attention_norms": every,
@@ -51,6 +52,7 @@ class Geometry:
             "feed_forward_tail": every,
             "ple_inputs": (WHOLE_MODEL,) if ple else (),
             "ple_tail": every if ple else (),
+            "yoco": tuple(shared[:1]),
         }
 
 

@@ -25,6 +25,7 @@ from .config import OptimizeConfig
 from .dynamo import dense, own_code
 from .geometry import Geometry, geometry
 from .passes import prepare
+from .program import Program
 from .progress import compiling
 from .step_cache import GROW, Step, StepCache, UnsupportedCache, commit, plan
 
@@ -120,6 +121,7 @@ class CompiledModel:
         self.geometry: Geometry = geometry(module.config)
         self.signature = inspect.signature(module.forward)
         self.eager_reason = ""  # why the last call was not compiled
+        self.programs: list[Program] = []  # packed steps, see runtime/model.py
         self._step = torch.compile(own_code(_make_step(module)), backend=backend, fullgraph=True, dynamic=None)
         self._module_ref: Any = module
         self._outer: nn.Module | None = None
@@ -162,6 +164,9 @@ class CompiledModel:
         tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
         if not isinstance(tokens, Tensor):  # Hugging Face says what is wrong
             return module._call_impl(*args, **kwargs)
+        if self._asked(inputs, "output_attentions") and module.config._attn_implementation == "sdpa":
+            self._warn_eager("SDPA gives no attentions; call model.set_attn_implementation('eager') to get them")
+            return module._call_impl(*args, **kwargs)
         cache = inputs.pop("past_key_values", None)
         use_cache = inputs.get("use_cache")
         if cache is None and (module.config.use_cache if use_cache is None else use_cache):
@@ -180,7 +185,7 @@ class CompiledModel:
             return_dict = self._module_ref.config.return_dict
         inputs |= {"return_dict": True, "use_cache": cache is not None}
         _normalize(inputs, steps)
-        if any(inputs.get(name, getattr(self._module_ref.config, name, False)) for name in _RECORDED):
+        if any(self._asked(inputs, name) for name in _RECORDED):
             # Hugging Face does this at the first such call, under a lock that Dynamo cannot trace.
             for part in self._module_ref.modules():
                 if isinstance(part, PreTrainedModel):
@@ -206,6 +211,9 @@ class CompiledModel:
             commit(cache, steps, new, tokens.shape[1])
             output.past_key_values = cache
         return output if return_dict else output.to_tuple()
+
+    def _asked(self, inputs: dict[str, Any], output: str) -> bool:
+        return bool(inputs.get(output, getattr(self._module_ref.config, output, False)))
 
     def _is_graphed(self, tokens: Tensor, steps: list[Step] | None) -> bool:
         if tokens.device.type != "cuda" or self.backend.config.cuda_graphs is False:

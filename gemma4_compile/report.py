@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .fusions import FUSIONS, LAUNCHES_SAVED
+from .fusions import LAUNCHES_SAVED, SWITCHES
 from .geometry import WHOLE_MODEL
 from .optimize import state_of
 from .passes import Record
@@ -51,7 +51,9 @@ class Report:
 
     fusions           name -> FusionReport
     graphs_compiled   graphs that Dynamo traced for this model so far: recompilations would show here
-    pieces            compiled pieces of the graphs in use; unique_pieces, those that differ. A graph is one piece as yet
+    pieces            compiled pieces of the graphs in use; unique_pieces, those that differ. The graph of a packed step has one
+                      piece more than layers, any other graph is one piece
+    loaded            packed steps that were loaded, not compiled
     """
 
     fusions: dict[str, FusionReport]
@@ -59,6 +61,7 @@ class Report:
     pieces: int
     unique_pieces: int
     seconds: float = 0.0
+    loaded: int = 0
     eager_reason: str = field(default="")
 
     def __str__(self) -> str:
@@ -73,8 +76,9 @@ class Report:
         for fusion in self.fusions.values():
             lines += [f"  {fusion.name}, {left}" for left in fusion.left]
             lines += [f"  {fusion.name} at {u.site}, graph {u.graph}: {u.reason}" for u in fusion.unmatched]
-        if self.graphs_compiled:
+        if self.graphs_compiled or self.loaded:
             lines.append(f"{self.graphs_compiled} graphs compiled, no graph breaks; passes took {self.seconds:.2f} s")
+            lines.append(f"{self.pieces} pieces, {self.unique_pieces} unique; {self.loaded} packed steps loaded from files")
         else:
             lines.append("nothing compiled yet; call the model once")
         if self.eager_reason:
@@ -87,7 +91,8 @@ def report(model: nn.Module) -> Report:
 
     True on a warm compile cache too: the passes run before Inductor looks into it."""
     state = state_of(model)
-    records = state.backend.records
+    programs = state.programs
+    records = state.backend.records + [program.plan.record for program in programs]
     fusions = {}
     for name, sites in state.geometry.expected_sites().items():
         enabled = name in state.backend.enabled
@@ -104,10 +109,14 @@ def report(model: nn.Module) -> Report:
             tuple(unmatched),
             tuple(line for i, record in enumerate(records, 1) for line in _left(record, name, i)),
             sum(LAUNCHES_SAVED.get(site.rewrite, 0) for site in records[-1].matched(name) if not site.left) if records else 0,
-            FUSIONS[name].replaces,
+            SWITCHES[name].replaces,
         )
     seconds = sum(sum(record.seconds.values()) for record in records)
-    return Report(fusions, len(records), len(records), len(records), seconds, state.eager_reason)
+    loaded = sum(program.compiled == 0 for program in programs)
+    whole = len(state.backend.records)
+    pieces = whole + sum(program.plan.pieces for program in programs)
+    unique = whole + sum(program.plan.unique_pieces for program in programs)
+    return Report(fusions, len(records) - loaded, pieces, unique, seconds, loaded, state.eager_reason)
 
 
 def unmatched_sites(record: Record, fusion: str, sites: tuple[str, ...], graph: int = 1) -> list[Unmatched]:
@@ -118,7 +127,7 @@ def unmatched_sites(record: Record, fusion: str, sites: tuple[str, ...], graph: 
 
 def _left(record: Record, fusion: str, graph: int) -> list[str]:
     reasons = Counter(site.left for site in record.matched(fusion) if site.left)
-    return [f"graph {graph}: {count} sites left to Inductor, {reason}" for reason, count in reasons.items()]
+    return [f"graph {graph}: {count} sites left as they are, {reason}" for reason, count in reasons.items()]
 
 
 def is_promised(fusion: str, path: str) -> bool:

@@ -1,6 +1,6 @@
 """The whole compiler on one screen: what runs on the graph that Dynamo hands over, and why in this order.
 
-    functionalize -> raise -> fuse -> lower
+    functionalize -> raise -> yoco -> fuse -> lower
 
 All of it works on Dynamo's graph, before AOT: there a norm is the same nine nodes in every dtype, a linear is one node, the
 order is program order, and the passes run on each compile, also where Inductor's cache already holds the code.
@@ -8,12 +8,13 @@ order is program order, and the passes run on each compile, also where Inductor'
 
 from collections.abc import Collection
 
-from .base import Pass, PatternPass, Record, Site, run
+from .base import Miss, Pass, PatternPass, Record, Site, run
 from .fuse import FUSE_FEED_FORWARD_TAIL, FUSE_PLE_INPUTS, FUSE_PLE_TAIL, FUSE_POST_ATTENTION_NORMS, FUSE_QKV_NORM_ROPE
 from .lower import Lower
 from .raise_ops import RAISE_GEGLU, RAISE_RMS_NORM, RAISE_ROPE, RAISE_ROUTE, Functionalize
+from .yoco import Yoco
 
-__all__ = ["Pass", "PatternPass", "Record", "Site", "pipeline", "prepare", "run"]
+__all__ = ["Miss", "Pass", "PatternPass", "Record", "Site", "pipeline", "prepare", "run"]
 
 _FUSE = (
     FUSE_QKV_NORM_ROPE,
@@ -22,6 +23,7 @@ _FUSE = (
     FUSE_PLE_TAIL,  # before feed_forward_tail, whose scalar form it contains; takes the gate's geglu with it
     FUSE_FEED_FORWARD_TAIL,
 )
+YOCO = Yoco()
 FUSED = frozenset(step.name for step in _FUSE)
 # Fusions that are one raised op: switched off, the op is lowered again.
 RAISED_FUSIONS = ("route", "geglu")
@@ -43,6 +45,8 @@ def pipeline(enabled: Collection[str]) -> tuple[Pass, ...]:
         RAISE_ROPE,
         RAISE_GEGLU,
         RAISE_ROUTE,
+        # Behind raise, so that it knows each operation; before fuse, as a norm cannot join the layer before across a gather.
+        *((YOCO,) if YOCO.name in enabled else ()),
         *(step for step in _FUSE if step.name in enabled),
         Lower(keep=frozenset(name for name in RAISED_FUSIONS if name in enabled)),  # last: no raised op is left as a wall
     )

@@ -174,22 +174,38 @@ def counterparts(created: Sequence[Node], match: Match) -> dict[Node, Node]:
 def annotate(created: Iterable[Node], origin: Node, origins: tuple[str, ...]) -> None:
     """New nodes come from where the replaced one came from, stand for the nodes named in `origins`, and get a fake value where
     Dynamo left some: AOT's cache refuses a graph with a method call on a value that it does not know."""
-    modes = (getattr(value_of(n), "fake_mode", None) for n in [origin, *origin.all_input_nodes])
-    fake_mode = next((mode for mode in modes if mode is not None), None)
+    fake_mode = fake_mode_of(origin)
     for node in created:
-        node.meta.update({key: origin.meta[key] for key in _KEPT if key in origin.meta and key not in node.meta})
+        inherit(node, origin)
         node.meta[_ORIGINS] = origins
-        if fake_mode is None or "example_value" in node.meta:
-            continue
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
-        # As Dynamo runs nodes: without the Python dispatcher, torch 2.11's linear takes a symbolic size for what it is now, and
-        # every length compiles anew. Dynamo has made the guards that this code needs: nothing here may add one.
-        guards = fake_mode.shape_env.suppress_guards() if fake_mode.shape_env is not None else nullcontext()
-        with fake_mode, torch.no_grad(), enable_python_dispatcher(), guards:
-            if node.op == "call_method":
-                node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if "example_value" not in node.meta:
+            evaluate(node, fake_mode)
+
+
+def inherit(node: Node, origin: Node) -> None:
+    """The module stack and the trace of another node, where it has none."""
+    node.meta.update({key: origin.meta[key] for key in _KEPT if key in origin.meta and key not in node.meta})
+
+
+def fake_mode_of(node: Node) -> Any:
+    """The mode of the fake tensors around a node; None if there are none."""
+    modes = (getattr(value_of(n), "fake_mode", None) for n in [node, *node.all_input_nodes])
+    return next((mode for mode in modes if mode is not None), None)
+
+
+def evaluate(node: Node, fake_mode: Any) -> None:
+    """Compute a node's fake value from those of its inputs; without a mode nothing happens."""
+    if fake_mode is None:
+        return
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
+    # As Dynamo runs nodes: without the Python dispatcher, torch 2.11's linear takes a symbolic size for what it is now, and
+    # every length compiles anew. Dynamo has made the guards that this code needs: nothing here may add one.
+    guards = fake_mode.shape_env.suppress_guards() if fake_mode.shape_env is not None else nullcontext()
+    with fake_mode, torch.no_grad(), enable_python_dispatcher(), guards:
+        if node.op == "call_method":
+            node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def erase(graph: Graph, nodes: Iterable[Node]) -> None:

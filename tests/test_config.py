@@ -8,7 +8,7 @@ import pytest
 from gemma4_compile import OptimizeConfig, inductor_options
 from gemma4_compile import backend as backend_module
 from gemma4_compile.backend import uuid
-from gemma4_compile.fusions import FUSIONS
+from gemma4_compile.fusions import SWITCHES
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_everything_can_be_enabled() -> None:
-    assert OptimizeConfig(enable=tuple(FUSIONS)).enabled() == set(FUSIONS)
+    assert OptimizeConfig(enable=tuple(SWITCHES)).enabled() == set(SWITCHES)
 
 
 def test_uuid_follows_config_sources_and_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -1,5 +1,6 @@
 """The `gemma4::` ops: importing this registers them all, also where there is no GPU and no Triton."""
 
+from .attention import attention
 from .feed_forward_tail import (
     feed_forward_tail,
     feed_forward_tail_norm,
@@ -18,6 +19,7 @@ from .route import route
 
 __all__ = [
     "OPS",
+    "attention",
     "feed_forward_tail",
     "feed_forward_tail_norm",
     "geglu",

@@ -43,7 +43,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def register(schema: str, *, reference: Callable, launch: Callable, fake: Callable) -> None:
-    """Define one op: the reference on CPU, the kernel on CUDA, and the fake that tracing uses."""
+    """Define one pure op and list it in OPS."""
+    name = define(schema, reference=reference, launch=launch, fake=fake)
+    OPS[name] = Op(name, reference, launch)
+
+
+def define(schema: str, *, reference: Callable, launch: Callable, fake: Callable) -> str:
+    """Define one op: the reference on CPU, the kernel on CUDA, and the fake that tracing uses. Returns its name."""
     name = schema.split("(", 1)[0]
 
     def on_cpu(*args: Any) -> Any:
@@ -65,7 +71,7 @@ def register(schema: str, *, reference: Callable, launch: Callable, fake: Callab
     LIBRARY.impl(name, on_cpu, "CPU")
     LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"gemma4::{name}", fake, lib=LIBRARY)
-    OPS[name] = Op(name, reference, launch)
+    return name
 
 
 def expect(op: str, rule: str, got: Any, wanted: Any, remedy: str) -> None:

@@ -1,0 +1,454 @@
+"""attention: causal attention of packed rows over paged keys and values; writes the new rows first.
+
+Source: Gemma4TextAttention.forward and sdpa_attention_forward (transformers); pages as in PagedAttention, arXiv 2309.06180.
+It is the one op of a model that mixes rows, and the one that keeps state: graphs are split at it.
+
+A page holds `page` consecutive positions of one request. Unpaged keys and values are the same thing with pages as long as a
+request may become.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import define, expect, fresh, jit, pinned, power_of_two, tl, triton, unit_stride
+
+PROCESSORS = 132  # of an H200; plans depend on shapes alone, so that a captured graph fits any contents
+
+
+def attention_reference(
+    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
+    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+) -> Tensor:  # fmt: skip
+    check_attention(q, k, v, keys, values, slots, table, positions, starts)
+    _check_lengths(q, k, slots, table, positions, starts)
+    if k is not None and v is not None:
+        write_reference(k, v, keys, values, slots)
+    out = q.new_zeros(q.shape)
+    page = keys.shape[1]
+    bounds = starts.tolist()
+    for request, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if first == last:
+            continue
+        rows = positions[first:last]
+        length = int(rows.max()) + 1
+        pages = table[request, : -(-length // page)].long()
+        seen_keys, seen_values = (cache[pages].flatten(0, 1)[:length].transpose(0, 1)[None] for cache in (keys, values))
+        column = torch.arange(length, device=q.device)
+        visible = column <= rows[:, None]
+        if window:
+            visible &= column > rows[:, None] - window
+        # Heads are expanded here: enable_gqa takes another path, with another sum, for one query row.
+        group = q.shape[2] // keys.shape[2]
+        seen_keys, seen_values = (rows.to(q.dtype).repeat_interleave(group, dim=1) for rows in (seen_keys, seen_values))
+        queries = q[:, first:last].transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(queries, seen_keys, seen_values, visible[None, None], scale=scale)
+        out[:, first:last] = mixed.transpose(1, 2)
+    return out
+
+
+def write_reference(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Put row i of k and v into slot slots[i]; rows with a negative slot are padding."""
+    real = slots >= 0
+    place = slots[real]
+    for rows, cache in ((k, keys), (v, values)):
+        cache[place // cache.shape[1], place % cache.shape[1]] = rows[0, real].to(cache.dtype)
+
+
+def check_attention(
+    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
+    positions: Tensor, starts: Tensor,
+) -> None:  # fmt: skip
+    op = "attention"
+    expect(op, "q must be [1, N, Hq, D]", (q.dim(), q.shape[0]), (4, 1), "pack the requests into one row of tokens")
+    expect(op, "keys must be [P, page, Hk, D]", (keys.dim(), keys.shape[-1]), (4, q.shape[3]), "pass this layer's pages")
+    expect(op, "values must have the shape of keys", values.shape, keys.shape, "pass both of one layer")
+    expect(op, "Hq must be a multiple of Hk", q.shape[2] % keys.shape[2], 0, "pass this layer's pages")
+    expect(op, "positions must be [N], one for each query row", positions.dim(), 1, "flatten them")
+    expect(
+        op, "starts must be [R + 1] for a table of [R, pages]", (starts.dim(), table.dim()), (1, 2), "pass one request a row"
+    )
+    expect(op, "k and v must both be given, or both be None", k is None, v is None, "a layer that shares KV has neither")
+    if k is not None and v is not None:
+        heads = (1, keys.shape[2], keys.shape[3])
+        expect(op, "k must be [1, T, Hk, D]", (k.shape[0], *k.shape[2:]), heads, "view the projection as heads")
+        expect(op, "v must have k's shape", v.shape, k.shape, "pass keys and values of one layer")
+        expect(op, "slots must be [T], one for each new row", slots.dim(), 1, "flatten them")
+
+
+def _check_lengths(q: Tensor, k: Tensor | None, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor) -> None:
+    """Apart from check_attention, because a trace would specialize on what it compares: the kernels rely on these."""
+    op = "attention"
+    expect(op, "positions must be [N] for q of [1, N, Hq, D]", positions.shape[0], q.shape[1], "pass one for each query row")
+    expect(
+        op, "starts must be [R + 1] for a table of [R, pages]", starts.shape[0], table.shape[0] + 1, "pass one request a row"
+    )
+    if k is not None:
+        expect(op, "slots must be [T] for k of [1, T, Hk, D]", slots.shape[0], k.shape[1], "pass one for each new row")
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
+    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+) -> Tensor:  # fmt: skip
+    check_attention(q, k, v, keys, values, slots, table, positions, starts)
+    return fresh(q)
+
+
+@jit
+def _write_row(
+    new_ptr, cache_ptr, slot, head_stride, cache_page_stride, cache_row_stride, cache_head_stride,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK)
+    head = (column // DIM).to(tl.int64)
+    element = column % DIM
+    inside = column < HEADS * DIM
+    cache_ptr += (slot // PAGE) * cache_page_stride + (slot % PAGE) * cache_row_stride
+
+    row = tl.load(new_ptr + head * head_stride + element, inside)
+
+    tl.store(cache_ptr + head * cache_head_stride + element, row.to(cache_ptr.dtype.element_ty), inside)
+
+
+@jit
+def _write_rows_kernel(
+    k_ptr, v_ptr, keys_ptr, values_ptr, slots_ptr, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
+    key_page_stride, key_row_stride, key_head_stride, value_page_stride, value_row_stride, value_head_stride,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row program_id(0) of k, or of v where program_id(1) is 1, into its slot."""
+    token = tl.program_id(0)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    if slot < 0:
+        return
+    token = token.to(tl.int64)
+    if tl.program_id(1) == 0:
+        _write_row(
+            k_ptr + token * k_token_stride, keys_ptr, slot, k_head_stride,
+            key_page_stride, key_row_stride, key_head_stride, HEADS, DIM, PAGE, BLOCK,
+        )  # fmt: skip
+    else:
+        _write_row(
+            v_ptr + token * v_token_stride, values_ptr, slot, v_head_stride,
+            value_page_stride, value_row_stride, value_head_stride, HEADS, DIM, PAGE, BLOCK,
+        )  # fmt: skip
+
+
+@jit
+def _exponential(x):
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@jit
+def _request_of(tile, starts_ptr, requests, BLOCK_Q: tl.constexpr, CHUNK: tl.constexpr):
+    """The request that `tile` belongs to; `requests` itself stands for the padding.
+
+    Counted, not searched: one load of all starts takes as long as one step of a bisection.
+    """
+    found = 0
+    for first in range(0, requests + 1, CHUNK):
+        request = first + tl.arange(0, CHUNK)
+        inside = request <= requests
+        first_tile = tl.load(starts_ptr + request, inside, other=0) // BLOCK_Q + request
+        found += tl.sum((inside & (first_tile <= tile)).to(tl.int32))
+    return found - 1
+
+
+@jit
+def _load_page_rows(ptr, row, row_stride, stop, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of keys or values, [rows, DIM_BLOCK]; MASKED: zeros from row `stop` on, where nothing was written yet."""
+    column = tl.arange(0, DIM_BLOCK)[None, :]
+    ptr += row[:, None] * row_stride + column
+    if MASKED or DIM < DIM_BLOCK:  # noqa: SIM108  (a compile-time branch)
+        rows = tl.load(ptr, (row < stop)[:, None] & (column < DIM), other=0.0)
+    else:
+        rows = tl.load(ptr)
+    return rows
+
+
+@jit
+def _attend(
+    q, mixed, top, total, position, block, stop, keys_ptr, values_ptr, table_ptr,
+    key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
+    DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take one block of keys and values into a running softmax.
+
+    top and total are each row's largest score and its sum of exp(score - top), mixed the sum of exp(score - top) * value.
+    Not MASKED: every row sees every key.
+    """
+    first = block * BLOCK_N
+    page = tl.load(table_ptr + first // PAGE).to(tl.int64)
+    within = (first % PAGE).to(tl.int64)
+    row = tl.arange(0, BLOCK_N)
+    keys_ptr += page * key_page_stride + within * key_row_stride
+    values_ptr += page * value_page_stride + within * value_row_stride
+
+    keys = _load_page_rows(keys_ptr, row, key_row_stride, stop - first, DIM, q.shape[1], MASKED).to(q.dtype)
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    if MASKED:
+        key = first + row[None, :]
+        seen = key <= position[:, None]
+        if WINDOW:
+            seen &= key > position[:, None] - WINDOW
+        scores = tl.where(seen, scores, float("-inf"))
+
+    higher = tl.maximum(top, tl.max(scores, axis=1))
+    base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher  # a row that has seen no key yet
+    weights = _exponential(scores - base[:, None])
+    kept = _exponential(top - base)
+    total = total * kept + tl.sum(weights, axis=1)
+
+    values = _load_page_rows(values_ptr, row, value_row_stride, stop - first, DIM, q.shape[1], MASKED).to(q.dtype)
+    mixed = tl.dot(weights.to(q.dtype), values, mixed * kept[:, None], input_precision="ieee")
+    return mixed, higher, total
+
+
+@jit(do_not_specialize=["rows", "requests", "table_stride"])  # one compilation for all token counts
+def _attention_kernel(
+    q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, starts_ptr, out_ptr, tops_ptr, totals_ptr, rows, requests,
+    q_token_stride, q_head_stride, key_page_stride, key_row_stride, key_head_stride,
+    value_page_stride, value_row_stride, value_head_stride, table_stride, scale,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_Q rows of one request times the GROUP query heads of one KV head, over one of SPLITS shares of their keys.
+
+    Request r has the tiles from starts[r] // BLOCK_Q + r on: as many as it can need, whatever the starts are. One more
+    request without keys stands for the padding. With SPLITS > 1 out is [rows, heads, SPLITS, DIM], not divided by totals yet.
+    """
+    scale = pinned(scale)
+    # Of a long request the last tiles see the most keys: they start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    request = _request_of(tile, starts_ptr, requests, BLOCK_Q, 128)
+    begins = tl.load(starts_ptr + request)
+    real = request < requests
+    ends = tl.load(starts_ptr + request + 1, real, other=rows)
+    first_row = begins + (tile - begins // BLOCK_Q - request) * BLOCK_Q
+    if first_row >= ends:
+        return
+
+    lane = tl.arange(0, BLOCK_Q * GROUP_BLOCK)
+    row = first_row + lane // GROUP_BLOCK
+    head = lane % GROUP_BLOCK
+    mine = (row < ends) & (head < GROUP)
+    column = tl.arange(0, DIM_BLOCK)[None, :]
+    position = tl.load(positions_ptr + row, (row < ends) & real, other=-1).to(tl.int32)
+    q_ptr += row.to(tl.int64)[:, None] * q_token_stride + (kv_head * GROUP + head).to(tl.int64)[:, None] * q_head_stride
+    q = tl.load(q_ptr + column, mine[:, None] & (column < DIM), other=0.0)
+    keys_ptr += kv_head * key_head_stride
+    values_ptr += kv_head * value_head_stride
+    table_ptr += request.to(tl.int64) * table_stride
+
+    highest = tl.max(position)
+    lowest = tl.min(tl.where(position < 0, highest, position))
+    stop = highest + 1
+    first_block = tl.maximum(lowest - WINDOW + 1, 0) // BLOCK_N if WINDOW else 0
+    last_block = tl.cdiv(stop, BLOCK_N)
+    share = tl.cdiv(last_block - first_block, SPLITS)
+    begin = first_block + split * share
+    end = tl.minimum(begin + share, last_block)
+
+    mixed = tl.zeros((BLOCK_Q * GROUP_BLOCK, DIM_BLOCK), tl.float32)
+    top = tl.full((BLOCK_Q * GROUP_BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q * GROUP_BLOCK,), tl.float32)
+    whole_begin = begin
+    whole_end = begin
+    if BLOCK_Q * GROUP_BLOCK >= 64:  # large tiles have most blocks whole: all of the tile's rows see all keys
+        whole_end = tl.minimum((lowest + 1) // BLOCK_N, end)
+        if WINDOW:
+            whole_begin = tl.maximum(tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), BLOCK_N), begin)
+        whole_end = tl.maximum(whole_begin, whole_end)
+        for block in range(whole_begin, whole_end):
+            mixed, top, total = _attend(
+                q, mixed, top, total, position, block, stop, keys_ptr, values_ptr, table_ptr,
+                key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
+                DIM, PAGE, WINDOW, BLOCK_N, False,
+            )  # fmt: skip
+    for i in range(begin, end - (whole_end - whole_begin)):
+        block = i + tl.where(i >= whole_begin, whole_end - whole_begin, 0)
+        mixed, top, total = _attend(
+            q, mixed, top, total, position, block, stop, keys_ptr, values_ptr, table_ptr,
+            key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
+            DIM, PAGE, WINDOW, BLOCK_N, True,
+        )  # fmt: skip
+
+    target = (row.to(tl.int64) * tl.num_programs(1) + kv_head) * GROUP + head
+    if SPLITS == 1:
+        mixed /= tl.where(total > 0.0, total, 1.0)[:, None]  # padding has seen nothing
+    else:
+        target = target * SPLITS + split
+        tl.store(tops_ptr + target, top, mine)
+        tl.store(totals_ptr + target, total, mine)
+        mine &= total > 0.0
+    tl.store(out_ptr + target[:, None] * DIM + column, mixed, mine[:, None] & (column < DIM))
+
+
+@jit
+def _combine_kernel(mixed_ptr, tops_ptr, totals_ptr, out_ptr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """One row of one head from its SPLITS shares. A share that saw no key has total 0, and its row was not written."""
+    head = tl.program_id(0).to(tl.int64)
+    share = head * SPLITS + tl.arange(0, SPLITS)
+    column = tl.arange(0, DIM_BLOCK)
+
+    total = tl.load(totals_ptr + share)
+    top = tl.load(tops_ptr + share)
+    wanted = (total > 0.0)[:, None] & (column < DIM)[None, :]
+    mixed = tl.load(mixed_ptr + share[:, None] * DIM + column[None, :], wanted, other=0.0)
+
+    highest = tl.max(top)
+    weight = _exponential(top - tl.where(highest == float("-inf"), 0.0, highest))
+    whole = tl.sum(weight * total)
+    mixed = tl.sum(mixed * weight[:, None], axis=0) / tl.where(whole > 0.0, whole, 1.0)
+
+    tl.store(out_ptr + head * DIM + column, mixed, column < DIM)
+
+
+class AttentionPlan(NamedTuple):
+    """block_q rows times the query heads of one KV head are a tile, block_n keys a block; splits programs share a tile."""
+
+    block_q: int
+    block_n: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def attention_plan(
+    rows: int, requests: int, kv_heads: int, group: int, dim: int, max_keys: int, itemsize: int = 2
+) -> AttentionPlan:
+    """Launch parameters by shape class. group is Hq / Hk, max_keys what a request can hold or its window, itemsize q's."""
+    group_block, dim_block = power_of_two(group), _dim_block(dim)
+    average = -(-rows // max(requests, 1))
+    few = average <= 8
+    if itemsize == 4:  # no tensor cores: products in registers
+        block_m, block_n, warps, stages = 16, 32 if dim_block <= 256 else 16, 4, 1
+    elif few:
+        block_m, block_n, warps = min(max(16, average * group_block), 32), 32, 4
+        stages = 3 if dim_block <= 256 else 2
+    elif dim_block <= 256:
+        block_m, block_n, warps, stages = 128, 64, 8, 2
+    else:
+        block_m, block_n, warps, stages = 64, 32, 8, 2
+    block_q = max(1, power_of_two(block_m) // group_block)
+
+    tiles = requests * -(-average // block_q)
+    # Partial results are fp32 rows of each split: what many rows would write costs more than idle processors.
+    programs = 4 * PROCESSORS if few else PROCESSORS if rows <= 512 else 0
+    splits = min(programs // max(tiles * kv_heads, 1), -(-max_keys // block_n), 32)
+    return AttentionPlan(block_q, block_n, 1 << max(splits, 1).bit_length() - 1, warps, stages)
+
+
+def _dim_block(dim: int) -> int:
+    return max(16, power_of_two(dim))  # a product of tiles takes no side below 16
+
+
+def launch_attention(
+    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
+    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+) -> Tensor:  # fmt: skip
+    check_attention(q, k, v, keys, values, slots, table, positions, starts)
+    out = fresh(q)
+    launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale)
+    return out
+
+
+def launch_planned(
+    out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
+    positions: Tensor, starts: Tensor, window: int, scale: float, plan: AttentionPlan | None = None,
+) -> None:  # fmt: skip
+    """Both kernels into `out`, by `plan` or the plan of the shapes. Reads no tensor on the host."""
+    _check_lengths(q, k, slots, table, positions, starts)
+    _, rows, heads, dim = q.shape
+    _, page, kv_heads, _ = keys.shape
+    requests = table.shape[0]
+    expect("attention", "the page size must be a multiple of 16", page % 16, 0, "blocks of keys lie within one page")
+    strides = keys.stride(3), values.stride(3)
+    expect("attention", "keys and values must have unit stride in D", strides, (1, 1), "allocate D last")
+    if k is not None and v is not None and k.shape[1]:
+        k, v = unit_stride(k), unit_stride(v)
+        _write_rows_kernel[(k.shape[1], 2)](
+            k, v, keys, values, slots.contiguous(), *k.stride()[1:3], *v.stride()[1:3],
+            *keys.stride()[:3], *values.stride()[:3], kv_heads, dim, page, power_of_two(kv_heads * dim), num_warps=4,
+        )  # fmt: skip
+    if not q.numel():
+        return
+
+    group = heads // kv_heads
+    if plan is None:
+        max_keys = table.shape[1] * page
+        plan = attention_plan(
+            rows, requests, kv_heads, group, dim, min(window, max_keys) if window else max_keys, q.element_size()
+        )
+    block_q, block_n, splits, warps, stages = plan
+    group_block, dim_block = power_of_two(group), _dim_block(dim)
+    expect("attention", "a tile must have 16 rows or more", block_q * group_block >= 16, True, "raise block_q")
+    block_n = min(block_n, page & -page)
+    mixed, tops, totals = out, out, out
+    if splits > 1:
+        mixed = q.new_empty((rows, heads, splits, dim), dtype=torch.float32)
+        tops, totals = q.new_empty((2, rows, heads, splits), dtype=torch.float32)
+    q, table = unit_stride(q), unit_stride(table)
+    _attention_kernel[(rows // block_q + requests + 1, kv_heads, splits)](
+        q, keys, values, table, positions.contiguous(), starts.contiguous(), mixed, tops, totals, rows, requests,
+        *q.stride()[1:3], *keys.stride()[:3], *values.stride()[:3], table.stride(0), scale,
+        group, group_block, dim, dim_block, page, window, block_q, block_n, splits, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(rows * heads,)](mixed, tops, totals, out, dim, dim_block, splits, num_warps=4)
+
+
+define(
+    "attention(Tensor q, Tensor? k, Tensor? v, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor table,"
+    " Tensor positions, Tensor starts, int layer, int window, float scale) -> Tensor",
+    reference=attention_reference,
+    launch=launch_attention,
+    fake=_attention_fake,
+)
+
+
+def attention(
+    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
+    positions: Tensor, starts: Tensor, layer: int, window: int = 0, scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Causal attention of N packed query rows of R requests over their pages.
+
+    q          [1, N, Hq, D]     fp32, fp16 or bf16; rows of one request stand together
+    k, v       [1, T, Hk, D]     new rows, written before anything is read; None where another layer owns the pages
+    keys       [P, page, Hk, D]  written in place
+    values     [P, page, Hk, D]  written in place
+    slots      [T] int64         page * page size + offset for each new row; negative for padding, which is not written
+    table      [R, pages] int32  the pages of each request, in order of position
+    positions  [N] int64         of each query row within its request; it sees the keys at positions up to its own
+    starts     [R + 1] int32     rows of request r are starts[r] to starts[r + 1]; rows from starts[R] on are padding
+    layer      the layer's index, for messages
+    window     keys further back than window - 1 positions are not seen; 0 sees all
+    returns    [1, N, Hq, D]     q.dtype, contiguous; zero for padding rows
+
+    Raises ValueError for shapes that do not fit.
+    """
+    return torch.ops.gemma4.attention(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale)
+
+
+def attention_into(
+    out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
+    positions: Tensor, starts: Tensor, layer: int, window: int = 0, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """As `attention`, written to `out`: [1, N, Hq, D], contiguous, q.dtype. For a CUDA graph whose output has one address."""
+    check_attention(q, k, v, keys, values, slots, table, positions, starts)
+    expect("attention", "out must have q's shape and dtype", (*out.shape, out.dtype), (*q.shape, q.dtype), "allocate it as q")
+    expect("attention", "out must be contiguous", out.is_contiguous(), True, "allocate it as q")
+    if not q.is_cuda:
+        out.copy_(attention_reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale))
+        return
+    if triton is None:
+        raise ValueError("attention on CUDA needs Triton, found none; install the triton that torch pins")
+    with torch.cuda.device(q.device):  # Triton launches on the current device, whatever the tensors' own is
+        launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale)

@@ -1,0 +1,370 @@
+"""A model's packed step as a program: compiled pieces and attention calls in order, bound to the model's weights.
+
+    trace      Dynamo makes one graph of the whole step, for any number of tokens, requests and wanted rows
+    passes     raise, yoco, fuse, lower
+    split      at attention; equal pieces are compiled once
+    run        piece, attention, piece, ... : no guards, no Dynamo
+
+A program is saved as one JSON file, which says what is called with what, and one file for each unique piece. Weights are named,
+not stored. Loading it compiles nothing.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+from torch import SymInt, Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from .backend import Backend
+from .dynamo import own_code
+from .geometry import Geometry
+from .passes import Miss, Record, Site, pipeline, prepare, run
+from .pieces import Piece, split
+from .runtime.attention import NAME
+from .runtime.batch import KINDS, PlainKV, Request
+
+_DYNAMIC = {"input_ids": (1,), "positions": (0,), "starts": (0,), "rows": (0,)} | {
+    f"{name}.{kind}": (0,) for name in ("slots", "table") for kind in KINDS
+}
+# What the step is traced with. Sizes are symbols; these are the hints that Inductor and measured token counts go by.
+_TRACED_REQUESTS, _TRACED_TOKENS = 8, 32
+_FORMAT = 1
+
+# Where a value comes from: ["value", number], ["weight", name], ["input", name], ["size", input, dimension], ["constant", x].
+Reference = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One step of a program. `piece` is the key of a compiled piece, empty for attention; `host` names what a piece computes on
+    the host though the model is on a GPU, empty if nothing."""
+
+    piece: str
+    arguments: tuple[Reference, ...]
+    results: tuple[int, ...]
+    host: str = ""
+
+
+@dataclass
+class Plan:
+    """What a program does, without weights and code: everything that its JSON file says."""
+
+    calls: list[Call]
+    result: Reference
+    record: Record
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pieces(self) -> int:
+        return sum(bool(call.piece) for call in self.calls)
+
+    @property
+    def unique_pieces(self) -> int:
+        return len({call.piece for call in self.calls} - {""})
+
+
+class Program:
+    """A plan with compiled pieces and a model's weights. Call it with a step's inputs, see runtime/batch.py.
+
+    compiled    unique pieces that were compiled for it; 0 if it was loaded
+    steps       its calls, bound to weights
+    boundary    index of the first step that reads which rows are wanted: with YOCO, all behind it work on those rows
+    """
+
+    def __init__(self, plan: Plan, pieces: Mapping[str, Callable[..., Any]], weights: dict[str, Tensor], compiled: int):
+        self.plan, self.compiled = plan, compiled
+        self.artifacts = pieces
+        self._values: list[Any] = []
+        self._inputs: list[tuple[int, str]] = []
+        self._sizes: list[tuple[int, str, int]] = []
+        places: dict[Reference, int] = {}
+
+        def place(reference: Reference) -> int:
+            kind, *rest = reference
+            if kind == "constant":  # not shared: 1 and 1.0 are equal
+                self._values.append(rest[0])
+                return len(self._values) - 1
+            if reference not in places:
+                places[reference] = len(self._values)
+                self._values.append(weights[rest[0]] if kind == "weight" else None)
+                if kind == "input":
+                    self._inputs.append((places[reference], rest[0]))
+                elif kind == "size":
+                    self._sizes.append((places[reference], *rest))
+            return places[reference]
+
+        self.steps: list[Step] = []
+        for call in plan.calls:
+            function = pieces[call.piece] if call.piece else torch.ops.gemma4.attention.default
+            arguments = tuple(place(reference) for reference in call.arguments)
+            self.steps.append(Step(function, bool(call.piece), arguments, tuple(place(("value", i)) for i in call.results)))
+        self._result = place(plan.result)
+        self.boundary = next(i for i, call in enumerate(plan.calls) if call.piece and ("input", "rows") in call.arguments)
+        self._free_after_use()
+
+    def _free_after_use(self) -> None:
+        made = {index for step in self.steps for index in step.results}
+        seen = {self._result}
+        for step in reversed(self.steps):
+            used = {index for index in (*step.arguments, *step.results) if index in made}
+            step.dead = tuple(used - seen)
+            seen |= used
+
+    def bind(self, inputs: dict[str, Tensor]) -> list[Any]:
+        """The values of a run before its first step. Raises ValueError for inputs that are missing."""
+        values = list(self._values)
+        self.rebind(values, inputs)
+        return values
+
+    def rebind(self, values: list[Any], inputs: dict[str, Tensor]) -> None:
+        """Give the values of a run other inputs; what its steps have computed stays."""
+        try:
+            for index, name in self._inputs:
+                values[index] = inputs[name]
+            for index, name, dim in self._sizes:
+                values[index] = inputs[name].shape[dim]
+        except KeyError as error:
+            raise ValueError(f"a step needs the input {error}, got {', '.join(inputs)}; see runtime/batch.py") from None
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits [1, N, vocabulary] of the N wanted rows; keys and values are written in place."""
+        values = self.bind(inputs)
+        with torch.no_grad():
+            for step in self.steps:
+                step.run(values)
+        return values[self._result]
+
+    def result(self, values: list[Any]) -> Tensor:
+        """The logits, once all steps have run."""
+        return values[self._result]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the program to a folder that does not exist yet; whole or not at all."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
+        try:
+            for key, piece in self.artifacts.items():
+                piece.save(path=str(draft / f"{key}.piece"), format="binary")  # type: ignore[attr-defined]
+            (draft / "program.json").write_text(json.dumps({"format": _FORMAT, **asdict(self.plan)}, indent=1))
+            try:
+                draft.rename(folder)
+            except OSError:  # another process was faster: its files are as good
+                shutil.rmtree(draft)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+@dataclass
+class Step:
+    """One call of a program, bound: arguments, results and what nothing needs afterwards are indices of its values."""
+
+    function: Callable[..., Any]
+    is_piece: bool
+    arguments: tuple[int, ...]
+    results: tuple[int, ...]
+    dead: tuple[int, ...] = ()
+
+    def run(self, values: list[Any]) -> None:
+        results = self.function(*[values[i] for i in self.arguments])
+        for index, value in zip(self.results, results if self.is_piece else (results,), strict=True):
+            values[index] = value
+        for index in self.dead:
+            values[index] = None
+
+
+def load(folder: str | Path, module: Any) -> Program:
+    """A saved program with this model's weights. Compiles nothing.
+
+    Raises ValueError for files that are missing, broken, of another torch, or of another model."""
+    from torch._inductor.standalone_compile import CompiledArtifact
+
+    folder = Path(folder)
+    try:
+        saved = json.loads((folder / "program.json").read_text())
+        if saved.pop("format") != _FORMAT:
+            raise ValueError("another version wrote it")
+        calls = [
+            Call(c["piece"], tuple(tuple(a) for a in c["arguments"]), tuple(c["results"]), c["host"]) for c in saved["calls"]
+        ]
+        record = Record(
+            [Site(**site | {"nodes": tuple(site["nodes"])}) for site in saved["record"]["sites"]],
+            [Miss(**miss) for miss in saved["record"]["misses"]],
+            saved["record"]["seconds"],
+        )
+        plan = Plan(calls, tuple(saved["result"]), record, saved["seconds"])
+        keys = {call.piece for call in calls} - {""}
+        pieces = {key: CompiledArtifact.load(path=str(folder / f"{key}.piece"), format="binary") for key in keys}
+        return Program(plan, pieces, weights_of(module), compiled=0)
+    except Exception as error:  # of JSON, of the file system, and of torch's loader, which asserts
+        raise ValueError(f"a saved program must be whole and of this model, got {error!r} in {folder}; delete it") from error
+
+
+def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> Program:
+    """Trace a model's packed step and compile its unique pieces.
+
+    module      Gemma4ForCausalLM in eval mode
+    backend     says which passes are enabled, and has Inductor's options
+    """
+    prepare()
+    start = time.perf_counter()
+    kv = PlainKV(model_geometry, _TRACED_REQUESTS, _TRACED_TOKENS, module.dtype, module.device)
+    inputs = kv.inputs([Request([0] * _TRACED_TOKENS)] * _TRACED_REQUESTS)
+    for name, dims in _DYNAMIC.items():
+        for dim in dims:
+            torch._dynamo.mark_dynamic(inputs[name], dim)
+    names = {id(tensor): ("input", name) for name, tensor in inputs.items()}
+    names |= {id(tensor): ("weight", name) for name, tensor in weights_of(module).items()}
+    made: list[Program] = []
+
+    def compile_graph(gm: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        traced = time.perf_counter() - start
+        program = _compile(gm, examples, names, backend, weights_of(module))
+        program.plan.seconds["trace"] = traced
+        made.append(program)
+        return lambda *args: (torch.empty(()),)  # nothing runs: only the graph is wanted
+
+    with _attention(module), torch.no_grad():
+        torch.compile(own_code(_make_step(module, model_geometry)), backend=compile_graph, fullgraph=True)(inputs)
+    (program,) = made
+    return program
+
+
+def _make_step(module: Any, model_geometry: Geometry) -> Callable[..., Any]:
+    owners = tuple(layer.kv_from for layer in model_geometry.layers)
+
+    def step(inputs: dict[str, Tensor]) -> Tensor:
+        return module._call_impl(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["positions"][None],
+            attention_mask=dict.fromkeys(KINDS),  # the op masks by positions
+            use_cache=False,
+            logits_to_keep=inputs["rows"],
+            packed=inputs,
+            owners=owners,
+        ).logits
+
+    return step
+
+
+@contextmanager
+def _attention(module: Any) -> Any:
+    """The model's attention is ours while its step is traced; its own calls go on with what it was loaded with."""
+    before = module.config._attn_implementation
+    module.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        module.config._attn_implementation = before
+
+
+def weights_of(module: Any) -> dict[str, Tensor]:
+    """Parameters and buffers by name; tied ones under each of their names."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _compile(
+    gm: GraphModule, examples: Sequence[Any], names: dict[int, Reference], backend: Backend, weights: dict[str, Tensor]
+) -> Program:
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    record = run(pipeline(backend.enabled), gm.graph)
+    parts = split(gm.graph)
+    seconds["passes"] = time.perf_counter() - start
+    references = _references(gm, examples, names)
+    unique: dict[str, Piece] = {part.key: part for part in parts if isinstance(part, Piece)}
+    start = time.perf_counter()
+    compiled = {}
+    for number, (key, piece) in enumerate(unique.items(), 1):
+        with backend.progress(f"compiling piece {number} of {len(unique)}"):
+            compiled[key] = _compile_piece(piece, backend)
+    seconds["compile"] = time.perf_counter() - start
+
+    values: dict[Node, Reference] = {}
+
+    def refer(value: Any) -> Reference:
+        if not isinstance(value, Node):
+            return ("constant", value)
+        if value in references:
+            return references[value]
+        return values.setdefault(value, ("value", len(values)))
+
+    calls = []
+    for part in parts:
+        arguments: Sequence[Any] = part.inputs if isinstance(part, Piece) else part.args
+        results, key = (part.outputs, part.key) if isinstance(part, Piece) else ([part], "")
+        host = _on_host(part) if isinstance(part, Piece) else ""
+        calls.append(Call(key, tuple(refer(a) for a in arguments), tuple(refer(r)[1] for r in results), host))
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    (logits,) = output.args[0]
+    return Program(Plan(calls, refer(logits), record, seconds), compiled, weights, len(compiled))
+
+
+def _references(gm: GraphModule, examples: Sequence[Any], names: dict[int, Reference]) -> dict[Node, Reference]:
+    """Where each placeholder's value comes from."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    found: dict[Node, Reference] = {}
+    sizes: dict[Any, Reference] = {}
+    for node, example in zip(placeholders, examples, strict=True):
+        if isinstance(example, Tensor):
+            if id(example) not in names:
+                raise ValueError(f"a step may read its inputs and the model's weights, got {node.target}; report the model")
+            found[node] = names[id(example)]
+            if found[node][0] == "input":
+                for dim, size in enumerate(node.meta["example_value"].shape):
+                    if isinstance(size, SymInt):
+                        sizes.setdefault(size.node.expr, ("size", found[node][1], dim))
+    for node in placeholders:
+        if isinstance(node.meta.get("example_value"), SymInt):
+            found[node] = sizes[node.meta["example_value"].node.expr]
+    return found
+
+
+def _on_host(piece: Piece) -> str:
+    """What of a piece a CUDA graph could not hold: values on the CPU, and sizes that only a value tells."""
+    nodes = [(node, node.meta.get("example_value")) for node in piece.module.graph.nodes]
+    tensors = [(node, value) for node, value in nodes if isinstance(value, Tensor)]
+    on_gpu = any(value.device.type == "cuda" for _, value in tensors)
+    for node, value in tensors:
+        if on_gpu and value.device.type == "cpu":
+            return f"{node.name} ({node.target}), which is on the CPU"
+        if free_unbacked_symbols(value):
+            return f"{node.name} ({node.target}), whose size depends on values"
+    return ""
+
+
+def _compile_piece(piece: Piece, backend: Backend) -> Any:
+    examples = [node.meta["example_value"] for node in piece.inputs]
+    return torch._inductor.standalone_compile(
+        piece.module, examples, dynamic_shapes="from_tracing_context", options={"config_patches": dict(backend.config.inductor)}
+    )
+
+
+def open_program(module: Any, backend: Backend, model_geometry: Geometry, folder: Path | None) -> Program:
+    """The program of `folder` if it is there, else a new one, which is then saved there."""
+    if folder is not None and folder.exists():
+        try:
+            with backend.progress("loading compiled pieces"):
+                return load(folder, module)
+        except ValueError as error:
+            warnings.warn(f"gemma4_compile compiles anew: {error}", stacklevel=2)
+            shutil.rmtree(folder, ignore_errors=True)
+    program = compile_program(module, backend, model_geometry)
+    if folder is not None:
+        try:
+            program.save(folder)
+        except (OSError, RuntimeError) as error:  # a full disk; a piece that torch cannot serialize
+            warnings.warn(f"gemma4_compile could not save the compiled program: {error}", stacklevel=2)
+    return program

@@ -1,0 +1,1 @@
+"""The runtime: packed batches, attention over pages, CUDA graphs."""

@@ -1,0 +1,89 @@
+"""A packed batch: the tokens of many requests in one row, and where their keys and values lie.
+
+A step's inputs are tensors by name, so that a graph can be bound to them and static buffers can stand in for them:
+
+    input_ids    [1, T] int64      the new tokens of all requests, one request after the other
+    positions    [T] int64         of each token within its request
+    starts       [R + 1] int32     tokens of request r are starts[r] to starts[r + 1]; further tokens are padding
+    rows         [N] int64         ascending: the tokens whose logits are wanted
+    slots.KIND   [T] int64         where each token's key and value go, negative for padding; KIND is a layer type
+    table.KIND   [R, pages] int32  the pages of each request
+    keys.LAYER   [P, page, Hk, D]  of each layer that owns KV, written in place; so is values.LAYER
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemma4_compile.geometry import Geometry
+
+KINDS = ("sliding_attention", "full_attention")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The new tokens of one request, behind `seen` earlier ones whose keys and values are in place.
+
+    rows    which of the new tokens want logits, ascending; None: the last one
+    """
+
+    tokens: Sequence[int]
+    seen: int = 0
+    rows: Sequence[int] | None = None
+
+
+class PlainKV:
+    """Keys and values without pages: each request has one row of `capacity` positions, which is a page as long as that.
+
+    For tests, measurements and as the simplest owner of a step's memory; request i of a batch uses row rows[i].
+    """
+
+    def __init__(self, model_geometry: Geometry, requests: int, capacity: int, dtype: torch.dtype, device: str | torch.device):
+        """Raises ValueError for a capacity that the attention kernel cannot tile."""
+        if capacity % 16 or capacity < 16:
+            raise ValueError(
+                f"capacity must be a positive multiple of 16, got {capacity}; use {max(16, -(-capacity // 16) * 16)}"
+            )
+        self.capacity, self.requests, self.device = capacity, requests, torch.device(device)
+        self.tensors: dict[str, Tensor] = {}
+        for layer in model_geometry.layers:
+            if not layer.shares_kv:
+                for name in ("keys", "values"):
+                    shape = (requests, capacity, layer.kv_heads, layer.head_dim)
+                    self.tensors[f"{name}.{layer.index}"] = torch.zeros(shape, dtype=dtype, device=device)
+
+    def inputs(self, batch: Sequence[Request], rows: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """The inputs of a step over these requests. Raises ValueError for an empty batch or request, or one too long."""
+        rows = list(range(len(batch))) if rows is None else rows
+        if not batch or len(batch) > self.requests:
+            raise ValueError(f"a batch must hold 1 to {self.requests} requests, got {len(batch)}; split it")
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        wanted: list[int] = []
+        starts = [0]
+        for index, (row, request) in enumerate(zip(rows, batch, strict=True)):
+            length = len(request.tokens)
+            if not 0 < length <= self.capacity - request.seen:
+                raise ValueError(
+                    f"request {index} must have 1 to {self.capacity - request.seen} new tokens, got {length}; "
+                    "raise the capacity or shorten the prompt"
+                )
+            places = range(request.seen, request.seen + length)
+            wanted += [starts[-1] + i for i in ([length - 1] if request.rows is None else request.rows)]
+            ids += request.tokens
+            positions += places
+            slots += [row * self.capacity + place for place in places]
+            starts.append(starts[-1] + length)
+
+        def tensor(values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        table = tensor(list(rows), torch.int32)[:, None]
+        step = {"input_ids": tensor(ids)[None], "positions": tensor(positions), "rows": tensor(wanted)}
+        step["starts"] = tensor(starts, torch.int32)
+        for kind in KINDS:
+            step |= {f"slots.{kind}": tensor(slots), f"table.{kind}": table}
+        return step | self.tensors

@@ -1,0 +1,378 @@
+"""CUDA graphs of a packed step: the whole step for decode, piece by piece around attention for prefill.
+
+    FULL        every token's logits are wanted (decode, MTP verification): one graph by token bucket, attention included
+    PIECEWISE   any other step: each piece is a graph, attention runs between them with the sizes of the batch at hand
+
+Whatever a graph reads lies in a static buffer: the step's inputs are copied there and padded to the bucket. Padding tokens have
+no slot, so nothing of theirs is stored, and belong to no request, so no attention reads or writes for them.
+
+Behind the YOCO boundary a prefill has a few wanted rows, in buckets of their own: the pieces there are captured once for each
+row bucket and serve every token bucket. Only the boundary's piece is captured for pairs of both.
+
+All graphs share one memory pool. What one graph leaves for the next is kept alive while the next is captured, so that none is
+placed on it; afterwards the pool may reuse it, as each graph is replayed behind the one that writes its inputs.
+"""
+
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gemma4_compile.ops.attention import attention_into
+from gemma4_compile.program import Program, Step
+
+from .batch import KINDS
+
+_TABLE, _STARTS = 6, 8  # arguments of attention that have one row a request
+
+
+class CaptureRefused(Exception):
+    """A graph would keep something that the host decides anew for each step. Says what, and what to do."""
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sizes that graphs are captured for; a step takes the smallest that holds it. Ascending.
+
+    decode    tokens of steps whose rows are all wanted
+    tokens    tokens of any other step; a longer one runs without graphs
+    rows      wanted rows of any other step
+    """
+
+    decode: tuple[int, ...] = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256)
+    tokens: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 3072, 4096, 6144, 8192)
+    rows: tuple[int, ...] = (4, 16, 64, 256)
+
+    def __post_init__(self) -> None:
+        for name in ("decode", "tokens", "rows"):
+            sizes = getattr(self, name)
+            if list(sizes) != sorted(set(sizes)) or (sizes and sizes[0] < 1):
+                raise ValueError(f"{name} must be ascending positive sizes, got {sizes}; sort them and drop doubles")
+
+
+class Recorder(Protocol):
+    """Turns a function of fixed tensors into something that can be replayed."""
+
+    def warm_up(self, function: Callable[[], Any]) -> None:
+        """Run it once where it will be captured, so that kernels are loaded and workspaces exist."""
+
+    def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
+        """(replay, what the function returned): a replay writes new contents to the same tensors."""
+
+    def borrow(self, tensor: Tensor) -> Tensor:
+        """The same memory without a claim on it: the pool may hand it to the next graph."""
+
+
+class CudaRecorder:
+    """CUDA graphs of one device, in one memory pool."""
+
+    def __init__(self, device: torch.device):
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+    def warm_up(self, function: Callable[[], Any]) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            function()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            results = list(function())
+        return graph.replay, results
+
+    def borrow(self, tensor: Tensor) -> Tensor:
+        size = tensor.untyped_storage().nbytes()
+        memory = torch.as_tensor(_Memory(tensor.untyped_storage().data_ptr(), size), device=tensor.device)
+        whole = memory[: size // tensor.element_size() * tensor.element_size()].view(tensor.dtype)
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+class _Memory:
+    """An address as torch.as_tensor takes it, without an owner."""
+
+    def __init__(self, address: int, size: int):
+        self.__cuda_array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """A captured size: tokens, wanted rows, and requests that the static tables hold."""
+
+    tokens: int
+    rows: int
+    requests: int
+    full: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"decode {self.tokens}" if self.full else f"{self.tokens} tokens, {self.rows} rows"
+
+
+_Call = Callable[[int], None]  # one captured step, given the number of requests at hand
+
+
+def _replay(replay: Callable[[], None]) -> _Call:
+    return lambda requests: replay()
+
+
+class GraphRunner:
+    """A program replayed from CUDA graphs. Call it with a step's inputs, as the program itself.
+
+    program     of an optimized model, see runtime/model.py
+    inputs      those of any step: the keys and values in it are the ones that all steps must use, and the width of its tables
+                is the most pages that a request may have
+    requests    the most requests of a step; FULL steps have no limit of their own
+
+    Graphs are captured when a bucket is first used. Its first replay is compared with the program itself on the same inputs; if
+    they differ, the bucket is given up with a warning. `refused` says why a bucket runs without graphs.
+
+    Raises CaptureRefused where no graph can be right: inputs that are not on the GPU, or a piece that works on the host.
+    """
+
+    def __init__(
+        self, program: Program, inputs: dict[str, Tensor], requests: int, buckets: Buckets | None = None,
+        recorder: Recorder | None = None,
+    ):  # fmt: skip
+        self.program, self.requests, self.buckets = program, requests, buckets or Buckets()
+        device = inputs["input_ids"].device
+        if recorder is None:
+            _check_on_gpu(inputs)
+            recorder = CudaRecorder(device)
+        _check_pieces(program)
+        self.recorder = recorder
+        self.memory = {name: tensor for name, tensor in inputs.items() if name.startswith(("keys.", "values."))}
+        tokens = max(*self.buckets.tokens, *self.buckets.decode, 1)
+        most = max(requests, *self.buckets.decode)
+        sizes = {"input_ids": (1, tokens), "positions": (tokens,), "rows": (tokens,), "starts": (most + 1,)}
+        for kind in KINDS:
+            sizes |= {f"slots.{kind}": (tokens,), f"table.{kind}": (most, inputs[f"table.{kind}"].shape[1])}
+        self.static = {name: torch.zeros(size, dtype=inputs[name].dtype, device=device) for name, size in sizes.items()}
+        self.refused: dict[str, str] = {}
+        self.replays = 0  # steps that ran from graphs
+        self._full: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        self._heads: dict[int, tuple[list[_Call], dict[int, list[_Call]]]] = {}  # tokens -> before the boundary, rows -> at it
+        self._tails: dict[int, tuple[list[_Call], Tensor]] = {}
+        self._crossing: dict[int, list[Tensor]] = {}
+        self._attended: dict[tuple[Any, ...], Tensor] = {}
+        self._checked: set[_Bucket] = set()
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits [1, N, vocabulary] of the N wanted rows. From a graph they are valid until the next step."""
+        self._check_memory(inputs)
+        wanted, requests = inputs["rows"].shape[0], inputs["table.full_attention"].shape[0]
+        bucket = self._bucket(inputs["input_ids"].shape[1], wanted, requests)
+        if bucket is None or bucket.name in self.refused:
+            return self.program(inputs)
+        try:
+            if bucket not in self._checked:
+                return self._first(bucket, inputs, requests)
+            self._fill(inputs, bucket)
+            logits = self._run(bucket, requests)
+        except (RuntimeError, CaptureRefused) as error:
+            self._give_up(bucket, f"its capture failed: {error}")
+            return self.program(inputs)
+        self.replays += 1
+        return logits[:, :wanted]
+
+    def _bucket(self, tokens: int, wanted: int, requests: int) -> "_Bucket | None":
+        size = _fitting(self.buckets.decode, tokens)
+        if tokens == wanted and size and requests <= size:
+            return _Bucket(size, size, size, full=True)
+        size, rows = _fitting(self.buckets.tokens, tokens), _fitting(self.buckets.rows, wanted)
+        return _Bucket(size, rows, self.requests) if size and rows and requests <= self.requests else None
+
+    def _run(self, bucket: "_Bucket", requests: int) -> Tensor:
+        return self._run_full(bucket) if bucket.full else self._run_pieces(bucket, requests)
+
+    def _first(self, bucket: "_Bucket", inputs: dict[str, Tensor], requests: int) -> Tensor:
+        """Capture over padding alone, then replay the step and compare it with the program: whatever a graph kept shows."""
+        padded = self._fill(inputs, bucket, empty=True)
+        self._run(bucket, requests)
+        self._fill(inputs, bucket)
+        wanted = inputs["rows"].shape[0]
+        # Attention as in the replay: with another number of requests it may sum in another order.
+        expected = self._run_program(padded, bucket.requests if bucket.full else requests)[:, :wanted]
+        actual = self._run(bucket, requests)[:, :wanted]
+        difference = (actual.float() - expected.float()).square().mean().sqrt()
+        scale = expected.float().square().mean().sqrt()
+        if not difference <= 1e-2 * scale:  # also if either is not a number
+            self._give_up(bucket, f"a replay gave other logits than the program (rms {difference:.3g} of {scale:.3g})")
+            return expected
+        self._checked.add(bucket)
+        self.replays += 1
+        return actual
+
+    def _run_program(self, padded: dict[str, Tensor], requests: int) -> Tensor:
+        values = self.program.bind(padded)
+        with torch.no_grad():
+            for step in self.program.steps:
+                if not step.is_piece:
+                    for position, length in ((_TABLE, requests), (_STARTS, requests + 1)):
+                        values[step.arguments[position]] = values[step.arguments[position]][:length]
+                step.run(values)
+        return self.program.result(values)
+
+    def _give_up(self, bucket: "_Bucket", reason: str) -> None:
+        self.refused[bucket.name] = reason
+        warnings.warn(f"gemma4_compile runs the bucket '{bucket.name}' without CUDA graphs: {reason}", stacklevel=4)
+
+    def _check_memory(self, inputs: dict[str, Tensor]) -> None:
+        for name, tensor in self.memory.items():
+            if inputs[name].data_ptr() != tensor.data_ptr():
+                raise CaptureRefused(
+                    f"graphs keep the address of keys and values, got another tensor as {name}; make a new GraphRunner for it"
+                )
+
+    def _fill(self, inputs: dict[str, Tensor], bucket: "_Bucket", empty: bool = False) -> dict[str, Tensor]:
+        """Copy a step to the static buffers and pad it; `empty` leaves padding only. Returns the buffers cut to the bucket."""
+        views = self._views(bucket)
+        tokens = 0 if empty else inputs["input_ids"].shape[1]
+        padding = {"starts": tokens, "rows": bucket.tokens - 1} | {
+            f"slots.{kind}": -1 for kind in KINDS
+        }  # starts and rows ascend
+        for name in self.static:
+            given, view = inputs[name], views[name]
+            dim = 1 if name == "input_ids" else 0
+            length = 0 if empty else given.shape[dim]
+            target = view.narrow(dim, 0, length)
+            if name.startswith("table."):
+                if given.shape[1] > view.shape[1]:
+                    raise CaptureRefused(f"tables may have {view.shape[1]} pages, got {given.shape[1]}; make a new GraphRunner")
+                target = target[:, : given.shape[1]]
+            target.copy_(given.narrow(dim, 0, length))
+            view.narrow(dim, length, view.shape[dim] - length).fill_(padding.get(name, 0))
+        return views
+
+    def _views(self, bucket: "_Bucket") -> dict[str, Tensor]:
+        lengths = {"rows": bucket.rows, "starts": bucket.requests + 1} | {f"table.{kind}": bucket.requests for kind in KINDS}
+        views = {name: buffer.narrow(1 if name == "input_ids" else 0, 0, lengths.get(name, bucket.tokens))
+                 for name, buffer in self.static.items()}  # fmt: skip
+        return views | self.memory
+
+    # FULL
+
+    def _run_full(self, bucket: "_Bucket") -> Tensor:
+        if bucket.tokens not in self._full:
+            views = self._views(bucket)
+            self.recorder.warm_up(lambda: self.program(views))
+            replay, (logits,) = self.recorder.record(lambda: [self.program(views)])
+            self._full[bucket.tokens] = replay, self.recorder.borrow(logits)
+        replay, logits = self._full[bucket.tokens]
+        replay()
+        return logits
+
+    # PIECEWISE
+
+    def _run_pieces(self, bucket: "_Bucket", requests: int) -> Tensor:
+        if bucket.rows not in self._tails:
+            self._capture_tail(bucket)
+        if bucket.tokens not in self._heads or bucket.rows not in self._heads[bucket.tokens][1]:
+            self._capture_head(bucket)
+        head, boundaries = self._heads[bucket.tokens]
+        tail, logits = self._tails[bucket.rows]
+        for part in (head, boundaries[bucket.rows], tail):
+            for call in part:
+                call(requests)
+        return logits
+
+    def _capture_head(self, bucket: "_Bucket") -> None:
+        """Everything before the boundary, and its piece for each row bucket in use: now, while what it reads is alive."""
+        boundary = self.program.steps[self.program.boundary]
+        views = self._views(bucket)
+        self.recorder.warm_up(lambda: self.program(views))
+        values = self.program.bind(views)
+        head = self._capture(self.program.steps[: self.program.boundary], values)
+        boundaries: dict[int, list[_Call]] = {}
+        for rows, buffers in self._crossing.items():
+            self.program.rebind(values, self._views(replace(bucket, rows=rows)))
+            arguments = [values[i] for i in boundary.arguments]
+
+            def pass_on(arguments: list[Any] = arguments, buffers: list[Tensor] = buffers) -> list[Tensor]:
+                for buffer, result in zip(buffers, boundary.function(*arguments), strict=True):
+                    buffer.copy_(result)
+                return []
+
+            self.recorder.warm_up(pass_on)
+            boundaries[rows] = [_replay(self.recorder.record(pass_on)[0])]
+        self._heads[bucket.tokens] = head, boundaries
+
+    def _capture_tail(self, bucket: "_Bucket") -> None:
+        """Everything behind the boundary, on static buffers that its piece's results are copied to."""
+        steps, boundary = self.program.steps, self.program.boundary
+        values = self.program.bind(self._views(bucket))
+        probe = list(values)
+        with torch.no_grad():
+            for step in steps[:boundary]:
+                step.run(probe)
+            results = steps[boundary].function(*[probe[i] for i in steps[boundary].arguments])
+        del probe
+        buffers = [torch.empty_strided(r.shape, r.stride(), dtype=r.dtype, device=r.device).zero_() for r in results]
+        for index, buffer in zip(steps[boundary].results, buffers, strict=True):
+            values[index] = buffer
+        self.recorder.warm_up(lambda: self.program(self._views(bucket)))
+        tail = self._capture(steps[boundary + 1 :], values)
+        self._crossing[bucket.rows] = buffers
+        self._tails[bucket.rows] = tail, self.recorder.borrow(self.program.result(values))
+
+    def _capture(self, steps: Sequence[Step], values: list[Any]) -> "list[_Call]":
+        calls: list[_Call] = []
+        for step in steps:
+            arguments = [values[i] for i in step.arguments]
+            if step.is_piece:
+                replay, results = self.recorder.record(partial(step.function, *arguments))
+                calls.append(_replay(replay))
+            else:
+                results = [self._attended_buffer(arguments[0])]
+                calls.append(self._attention(results[0], arguments))
+            for index, result in zip(step.results, results, strict=True):
+                values[index] = result
+            for index in step.dead:
+                values[index] = None
+        return calls
+
+    def _attended_buffer(self, q: Tensor) -> Tensor:
+        """Where attention writes, so that the next piece finds it. Layers take turns: the next piece alone reads it."""
+        key = (q.shape[1:], q.dtype)
+        if key not in self._attended:
+            self._attended[key] = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        return self._attended[key]
+
+    def _attention(self, out: Tensor, arguments: list[Any]) -> "_Call":
+        borrowed = [self.recorder.borrow(a) if isinstance(a, Tensor) else a for a in arguments]
+
+        def call(requests: int) -> None:
+            given = list(borrowed)
+            given[_TABLE] = given[_TABLE][:requests]
+            given[_STARTS] = given[_STARTS][: requests + 1]
+            attention_into(out, *given)  # type: ignore[arg-type]
+
+        return call
+
+
+def _fitting(sizes: Sequence[int], wanted: int) -> int:
+    """The smallest of the sizes that is enough; 0 if none is."""
+    index = bisect_left(sizes, wanted)
+    return sizes[index] if index < len(sizes) else 0
+
+
+def _check_on_gpu(inputs: dict[str, Tensor]) -> None:
+    for name, tensor in inputs.items():
+        if tensor.device.type != "cuda":
+            raise CaptureRefused(f"a graph reads its inputs on the GPU, got {name} on {tensor.device}; move it there")
+
+
+def _check_pieces(program: Program) -> None:
+    for call in program.plan.calls:
+        if call.host:
+            raise CaptureRefused(f"a graph cannot hold {call.host}: the host decides it anew for each step; run without graphs")
+    before = {index for step in program.steps[: program.boundary] for index in step.results}
+    for step in program.steps[program.boundary + 1 :]:
+        if before & set(step.arguments):
+            raise CaptureRefused("steps behind the boundary must read what its piece passes on, got values from before it")

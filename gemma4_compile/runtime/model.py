@@ -1,0 +1,54 @@
+"""A model as the runtime calls it: one packed step of many requests in, the logits of the wanted rows out."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from transformers.models.gemma4 import modeling_gemma4 as hf
+
+from gemma4_compile.backend import uuid
+from gemma4_compile.optimize import CompiledModel, state_of
+from gemma4_compile.program import Program, open_program, weights_of
+
+
+class PackedModel:
+    """An optimized Gemma4ForCausalLM over packed batches; see batch.py for a step's inputs.
+
+    Compiled at once, for any number of tokens, requests and wanted rows, or loaded if this model was compiled before.
+
+    Raises TypeError for another class of model, ValueError for one that was not optimized or whose attention is not causal.
+    """
+
+    def __init__(self, model: nn.Module):
+        if not isinstance(model, hf.Gemma4ForCausalLM):
+            raise TypeError(
+                f"a packed step takes Gemma4ForCausalLM, got {type(model).__name__}; load the checkpoint's text part"
+            )
+        state = state_of(model)
+        if getattr(model.config, "use_bidirectional_attention", None) == "all":
+            raise ValueError("attention must be causal, got use_bidirectional_attention='all'; use a decoder checkpoint")
+        self.model, self.geometry = model, state.geometry
+        self.program: Program = open_program(model, state.backend, state.geometry, _folder(model, state))
+        state.programs.append(self.program)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits [1, N, vocabulary]; the step's keys and values are written in place."""
+        return self.program(inputs)
+
+
+def _folder(model: Any, state: CompiledModel) -> Path | None:
+    """Where this model's program is kept: a name for everything that it depends on. None where torch's caches are off."""
+    config = state.backend.config
+    if torch._inductor.config.force_disable_caches or not torch._inductor.config.fx_graph_cache:
+        return None
+    device = model.device
+    machine = torch.cuda.get_device_properties(device).name if device.type == "cuda" else "cpu"
+    described = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    weights = sorted((name, tuple(w.shape), w.stride(), str(w.dtype)) for name, w in weights_of(model).items())
+    parts = (uuid(config, state.backend.enabled), machine, json.dumps(described, sort_keys=True, default=str), weights)
+    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    return Path(config.cache_dir or Path(cache_dir()) / "gemma4_compile") / name
