@@ -84,7 +84,8 @@ class Program:
 
     def __init__(self, plan: Plan, pieces: Mapping[str, Callable[..., Any]], weights: dict[str, Tensor], compiled: int):
         self.plan, self.compiled = plan, compiled
-        self.artifacts = pieces
+        self._pieces = pieces
+        self._folder: Path | None = None  # that it was loaded from: a loaded piece cannot be written again
         self._values: list[Any] = []
         self._inputs: list[tuple[int, str]] = []
         self._sizes: list[tuple[int, str, int]] = []
@@ -155,9 +156,12 @@ class Program:
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
         try:
-            for key, piece in self.artifacts.items():
-                piece.save(path=str(draft / f"{key}.piece"), format="binary")  # type: ignore[attr-defined]
-            (draft / "program.json").write_text(json.dumps({"format": _FORMAT, **asdict(self.plan)}, indent=1))
+            if self._folder is not None:
+                shutil.copytree(self._folder, draft, dirs_exist_ok=True)
+            else:
+                for key, piece in self._pieces.items():
+                    piece.save(path=str(draft / f"{key}.piece"), format="binary")  # type: ignore[attr-defined]
+                (draft / "program.json").write_text(json.dumps({"format": _FORMAT, **asdict(self.plan)}, indent=1))
             try:
                 draft.rename(folder)
             except OSError:  # another process was faster: its files are as good
@@ -207,7 +211,9 @@ def load(folder: str | Path, module: Any) -> Program:
         plan = Plan(calls, tuple(saved["result"]), record, saved["seconds"])
         keys = {call.piece for call in calls} - {""}
         pieces = {key: CompiledArtifact.load(path=str(folder / f"{key}.piece"), format="binary") for key in keys}
-        return Program(plan, pieces, weights_of(module), compiled=0)
+        program = Program(plan, pieces, weights_of(module), compiled=0)
+        program._folder = folder
+        return program
     except Exception as error:  # of JSON, of the file system, and of torch's loader, which asserts
         raise ValueError(f"a saved program must be whole and of this model, got {error!r} in {folder}; delete it") from error
 

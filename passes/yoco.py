@@ -35,8 +35,9 @@ _ROW_WISE = {
     operator.truediv, operator.neg, _OPS.rms_norm, _OPS.rms_norm_noscale, _OPS.rope, _OPS.geglu, _OPS.route,
 }  # fmt: skip
 _ROW_WISE_METHODS = {
-    "float", "to", "type_as", "pow", "view", "reshape", "transpose", "contiguous", "unsqueeze", "expand",
+    "float", "to", "type_as", "pow", "view", "reshape", "transpose", "contiguous", "unsqueeze", "expand", "size",
 }  # fmt: skip
+_WHOLE = (slice(None), slice(0, None))
 # Row-wise as a whole, though not each of their operations: tokens are sorted by expert and put back.
 _ROW_WISE_MODULES = ("Gemma4TextRouter", "Gemma4TextExperts")
 
@@ -78,6 +79,7 @@ class _Rewrite:
         if not _is(_query_rows(calls[boundary - 1]), _query_rows(calls[boundary])):
             raise Objection("transformers leaves the other rows out of this graph itself", done=True)
         self.selection, self.rows = _selection(graph, calls[max(calls)])
+        self.mode = fake_mode_of(self.selection)
         states: Any = self.selection.args[0]
         self.total = _shape(states)[1]
         self.tail = _tail(graph, boundary, self.selection)
@@ -104,10 +106,9 @@ class _Rewrite:
                 if starts not in bounds:
                     bounds[starts] = self._bounds(starts)
                 node.args = (*node.args[:_STARTS], bounds[starts], *node.args[_STARTS + 1 :])
-        mode = fake_mode_of(self.selection)
         for node in sorted(self.tail):
             before = node.meta.pop("example_value", None)
-            evaluate(node, mode)
+            evaluate(node, self.mode)
             self._compare(node, before, wanted)
         self.selection.replace_all_uses_with(self.selection.args[0])  # type: ignore[arg-type]
         self.graph.erase_node(self.selection)
@@ -148,7 +149,7 @@ class _Rewrite:
         with self.graph.inserting_after(max(late)) if late else self.graph.inserting_before(start):
             node = self.graph.call_function(target, args, kwargs)
         inherit(node, start)
-        evaluate(node, fake_mode_of(value))
+        evaluate(node, self.mode)
         return node
 
     def _wanted(self) -> Any:
@@ -256,7 +257,7 @@ def _selection(graph: Graph, last: Node) -> tuple[Node, Any]:
             return node, rows
         if rows == slice(-1, None):
             return node, rows
-        if isinstance(rows, slice) and rows in (slice(0, None), slice(None)):
+        if isinstance(rows, slice) and rows in _WHOLE:
             break
         raise Objection(f"the wanted rows are {rows}; logits_to_keep must be 1 or a tensor of row indices")
     raise Objection("the caller asks for full-sequence logits; pass logits_to_keep")
@@ -314,7 +315,7 @@ def _keeps_rows(node: Node) -> bool:
     index = node.args[1]
     if isinstance(index, int):
         return value_of(node.args[0]) is None
-    return isinstance(index, tuple) and (index[0] is Ellipsis or index[:2] == (slice(None), slice(None)))
+    return isinstance(index, tuple) and (index[0] is Ellipsis or all(part in _WHOLE for part in index[:2]))
 
 
 def _who_asks(node: Node, user: Node) -> str:

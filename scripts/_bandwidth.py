@@ -18,3 +18,17 @@ def copy_bandwidth() -> float:
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) * 1e-3)
     return 2 * source.numel() * 4 / statistics.median(times)
+
+
+def product_rate() -> float:
+    """FLOPs a second of a large bf16 matrix product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(12):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        a @ b
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e-3)
+    return 2 * 8192.0**3 / statistics.median(times)

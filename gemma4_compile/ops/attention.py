@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .library import define, expect, fresh, jit, pinned, power_of_two, tl, triton, unit_stride
+from .route import exponential
 
 PROCESSORS = 132  # of an H200; plans depend on shapes alone, so that a captured graph fits any contents
 
@@ -140,8 +141,13 @@ def _write_rows_kernel(
 
 
 @jit
-def _exponential(x):
-    return tl.exp2(x * 1.4426950408889634)
+def _exponential(x, dtype: tl.constexpr):
+    """exp(x) for a result that is rounded to dtype."""
+    if dtype == tl.float32:  # noqa: SIM108  (a compile-time branch)
+        result = exponential(x)
+    else:
+        result = tl.exp2(x * 1.4426950408889634)
+    return result
 
 
 @jit
@@ -172,41 +178,54 @@ def _load_page_rows(ptr, row, row_stride, stop, DIM: tl.constexpr, DIM_BLOCK: tl
 
 
 @jit
+def _page_of(table_ptr, block, inside, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.load(table_ptr + block * BLOCK_N // PAGE, inside, other=0).to(tl.int64)
+
+
+@jit
 def _attend(
-    q, mixed, top, total, position, block, stop, keys_ptr, values_ptr, table_ptr,
+    q, mixed, top, total, position, stop, begin, end, skip_from, skip, keys_ptr, values_ptr, table_ptr,
     key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
     DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Take one block of keys and values into a running softmax.
+    """Take blocks of keys and values into a running softmax: from begin to end, those from skip_from on moved by skip.
 
     top and total are each row's largest score and its sum of exp(score - top), mixed the sum of exp(score - top) * value.
     Not MASKED: every row sees every key.
     """
-    first = block * BLOCK_N
-    page = tl.load(table_ptr + first // PAGE).to(tl.int64)
-    within = (first % PAGE).to(tl.int64)
     row = tl.arange(0, BLOCK_N)
-    keys_ptr += page * key_page_stride + within * key_row_stride
-    values_ptr += page * value_page_stride + within * value_row_stride
+    block = begin + tl.where(begin >= skip_from, skip, 0)
+    page = _page_of(table_ptr, block, begin < end, PAGE, BLOCK_N)
+    for i in range(begin, end):
+        # One block ahead: loads whose address is a load of the same step are fetched a stage later.
+        following = i + 1 + tl.where(i + 1 >= skip_from, skip, 0)
+        following_page = _page_of(table_ptr, following, i + 1 < end, PAGE, BLOCK_N)
+        first = block * BLOCK_N
+        within = (first % PAGE).to(tl.int64)
+        key_block = keys_ptr + page * key_page_stride + within * key_row_stride
+        value_block = values_ptr + page * value_page_stride + within * value_row_stride
 
-    keys = _load_page_rows(keys_ptr, row, key_row_stride, stop - first, DIM, q.shape[1], MASKED).to(q.dtype)
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-    if MASKED:
-        key = first + row[None, :]
-        seen = key <= position[:, None]
-        if WINDOW:
-            seen &= key > position[:, None] - WINDOW
-        scores = tl.where(seen, scores, float("-inf"))
+        keys = _load_page_rows(key_block, row, key_row_stride, stop - first, DIM, q.shape[1], MASKED).to(q.dtype)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        if MASKED:
+            key = first + row[None, :]
+            seen = key <= position[:, None]
+            if WINDOW:
+                seen &= key > position[:, None] - WINDOW
+            scores = tl.where(seen, scores, float("-inf"))
 
-    higher = tl.maximum(top, tl.max(scores, axis=1))
-    base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher  # a row that has seen no key yet
-    weights = _exponential(scores - base[:, None])
-    kept = _exponential(top - base)
-    total = total * kept + tl.sum(weights, axis=1)
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher  # a row that has seen no key yet
+        weights = _exponential(scores - base[:, None], q.dtype)
+        kept = _exponential(top - base, q.dtype)
+        total = total * kept + tl.sum(weights, axis=1)
+        top = higher
 
-    values = _load_page_rows(values_ptr, row, value_row_stride, stop - first, DIM, q.shape[1], MASKED).to(q.dtype)
-    mixed = tl.dot(weights.to(q.dtype), values, mixed * kept[:, None], input_precision="ieee")
-    return mixed, higher, total
+        values = _load_page_rows(value_block, row, value_row_stride, stop - first, DIM, q.shape[1], MASKED).to(q.dtype)
+        mixed = tl.dot(weights.to(q.dtype), values, mixed * kept[:, None], input_precision="ieee")
+        block = following
+        page = following_page
+    return mixed, top, total
 
 
 @jit(do_not_specialize=["rows", "requests", "table_stride"])  # one compilation for all token counts
@@ -266,19 +285,17 @@ def _attention_kernel(
         if WINDOW:
             whole_begin = tl.maximum(tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), BLOCK_N), begin)
         whole_end = tl.maximum(whole_begin, whole_end)
-        for block in range(whole_begin, whole_end):
-            mixed, top, total = _attend(
-                q, mixed, top, total, position, block, stop, keys_ptr, values_ptr, table_ptr,
-                key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
-                DIM, PAGE, WINDOW, BLOCK_N, False,
-            )  # fmt: skip
-    for i in range(begin, end - (whole_end - whole_begin)):
-        block = i + tl.where(i >= whole_begin, whole_end - whole_begin, 0)
         mixed, top, total = _attend(
-            q, mixed, top, total, position, block, stop, keys_ptr, values_ptr, table_ptr,
+            q, mixed, top, total, position, stop, whole_begin, whole_end, 0, 0, keys_ptr, values_ptr, table_ptr,
             key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
-            DIM, PAGE, WINDOW, BLOCK_N, True,
+            DIM, PAGE, WINDOW, BLOCK_N, False,
         )  # fmt: skip
+    skip = whole_end - whole_begin
+    mixed, top, total = _attend(
+        q, mixed, top, total, position, stop, begin, end - skip, whole_begin, skip, keys_ptr, values_ptr, table_ptr,
+        key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
+        DIM, PAGE, WINDOW, BLOCK_N, True,
+    )  # fmt: skip
 
     target = (row.to(tl.int64) * tl.num_programs(1) + kv_head) * GROUP + head
     if SPLITS == 1:
@@ -304,7 +321,7 @@ def _combine_kernel(mixed_ptr, tops_ptr, totals_ptr, out_ptr, DIM: tl.constexpr,
     mixed = tl.load(mixed_ptr + share[:, None] * DIM + column[None, :], wanted, other=0.0)
 
     highest = tl.max(top)
-    weight = _exponential(top - tl.where(highest == float("-inf"), 0.0, highest))
+    weight = exponential(top - tl.where(highest == float("-inf"), 0.0, highest))
     whole = tl.sum(weight * total)
     mixed = tl.sum(mixed * weight[:, None], axis=0) / tl.where(whole > 0.0, whole, 1.0)
 
@@ -329,7 +346,7 @@ def attention_plan(
     average = -(-rows // max(requests, 1))
     few = average <= 8
     if itemsize == 4:  # no tensor cores: products in registers
-        block_m, block_n, warps, stages = 16, 32 if dim_block <= 256 else 16, 4, 1
+        block_m, block_n, warps, stages = 16, 16, 4, 1
     elif few:
         block_m, block_n, warps = min(max(16, average * group_block), 32), 32, 4
         stages = 3 if dim_block <= 256 else 2

@@ -55,7 +55,11 @@ class PlainKV:
                     self.tensors[f"{name}.{layer.index}"] = torch.zeros(shape, dtype=dtype, device=device)
 
     def inputs(self, batch: Sequence[Request], rows: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """The inputs of a step over these requests. Raises ValueError for an empty batch or request, or one too long."""
+        """The inputs of a step over these requests, the i-th in row rows[i] of the memory (i unless given).
+
+        Raises ValueError for an empty batch, for a request without new tokens, too long, or wanting rows that it does not have,
+        and if no logits are wanted.
+        """
         rows = list(range(len(batch))) if rows is None else rows
         if not batch or len(batch) > self.requests:
             raise ValueError(f"a batch must hold 1 to {self.requests} requests, got {len(batch)}; split it")
@@ -72,11 +76,19 @@ class PlainKV:
                     "raise the capacity or shorten the prompt"
                 )
             places = range(request.seen, request.seen + length)
-            wanted += [starts[-1] + i for i in ([length - 1] if request.rows is None else request.rows)]
+            rows_of = [length - 1] if request.rows is None else list(request.rows)
+            if rows_of != sorted(set(rows_of)) or not set(rows_of) <= set(range(length)):
+                raise ValueError(
+                    f"request {index} wants rows among its {length} new tokens, ascending, got {rows_of}; count from this step's 0"
+                )
+            wanted += [starts[-1] + i for i in rows_of]
             ids += request.tokens
             positions += places
             slots += [row * self.capacity + place for place in places]
             starts.append(starts[-1] + length)
+
+        if not wanted:
+            raise ValueError("a step must want the logits of at least one token, got none; give a request rows")
 
         def tensor(values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self.device)

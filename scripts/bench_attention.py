@@ -1,0 +1,137 @@
+"""Time the attention kernel over launch plans at the shapes of the released models: attention_plan's tables come from here.
+
+    python scripts/bench_attention.py [--out FILE]
+
+Each shape is one class of the plan: a prefill of one request of 8192 tokens, decode of 1 and 32 requests behind 1024 and 8000
+keys. Microseconds, median of 20 launches, each plan beside the one that attention_plan picks. The floor of a decode is the bytes
+of its keys and values over the copy bandwidth, that of a prefill its FLOPs over the rate of a large product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
+
+from gemma4_compile.ops.attention import AttentionPlan, attention_plan, launch_planned
+from scripts._bandwidth import copy_bandwidth, product_rate
+
+
+class Shape(NamedTuple):
+    """Requests of `rows` new tokens behind `seen` earlier ones."""
+
+    name: str
+    requests: int
+    rows: int
+    seen: int
+    heads: int
+    kv_heads: int
+    dim: int
+    window: int
+
+
+LAYERS = {
+    "E2B sliding": (8, 1, 256, 512),
+    "E2B full": (8, 1, 512, 0),
+    "26B-A4B sliding": (16, 8, 256, 1024),
+    "26B-A4B full": (16, 2, 512, 0),
+}
+BATCHES = {"prefill 8192": (1, 8192, 0), "decode 1": (1, 1, 1024), "decode 32": (32, 1, 1024), "decode 32 long": (32, 1, 8000)}
+SHAPES = [Shape(f"{layer}, {batch}", *BATCHES[batch], *LAYERS[layer]) for layer in LAYERS for batch in BATCHES]
+
+
+def inputs_of(shape: Shape) -> tuple[Any, ...]:
+    """Random arguments of launch_planned, a page a request."""
+    tokens, page = shape.requests * shape.rows, -(-(shape.rows + shape.seen) // 16) * 16
+    new = [torch.randn(1, tokens, n, shape.dim, device="cuda", dtype=torch.bfloat16) for n in (shape.heads, 1)]
+    keys, values = torch.randn(2, shape.requests, page, shape.kv_heads, shape.dim, device="cuda", dtype=torch.bfloat16)
+    positions = torch.arange(shape.rows, device="cuda").repeat(shape.requests) + shape.seen
+    starts = torch.arange(0, tokens + 1, shape.rows, device="cuda", dtype=torch.int32)
+    table = torch.arange(shape.requests, device="cuda", dtype=torch.int32)[:, None]
+    slots = torch.zeros(0, device="cuda", dtype=torch.int64)
+    return torch.empty_like(new[0]), new[0], None, None, keys, values, slots, table, positions, starts, shape.window, 1.0
+
+
+def microseconds(arguments: tuple[Any, ...], plan: AttentionPlan) -> float | None:
+    """Of launches in a CUDA graph, eight at a time; None if the plan does not fit the GPU."""
+    try:
+        launch_planned(*arguments, plan=plan)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(8):
+                launch_planned(*arguments, plan=plan)
+    except Exception:  # out of shared memory or registers, in several classes
+        torch.cuda.synchronize()
+        return None
+    times = []
+    for _ in range(20):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / 8)
+    return statistics.median(times)
+
+
+def candidates(shape: Shape) -> list[AttentionPlan]:
+    """Plans worth a try in the shape's class."""
+    group = shape.heads // shape.kv_heads
+    if shape.rows > 8:
+        grid = itertools.product((64, 128), (32, 64, 128), (1,), (4, 8), (2, 3))
+    else:
+        grid = itertools.product((16,), (32, 64), (1, 4, 8, 16, 32, 64), (2, 4), (2, 3))
+    return [AttentionPlan(max(1, m // group), n, splits, warps, stages) for m, n, splits, warps, stages in grid]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="", help="shapes whose name contains this")
+    arguments = parser.parse_args()
+    bandwidth, rate = copy_bandwidth(), product_rate()
+    rows = []
+    for shape in (s for s in SHAPES if arguments.only in s.name):
+        given = inputs_of(shape)
+        most = shape.rows + shape.seen
+        chosen = attention_plan(
+            shape.requests * shape.rows, shape.requests, shape.kv_heads, shape.heads // shape.kv_heads, shape.dim,
+            min(most, shape.window or most),
+        )  # fmt: skip
+        timed = [(microseconds(given, plan), plan) for plan in [chosen, *candidates(shape)]]
+        found = sorted(((us, plan) for us, plan in timed[1:] if us is not None), key=lambda one: one[0])
+        keys = min(shape.window or most, most)
+        seen = sum(min(i + 1, keys) for i in range(shape.rows)) if shape.seen == 0 else keys * shape.rows
+        by_bytes = 4.0 * shape.requests * keys * shape.kv_heads * shape.dim / bandwidth
+        by_flops = 4.0 * shape.requests * shape.heads * shape.dim * seen / rate
+        row = {
+            "shape": shape.name,
+            "floor_us": round(max(by_bytes, by_flops) * 1e6, 2),
+            "chosen_us": timed[0][0],
+            "chosen": chosen,
+        }
+        row["best"] = [(round(us, 2), list(plan)) for us, plan in found[:5]]
+        rows.append(row)
+        print(
+            f"{shape.name:32} floor {row['floor_us']:8} chosen {timed[0][0]} {list(chosen)} best {row['best'][:3]}", flush=True
+        )
+    if arguments.out:
+        about = {
+            "machine": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "command": "python scripts/bench_attention.py",
+        }
+        arguments.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The compiled attention kernels at the sizes of the real models: accuracy, CUDA graphs, compilations, offsets past 2**31."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gemma4_compile import ops
+from gemma4_compile.ops.attention import attention_into
+from tests.ops.attention_cases import Request, Step, check_cache, check_steps, step
+
+HEADS = {  # heads, KV heads, head size
+    "sliding E2B": (8, 1, 256),
+    "full E2B": (8, 1, 512),
+    "sliding 26B": (16, 8, 256),
+    "full 26B": (16, 2, 512),
+}
+CONTEXTS = (4000, 1, 15, 16, 700, 511, 512, 513, 2047, 90, 1300, 33, 3999, 64, 256, 1000)
+BATCHES = {
+    "decode 1": [Request(4000, 1)],
+    "decode 7": [Request(past, 1) for past in CONTEXTS[:7]],
+    "decode 32": [Request(past, 1) for past in CONTEXTS + CONTEXTS[::-1]],
+    "verify": [Request(past, 5) for past in CONTEXTS[:9]],
+    "prefill": [Request(0, 700), Request(100, 1300), Request(0, 3000)],
+    "short prefill": [Request(3000, 100), Request(0, 30)],
+    "mixed": [Request(4000, 1), Request(0, 900), Request(0, 0), Request(513, 1), Request(2000, 450), Request(7, 1)],
+    "truncated": [Request(0, 3000, (2999,)), Request(100, 800, (5, 300, 798, 799)), Request(50, 1)],
+}
+SMALL_BATCHES = {
+    "decode": [Request(past, 1) for past in (1000, 3, 600)],
+    "prefill": [Request(0, 150), Request(500, 70)],
+}
+
+
+def cuda_step(heads: str, requests: list[Request], **options) -> Step:
+    q_heads, kv_heads, dim = HEADS[heads]
+    return step(requests, heads=q_heads, kv_heads=kv_heads, dim=dim, device="cuda", **options)
+
+
+@pytest.mark.parametrize("window", (0, 512))
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_as_accurate_as_eager_bf16(batch: str, heads: str, window: int):
+    for page, padding in ((16, 3), (None, 0)):
+        made = cuda_step(heads, BATCHES[batch], page=page, window=window, dtype=torch.bfloat16, padding=padding)
+        check_steps([(made, None)])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("batch", SMALL_BATCHES)
+def test_as_accurate_as_eager_other_dtypes(batch: str, heads: str, dtype: torch.dtype):
+    for window in (0, 512):
+        check_steps([(cuda_step(heads, SMALL_BATCHES[batch], page=64, window=window, dtype=dtype, padding=1), None)])
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_keys_of_another_layer(heads: str):
+    for batch in ("decode 7", "prefill", "truncated"):
+        made = cuda_step(heads, BATCHES[batch], dtype=torch.bfloat16, writes=False)
+        check_steps([(made, None)])
+
+
+def test_fp8_cache():
+    for batch in ("decode 7", "prefill"):
+        made = cuda_step(
+            "sliding E2B", BATCHES[batch], dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn, writes=False, unwritten=0.0
+        )
+        check_steps([(made, None)])
+
+
+def test_opcheck():
+    made = cuda_step("sliding 26B", [Request(20, 3), Request(0, 2)], window=5, dtype=torch.bfloat16, padding=2, unwritten=0.0)
+    torch.library.opcheck(torch.ops.gemma4.attention.default, made.fresh())
+
+
+# Pairs of batches of equal shapes: as many requests, pages, and rows with their padding.
+PAIRS = {
+    "few rows": (
+        ([Request(100, 1), Request(40, 4), Request(0, 3), Request(900, 1)], 3),
+        ([Request(900, 2), Request(0, 1), Request(39, 3), Request(100, 1)], 5),
+    ),
+    "many rows": (
+        ([Request(100, 1), Request(0, 300), Request(0, 500), Request(160, 40)], 9),
+        ([Request(0, 101), Request(200, 100), Request(100, 400), Request(0, 200)], 49),
+    ),
+}
+
+
+@pytest.mark.parametrize("window", (0, 512))
+@pytest.mark.parametrize("heads", ("full E2B", "sliding 26B"))
+@pytest.mark.parametrize("pair", PAIRS)
+def test_cuda_graph_serves_other_contents_of_the_same_shapes(pair: str, heads: str, window: int):
+    steps = [
+        cuda_step(heads, requests, window=window, dtype=torch.bfloat16, padding=padding) for requests, padding in PAIRS[pair]
+    ]
+    wanted = [ops.attention(*made.fresh()) for made in steps]
+    static, out = steps[0].fresh(), torch.empty_like(wanted[0])
+    attention_into(out, *static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention_into(out, *static)
+    for turn in (1, 0, 1):
+        for buffer, contents in zip(static[:9], steps[turn].args[:9], strict=True):
+            buffer.copy_(contents)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, wanted[turn])
+        check_cache(steps[turn], static)
+
+
+def test_one_compilation_for_all_token_counts(monkeypatch: pytest.MonkeyPatch):
+    import triton
+
+    def run(requests: list[Request], padding: int) -> None:
+        ops.attention(*cuda_step("sliding E2B", requests, dtype=torch.bfloat16, padding=padding, page=64).fresh())
+
+    run([Request(0, 1000)], 0)
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about["repr"]))
+    for requests, padding in (([Request(5, 513)], 1), ([Request(0, 640), Request(70, 2000)], 0), ([Request(0, 2048)] * 16, 16)):
+        run(requests, padding)
+    assert not compiled
+
+
+def test_pages_past_two_to_the_31():
+    requests = [Request(40, 3), Request(0, 70)]
+    made = cuda_step("full E2B", requests, dtype=torch.bfloat16, padding=1)
+    wanted = ops.attention(*made.fresh())
+    args = list(made.fresh())
+    pages, page, *_ = args[3].shape
+    count = 2**31 // args[3].stride(0) + 2 * pages
+    first = count - pages
+    for i in (3, 4):
+        large = args[i].new_empty((count, *args[i].shape[1:]))
+        large[first:] = args[i]
+        args[i] = large
+    args[5] = torch.where(args[5] < 0, args[5], args[5] + first * page)
+    args[6] = args[6] + first
+    assert torch.equal(ops.attention(*args), wanted)
+    check_cache(made, (*args[:3], args[3][first:], args[4][first:]))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: NOT tested off the current device")
+def test_tensors_off_the_current_device():
+    made = step([Request(40, 3), Request(0, 70)], dim=64, device="cuda:1", dtype=torch.bfloat16)
+    out = torch.empty_like(made.args[0])
+    attention_into(out, *made.fresh())
+    assert torch.equal(out, ops.attention(*made.fresh()))
+    check_steps([(made, None)])

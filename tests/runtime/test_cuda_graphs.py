@@ -1,0 +1,151 @@
+"""The graph runner without a GPU: buckets, padding, refusals, and the check that no graph keeps what it must not."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma4_compile.program import Program
+from gemma4_compile.runtime.batch import PlainKV, Request
+from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner
+from tests.runtime.host_recorder import HostRecorder
+from tests.runtime.served import memory, packed, tokens_of
+
+BUCKETS = Buckets(decode=(1, 2, 4), tokens=(4, 8, 16), rows=(2, 4))
+REQUESTS = 5
+
+
+def runner(kind: str = "e", recorder: HostRecorder | None = None, buckets: Buckets = BUCKETS) -> tuple[GraphRunner, PlainKV]:
+    kv = memory(kind, requests=REQUESTS)
+    graphs = GraphRunner(packed(kind).program, kv.inputs([Request([5])]), REQUESTS, buckets, recorder or HostRecorder())
+    return graphs, kv
+
+
+def assert_same(graphs: GraphRunner, kv: PlainKV, other: PlainKV, batch: list[Request], kind: str = "e") -> None:
+    """Logits and everything in memory."""
+    actual, expected = graphs(kv.inputs(batch)), packed(kind)(other.inputs(batch))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+    for name, tensor in kv.tensors.items():
+        torch.testing.assert_close(tensor, other.tensors[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["e", "moe"])
+def test_every_edge(kind: str) -> None:
+    """Bucket - 1, bucket, bucket + 1 for tokens, wanted rows and decode batches; twice, so that graphs are used again."""
+    graphs, kv = runner(kind)
+    other = memory(kind, requests=REQUESTS)
+    for turn in range(2):
+        for total in (3, 4, 5, 7, 8, 9, 15, 16, 17):
+            lengths = [total - 2, 2]
+            assert_same(graphs, kv, other, [Request(tokens_of(turn + i, n)) for i, n in enumerate(lengths)], kind)
+        for wanted in (1, 2, 3, 4, 5):
+            assert_same(graphs, kv, other, [Request(tokens_of(turn, 7), rows=range(wanted))], kind)
+        for count in (1, 2, 3, 4, 5):
+            assert_same(graphs, kv, other, [Request(tokens_of(i, 5)) for i in range(count)], kind)
+            assert_same(graphs, kv, other, [Request([7 + i], 5) for i in range(count)], kind)
+    assert graphs.refused == {}
+    assert isinstance(graphs.recorder, HostRecorder)
+    recorded = graphs.recorder.recorded
+    assert graphs.replays >= 34
+    assert_same(graphs, kv, other, [Request(tokens_of(9, 8))], kind)
+    assert graphs.recorder.recorded == recorded, "a bucket is captured once"
+
+
+def test_tails_are_shared_by_all_token_buckets() -> None:
+    """Two pieces behind the boundary for each row bucket, two before it for each token bucket, and one for each pair."""
+    graphs, kv = runner()
+    for total in (4, 8, 16):
+        graphs(kv.inputs([Request(tokens_of(1, total))]))
+    assert packed("e").program.boundary == 4 and graphs.recorder.recorded == 2 + 3 * 2 + 3  # type: ignore[attr-defined]
+
+
+def test_a_verification_step_is_one_graph() -> None:
+    """Several tokens of each request, all of them wanted, as MTP asks."""
+    graphs, kv = runner()
+    other = memory("e", requests=REQUESTS)
+    for start in ([Request(tokens_of(1, 6)), Request(tokens_of(2, 3))],):
+        assert_same(graphs, kv, other, start)
+    recorded = graphs.recorder.recorded  # type: ignore[attr-defined]
+    assert_same(graphs, kv, other, [Request([8, 9], 6, rows=[0, 1]), Request([4], 3, rows=[0])])
+    assert graphs.recorder.recorded == recorded + 1  # type: ignore[attr-defined]
+
+
+def test_no_bucket_is_large_enough() -> None:
+    graphs, kv = runner()
+    other = memory("e", requests=REQUESTS)
+    assert_same(graphs, kv, other, [Request(tokens_of(1, 40))])
+    assert_same(graphs, kv, other, [Request(tokens_of(1, 8), rows=range(6))])
+    assert graphs.replays == 0
+
+
+class Soup(HostRecorder):
+    """Graphs that keep what a tensor held when they were captured, as one around a host's plan does."""
+
+    def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
+        _, kept = super().record(function)
+        return lambda: None, kept
+
+
+@pytest.mark.parametrize("batch", [[Request([5, 6, 7])], [Request([5]), Request([6])]], ids=["pieces", "full"])
+def test_token_soup_is_noticed(batch: list[Request]) -> None:
+    """The first replay is compared: a warning, right logits, and no graph for this bucket any more."""
+    graphs, kv = runner(recorder=Soup())
+    other = memory("e", requests=REQUESTS)
+    with pytest.warns(UserWarning, match="without CUDA graphs: a replay gave other logits than the program"):
+        assert_same(graphs, kv, other, batch)
+    assert len(graphs.refused) == 1 and graphs.replays == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(graphs, kv, other, batch)
+
+
+class Failing(HostRecorder):
+    def record(self, function: Callable[[], Sequence[Tensor]]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_failed_capture_is_a_warning() -> None:
+    graphs, kv = runner(recorder=Failing())
+    with pytest.warns(UserWarning, match="its capture failed: operation not permitted"):
+        assert_same(graphs, kv, memory("e", requests=REQUESTS), [Request([5, 6, 7])])
+
+
+def test_padding_writes_nothing() -> None:
+    """Memory of requests that are not in the batch stays as it was."""
+    graphs, kv = runner()
+    for tensor in kv.tensors.values():
+        tensor.fill_(7.0)
+    for batch in ([Request(tokens_of(1, 5))], [Request([5], 5)]):
+        graphs(kv.inputs(batch))
+        for tensor in kv.tensors.values():
+            assert (tensor[1:] == 7).all() and (tensor[0, 6:] == 7).all()
+
+
+def test_other_memory_is_refused() -> None:
+    graphs, _ = runner()
+    with pytest.raises(CaptureRefused, match="graphs keep the address of keys and values, .* make a new GraphRunner"):
+        graphs(memory("e", requests=REQUESTS).inputs([Request([5])]))
+
+
+def test_inputs_on_the_host_are_refused() -> None:
+    with pytest.raises(CaptureRefused, match="a graph reads its inputs on the GPU, got input_ids on cpu; move it there"):
+        GraphRunner(packed("e").program, memory("e").inputs([Request([5])]), REQUESTS)
+
+
+def test_a_piece_that_works_on_the_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    program: Program = packed("e").program
+    object.__setattr__(program.plan.calls[0], "host", "cumsum (aten.cumsum), which is on the CPU")
+    try:
+        with pytest.raises(CaptureRefused, match="cannot hold cumsum .*, which is on the CPU"):
+            runner()
+    finally:
+        object.__setattr__(program.plan.calls[0], "host", "")
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 2), (0, 4)])
+def test_bad_buckets(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="tokens must be ascending positive sizes, got"):
+        Buckets(tokens=sizes)

@@ -1,0 +1,194 @@
+"""Pieces: how many are unique, what makes two equal; saved, loaded by another process, and refused when broken."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_compile import OptimizeConfig, optimize, program, report
+from gemma4_compile.backend import Backend
+from gemma4_compile.geometry import geometry
+from gemma4_compile.loading import random_model
+from gemma4_compile.program import Program, compile_program, load
+from gemma4_compile.runtime.attention import NAME
+from gemma4_compile.runtime.batch import Request
+from gemma4_compile.runtime.model import PackedModel
+from tests.models import tiny
+from tests.runtime.served import memory, packed
+
+# Widths are made small, for memory and time of CI: number and kinds of the layers are the released ones.
+NARROW: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
+RELEASED: dict[str, tuple[int, int, dict[str, Any]]] = {  # pieces, unique ones
+    "E2B": (36, 9, {"vocab_size_per_layer_input": 64}),
+    "E4B": (43, 9, {"vocab_size_per_layer_input": 64}),
+    "26B-A4B": (31, 5, {"num_experts": 16, "moe_intermediate_size": 64}),
+    "31B": (61, 5, {"num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 2}),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_unique_pieces_of_the_released_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full depth: a piece more than layers, and as few unique ones as the kinds of layers and their order allow."""
+    monkeypatch.setattr(program, "_compile_piece", lambda piece, backend: None)
+    pieces, unique, narrow = RELEASED[name]
+    model = random_model(name, **NARROW, **narrow).requires_grad_(False)
+    if model.config.enable_moe_block:
+        model.set_experts_implementation("grouped_mm")
+    config = OptimizeConfig()
+    made = compile_program(model, Backend(config, config.enabled()), geometry(model.config))
+    assert (made.plan.pieces, made.plan.unique_pieces) == (pieces, unique)
+    assert sum(not call.piece for call in made.plan.calls) == pieces - 1
+    assert not any(call.host for call in made.plan.calls)
+
+
+def test_equal_layers_share_their_piece() -> None:
+    """Sliding layers of the tiny model in a row: the second boundary repeats the first."""
+    kinds = ["sliding_attention"] * 4 + ["full_attention"]
+    model = PackedModel(optimize(tiny("dense", num_hidden_layers=5, layer_types=kinds).requires_grad_(False)))
+    keys = [call.piece for call in model.program.plan.calls if call.piece]
+    assert len(keys) == 6 and len({keys[1], keys[2], keys[3]}) == 1 and len(set(keys)) == 4
+    other = PackedModel(
+        optimize(tiny("dense", num_hidden_layers=5, layer_types=kinds, rms_norm_eps=1e-5).requires_grad_(False))
+    )
+    assert not set(keys) & {call.piece for call in other.program.plan.calls}, "a constant of the graph is part of the key"
+
+
+def test_report() -> None:
+    model = optimize(tiny("e", seed=3).requires_grad_(False))
+    PackedModel(model)
+    found = report(model)
+    assert (found.pieces, found.unique_pieces) == (5, 5)
+    assert found.graphs_compiled + found.loaded == 1
+    assert all(f.matched == f.expected for f in found.fusions.values() if f.enabled)
+    assert "5 pieces, 5 unique" in str(found)
+
+
+_SCRIPT = """
+import json, sys, torch
+from torch._dynamo.utils import counters
+from gemma4_compile import optimize, report
+from gemma4_compile.runtime.batch import PlainKV, Request
+from gemma4_compile.runtime.model import PackedModel
+from tests.models import tiny
+model = optimize(tiny(sys.argv[1]).requires_grad_(False))
+counters.clear()  # of the patterns, which are traced from Hugging Face's modules
+step = PackedModel(model)
+kv = PlainKV(step.geometry, 2, 64, torch.float32, "cpu")
+requests, texts = [Request([5, 6, 7, 8, 9]), Request([20] * 13)], [[], []]
+for _ in range(6):
+    tokens = step(kv.inputs(requests))[0].argmax(-1).tolist()
+    requests = [Request([t], r.seen + len(r.tokens)) for t, r in zip(tokens, requests)]
+    texts = [text + [token] for text, token in zip(texts, tokens)]
+found = report(model)
+print(json.dumps({
+    "texts": texts, "compiled": step.program.compiled, "traced": counters["stats"]["unique_graphs"],
+    "misses": counters["inductor"]["fxgraph_cache_miss"],
+    "graphs": found.graphs_compiled, "loaded": found.loaded,
+    "matched": {name: [f.matched, f.expected] for name, f in found.fusions.items() if f.enabled},
+}))
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    """The same tokens and the same report, without a trace, a graph or a piece compiled."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", _SCRIPT, "e"], capture_output=True, text=True, check=True, env=environment
+            ).stdout.splitlines()[-1]
+        )
+        for _ in range(2)
+    )
+    assert first["compiled"] == first["misses"] > 0 and first["graphs"] == 1 and first["traced"] > 0
+    assert (second["compiled"], second["misses"], second["graphs"], second["traced"]) == (0, 0, 0, 0)
+    assert second["loaded"] == 1
+    assert second["texts"] == first["texts"] and second["matched"] == first["matched"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = tmp_path / "program"
+    packed("dense").program.save(folder)
+    return folder
+
+
+def test_save_and_load(saved: Path) -> None:
+    """Weights are not stored: another model of the same config binds its own."""
+    other = tiny("dense", seed=9).requires_grad_(False)
+    loaded = load(saved, other)
+    assert loaded.compiled == 0 and loaded.plan.unique_pieces == 3
+    assert sorted(path.suffix for path in saved.iterdir()) == [".json", ".piece", ".piece", ".piece"]
+    kv = memory("dense")
+    actual = loaded(kv.inputs([Request([5, 6, 7])]))[0, 0]
+    with torch.no_grad():
+        expected = other(torch.tensor([[5, 6, 7]])).logits[0, -1]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def break_piece(folder: Path) -> None:
+    next(folder.glob("*.piece")).write_bytes(b"half")
+
+
+def lose_piece(folder: Path) -> None:
+    next(folder.glob("*.piece")).unlink()
+
+
+def break_json(folder: Path) -> None:
+    (folder / "program.json").write_text("{")
+
+
+def age(folder: Path) -> None:
+    text = (folder / "program.json").read_text()
+    (folder / "program.json").write_text(text.replace('"format": 1', '"format": 0'))
+
+
+def rename_weight(folder: Path) -> None:
+    text = (folder / "program.json").read_text()
+    (folder / "program.json").write_text(text.replace("model.norm.weight", "model.other.weight"))
+
+
+@pytest.mark.parametrize("harm", [break_piece, lose_piece, break_json, age, rename_weight])
+def test_broken_files_are_compiled_anew(harm: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harm(saved)
+    model = tiny("dense").requires_grad_(False)
+    with pytest.raises(ValueError, match="a saved program must be whole and of this model, got .*; delete it"):
+        load(saved, model)
+    calls: list[Program] = []
+
+    def recompiled(*arguments: Any) -> Program:
+        calls.append(packed("dense").program)
+        return calls[-1]
+
+    monkeypatch.setattr(program, "compile_program", recompiled)
+    config = OptimizeConfig()
+    with pytest.warns(UserWarning, match="compiles anew"):
+        program.open_program(model, Backend(config, config.enabled()), geometry(model.config), saved)
+    assert len(calls) == 1
+    assert load(saved, model).compiled == 0, "whole again"
+
+
+def test_other_models_have_other_files(tmp_path: Path) -> None:
+    """The folder's name changes with whatever the code depends on, and with nothing else."""
+    config = OptimizeConfig(cache_dir=str(tmp_path))
+    for options in ({}, {"seed": 4}, {"rms_norm_eps": 1e-5}, {"dtype": torch.bfloat16}):
+        PackedModel(optimize(tiny("dense", **options).requires_grad_(False), config))
+    PackedModel(optimize(tiny("dense").requires_grad_(False), OptimizeConfig(cache_dir=str(tmp_path), disable=("geglu",))))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_files_that_cannot_be_written_are_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="could not save the compiled program"):
+        PackedModel(optimize(tiny("dense").requires_grad_(False), OptimizeConfig(cache_dir=str(tmp_path / "file"))))
+
+
+def test_the_attention_function_is_registered() -> None:
+    from transformers import AttentionInterface
+
+    assert NAME in AttentionInterface().valid_keys()
