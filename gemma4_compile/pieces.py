@@ -32,6 +32,7 @@ class Piece:
 
 def split(graph: Graph) -> list[Piece | Node]:
     """The pieces and the attention calls between them, in order. Raises ValueError for a graph that cannot be split."""
+    _drop_unread(graph)
     parts: list[list[Node] | Node] = [[]]
     home: dict[Node, list[Node]] = {}
     for node in graph.nodes:
@@ -48,6 +49,15 @@ def split(graph: Graph) -> list[Piece | Node]:
         home[node] = home.get(node.args[0], last) if _is_part(node) else last  # type: ignore[arg-type]
         home[node].append(node)
     return [part if isinstance(part, Node) else _piece(part) for part in parts if part]
+
+
+def _drop_unread(graph: Graph) -> None:
+    """Views and casts that nothing reads, such as those of the keys that a layer shares: they would be outputs of pieces, and
+    make equal layers differ. Nothing that writes goes: in-place methods end in an underscore."""
+    for node in reversed(graph.nodes):
+        is_pure = node.op == "call_method" and not str(node.target).endswith("_") or node.target is operator.getitem
+        if is_pure and not node.users:
+            graph.erase_node(node)
 
 
 def _is_part(node: Node) -> bool:

@@ -3,8 +3,8 @@
     python scripts/bench_attention.py [--out FILE]
 
 Each shape is one class of the plan: a prefill of one request of 8192 tokens, decode of 1 and 32 requests behind 1024 and 8000
-keys. Microseconds, median of 20 launches, each plan beside the one that attention_plan picks. The floor of a decode is the bytes
-of its keys and values over the copy bandwidth, that of a prefill its FLOPs over the rate of a large product.
+keys. Microseconds, median of 20 launches, each plan beside the one that attention_plan picks. The floor of a decode is the
+bytes of its keys and values over the copy bandwidth, that of a prefill its FLOPs over the rate of a large product.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def inputs_of(shape: Shape) -> tuple[Any, ...]:
 def microseconds(arguments: tuple[Any, ...], plan: AttentionPlan) -> float | None:
     """Of launches in a CUDA graph, eight at a time; None if the plan does not fit the GPU."""
     try:
-        launch_planned(*arguments, plan=plan)
+        launch_planned(*arguments, plan)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(8):
-                launch_planned(*arguments, plan=plan)
+                launch_planned(*arguments, plan)
     except Exception:  # out of shared memory or registers, in several classes
         torch.cuda.synchronize()
         return None
@@ -87,7 +87,8 @@ def candidates(shape: Shape) -> list[AttentionPlan]:
     """Plans worth a try in the shape's class."""
     group = shape.heads // shape.kv_heads
     if shape.rows > 8:
-        grid = itertools.product((64, 128), (32, 64, 128), (1,), (4, 8), (2, 3))
+        sizes = ((64, 128), (32, 64, 128)) if shape.dim <= 256 else ((32, 64), (16, 32, 64))
+        grid = itertools.product(*sizes, (1,), (4, 8), (1, 2, 3))
     else:
         grid = itertools.product((16,), (32, 64), (1, 4, 8, 16, 32, 64), (2, 4), (2, 3))
     return [AttentionPlan(max(1, m // group), n, splits, warps, stages) for m, n, splits, warps, stages in grid]
@@ -113,7 +114,7 @@ def main() -> None:
         seen = sum(min(i + 1, keys) for i in range(shape.rows)) if shape.seen == 0 else keys * shape.rows
         by_bytes = 4.0 * shape.requests * keys * shape.kv_heads * shape.dim / bandwidth
         by_flops = 4.0 * shape.requests * shape.heads * shape.dim * seen / rate
-        row = {
+        row: dict[str, Any] = {
             "shape": shape.name,
             "floor_us": round(max(by_bytes, by_flops) * 1e6, 2),
             "chosen_us": timed[0][0],

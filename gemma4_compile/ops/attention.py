@@ -381,7 +381,7 @@ def launch_planned(
     out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
     positions: Tensor, starts: Tensor, window: int, scale: float, plan: AttentionPlan | None = None,
 ) -> None:  # fmt: skip
-    """Both kernels into `out`, by `plan` or the plan of the shapes. Reads no tensor on the host."""
+    """The kernels, by `plan` or the plan of the shapes: launches depend on shapes alone, so a CUDA graph may hold them."""
     _check_lengths(q, k, slots, table, positions, starts)
     _, rows, heads, dim = q.shape
     _, page, kv_heads, _ = keys.shape
@@ -439,12 +439,12 @@ def attention(
 
     q          [1, N, Hq, D]     fp32, fp16 or bf16; rows of one request stand together
     k, v       [1, T, Hk, D]     new rows, written before anything is read; None where another layer owns the pages
-    keys       [P, page, Hk, D]  written in place
+    keys       [P, page, Hk, D]  written in place, in a dtype of their own; on CUDA page is a multiple of 16 and D has stride 1
     values     [P, page, Hk, D]  written in place
     slots      [T] int64         page * page size + offset for each new row; negative for padding, which is not written
     table      [R, pages] int32  the pages of each request, in order of position
     positions  [N] int64         of each query row within its request; it sees the keys at positions up to its own
-    starts     [R + 1] int32     rows of request r are starts[r] to starts[r + 1]; rows from starts[R] on are padding
+    starts     [R + 1] int32     from 0 on: rows of request r are starts[r] to starts[r + 1], rows from starts[R] on padding
     layer      the layer's index, for messages
     window     keys further back than window - 1 positions are not seen; 0 sees all
     returns    [1, N, Hq, D]     q.dtype, contiguous; zero for padding rows

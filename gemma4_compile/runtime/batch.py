@@ -79,7 +79,7 @@ class PlainKV:
             rows_of = [length - 1] if request.rows is None else list(request.rows)
             if rows_of != sorted(set(rows_of)) or not set(rows_of) <= set(range(length)):
                 raise ValueError(
-                    f"request {index} wants rows among its {length} new tokens, ascending, got {rows_of}; count from this step's 0"
+                    f"request {index} wants rows among its {length} new tokens, ascending, got {rows_of}; count from 0"
                 )
             wanted += [starts[-1] + i for i in rows_of]
             ids += request.tokens

@@ -114,7 +114,7 @@ def check_steps(steps: Iterable[tuple[Step, AttentionPlan | None]]) -> None:
             actual = launch_attention(*args)
         else:
             actual = torch.full_like(args[0], torch.nan, memory_format=torch.contiguous_format)
-            launch_planned(actual, *args[:9], *args[10:], plan=plan)
+            launch_planned(*(actual, *args[:9], *args[10:], plan))
         results.append([result.flatten() for result in (actual, eager, wanted.exact())])
         assert not actual[0, len(wanted.asked) :].any()
         check_cache(wanted, args)
@@ -130,7 +130,7 @@ def check_cache(wanted: Step, args: tuple) -> None:
 
 # Past keys and new rows, one request and several: first tokens, across pages, alone on a page, idle; rows left out.
 MIXES = {
-    "one row": [Request(20, 1)],
+    "one row": [Request(35, 1)],  # a window of 5 begins at the last key of a page
     "several": [Request(0, 8), Request(37, 1), Request(0, 0), Request(15, 2), Request(16, 5), Request(3, 4)],
     "rows left out": [Request(0, 40, (3, 9, 39)), Request(30, 8, (7,)), Request(5, 20, (0, 1, 2, 3, 17, 19))],
 }

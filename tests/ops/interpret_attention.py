@@ -70,9 +70,9 @@ def other_cache(dtype: torch.dtype) -> Iterator[tuple[Step, AttentionPlan]]:
 
 
 def whole_blocks(dtype: torch.dtype) -> Iterator[tuple[Step, AttentionPlan]]:
-    """Tiles of 64: most blocks are seen whole, those at the ends are not."""
-    for window, splits in ((0, 1), (0, 2), (40, 1), (70, 2)):
-        made = step([Request(40, 70), Request(0, 20)], page=(None, 16)[splits - 1], window=window, dtype=dtype, padding=5)
+    """Tiles of 64: most blocks are seen whole, those at the ends are not, by one key for the first rows and for the last."""
+    for window, splits in ((0, 1), (0, 2), (45, 1), (77, 2)):
+        made = step([Request(46, 70), Request(0, 20)], page=(None, 16)[splits - 1], window=window, dtype=dtype, padding=5)
         yield made, AttentionPlan(16, 16, splits, 4, 2)
 
 
