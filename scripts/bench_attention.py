@@ -63,12 +63,12 @@ def inputs_of(shape: Shape) -> tuple[Any, ...]:
 def microseconds(arguments: tuple[Any, ...], plan: AttentionPlan) -> float | None:
     """Of launches in a CUDA graph, eight at a time; None if the plan does not fit the GPU."""
     try:
-        launch_planned(*arguments, plan)
+        launch_planned(*(*arguments, plan))
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(8):
-                launch_planned(*arguments, plan)
+                launch_planned(*(*arguments, plan))
     except Exception:  # out of shared memory or registers, in several classes
         torch.cuda.synchronize()
         return None
@@ -88,9 +88,9 @@ def candidates(shape: Shape) -> list[AttentionPlan]:
     group = shape.heads // shape.kv_heads
     if shape.rows > 8:
         sizes = ((64, 128), (32, 64, 128)) if shape.dim <= 256 else ((32, 64), (16, 32, 64))
-        grid = itertools.product(*sizes, (1,), (4, 8), (1, 2, 3))
+        grid = itertools.product(*sizes, (1,), (4, 8), (1, 2) if shape.dim > 256 else (2,))
     else:
-        grid = itertools.product((16,), (32, 64), (1, 4, 8, 16, 32, 64), (2, 4), (2, 3))
+        grid = itertools.product((16,), (32, 64), (8, 16, 32, 64), (2, 4), (2,))
     return [AttentionPlan(max(1, m // group), n, splits, warps, stages) for m, n, splits, warps, stages in grid]
 
 
