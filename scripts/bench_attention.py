@@ -106,7 +106,7 @@ def main() -> None:
         most = shape.rows + shape.seen
         chosen = attention_plan(
             shape.requests * shape.rows, shape.requests, shape.kv_heads, shape.heads // shape.kv_heads, shape.dim,
-            min(most, shape.window or most),
+            most, shape.window,
         )  # fmt: skip
         timed = [(microseconds(given, plan), plan) for plan in [chosen, *candidates(shape)]]
         found = sorted(((us, plan) for us, plan in timed[1:] if us is not None), key=lambda one: one[0])

@@ -339,17 +339,18 @@ class AttentionPlan(NamedTuple):
 
 
 def attention_plan(
-    rows: int, requests: int, kv_heads: int, group: int, dim: int, max_keys: int, itemsize: int = 2
+    rows: int, requests: int, kv_heads: int, group: int, dim: int, max_keys: int, window: int = 0, itemsize: int = 2
 ) -> AttentionPlan:
-    """Launch parameters by shape class. group is Hq / Hk, max_keys what a request can hold or its window, itemsize q's."""
+    """Launch parameters by shape class, measured with scripts/bench_attention.py. group is Hq / Hk, max_keys what a request can
+    hold, itemsize q's."""
     group_block, dim_block = power_of_two(group), _dim_block(dim)
     average = -(-rows // max(requests, 1))
     few = average <= 8
     if itemsize == 4:  # no tensor cores: products in registers
         block_m, block_n, warps, stages = 16, 16, 4, 1
     elif few:
-        block_m, block_n, warps = min(max(16, average * group_block), 32), 32, 4
-        stages = 3 if dim_block <= 256 else 2
+        block_m, block_n, stages = min(max(16, average * group_block), 32), 32, 2
+        warps = 4 if requests * kv_heads < 32 else 2
     elif dim_block <= 256:
         block_m, block_n, warps, stages = 128, 64, 8, 2
     else:
@@ -358,9 +359,18 @@ def attention_plan(
 
     tiles = requests * -(-average // block_q)
     # Partial results are fp32 rows of each split: what many rows would write costs more than idle processors.
-    programs = 4 * PROCESSORS if few else PROCESSORS if rows <= 512 else 0
-    splits = min(programs // max(tiles * kv_heads, 1), -(-max_keys // block_n), 32)
-    return AttentionPlan(block_q, block_n, 1 << max(splits, 1).bit_length() - 1, warps, stages)
+    programs = 16 * PROCESSORS if few else PROCESSORS if rows <= 512 else 0
+    if window and window < max_keys:
+        most = power_of_two(-(-window // 32) + 1)  # one more: a window may begin within a block
+    else:
+        most = _power_of_two_within(max_keys // (64 if dim_block > 256 and requests * kv_heads >= 32 else 32))
+    splits = min(_power_of_two_within(programs // max(tiles * kv_heads, 1)), most, 64)
+    return AttentionPlan(block_q, block_n, splits, warps, stages)
+
+
+def _power_of_two_within(n: int) -> int:
+    """The largest power of two that is no more than n, 1 at least."""
+    return 1 << max(n, 1).bit_length() - 1
 
 
 def _dim_block(dim: int) -> int:
@@ -400,10 +410,7 @@ def launch_planned(
 
     group = heads // kv_heads
     if plan is None:
-        max_keys = table.shape[1] * page
-        plan = attention_plan(
-            rows, requests, kv_heads, group, dim, min(window, max_keys) if window else max_keys, q.element_size()
-        )
+        plan = attention_plan(rows, requests, kv_heads, group, dim, table.shape[1] * page, window, q.element_size())
     block_q, block_n, splits, warps, stages = plan
     group_block, dim_block = power_of_two(group), _dim_block(dim)
     expect("attention", "a tile must have 16 rows or more", block_q * group_block >= 16, True, "raise block_q")

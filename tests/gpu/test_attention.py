@@ -51,7 +51,9 @@ def test_as_accurate_as_eager_bf16(batch: str, heads: str, window: int):
 @pytest.mark.parametrize("batch", SMALL_BATCHES)
 def test_as_accurate_as_eager_other_dtypes(batch: str, heads: str, dtype: torch.dtype):
     for window in (0, 512):
-        check_steps([(cuda_step(heads, SMALL_BATCHES[batch], page=64, window=window, dtype=dtype, padding=1), None)])
+        made = cuda_step(heads, SMALL_BATCHES[batch], page=64, window=window, dtype=dtype, padding=1)
+        # fp32 sums products one after the other in a lane, where cuBLAS has trees of them.
+        check_steps([(made, None)], factor=3.0 if dtype == torch.float32 else 1.5)
 
 
 @pytest.mark.parametrize("heads", HEADS)

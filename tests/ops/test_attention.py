@@ -151,10 +151,10 @@ def test_into_a_given_tensor():
 
 @pytest.mark.parametrize("itemsize", (2, 4))
 def test_plans_fit_the_machine(itemsize: int):
-    for rows, requests, kv_heads, group, dim, max_keys in product(
-        (1, 5, 32, 100, 3000), (1, 8, 32), (1, 2, 8), (1, 2, 3, 8, 32), (16, 48, 256, 512), (16, 512, 131072)
+    for rows, requests, kv_heads, group, dim, max_keys, window in product(
+        (1, 5, 32, 100, 3000), (1, 8, 32), (1, 2, 8), (1, 2, 3, 8, 32), (16, 48, 256, 512), (16, 512, 131072), (0, 512)
     ):
-        plan = attention_plan(rows, requests, kv_heads, group, dim, max_keys, itemsize)
+        plan = attention_plan(rows, requests, kv_heads, group, dim, max_keys, window, itemsize)
         group_block = 1 << (group - 1).bit_length()
         block_m = plan.block_q * group_block
         assert block_m >= 16
@@ -162,17 +162,20 @@ def test_plans_fit_the_machine(itemsize: int):
             assert size & (size - 1) == 0
         assert plan.block_n >= 16
         assert (block_m + 2 * plan.stages * plan.block_n) * dim * itemsize <= SHARED_MEMORY
-        assert plan.splits <= min(32, -(-max_keys // plan.block_n))
+        seen = min(window, max_keys) if window else max_keys
+        assert plan.splits <= min(64, 2 * -(-seen // 32))
         programs = requests * -(-rows // requests // plan.block_q) * kv_heads * plan.splits
-        assert plan.splits == 1 or programs <= 4 * 132
+        assert plan.splits == 1 or programs <= 16 * 132
 
 
 def test_plans_by_shape_class():
     """Splits fill the machine where rows are few; many rows do not split."""
-    assert attention_plan(1, 1, 1, 8, 256, 131072).splits == 32
+    assert attention_plan(1, 1, 1, 8, 256, 131072).splits == 64
+    assert attention_plan(1, 1, 1, 8, 256, 131072, 512).splits == 32  # 17 blocks: a window may begin within one
     assert attention_plan(1, 1, 1, 8, 256, 512).splits == 16
-    assert attention_plan(32, 32, 1, 8, 256, 131072).splits == 16
-    assert attention_plan(32, 32, 8, 2, 256, 131072).splits == 2
+    assert attention_plan(32, 32, 8, 2, 256, 131072, 1024).splits == 8
+    assert attention_plan(32, 32, 1, 8, 512, 1040).splits == 16
+    assert attention_plan(32, 32, 1, 8, 512, 8000).splits == 64
     assert attention_plan(3000, 1, 1, 8, 256, 131072)[:3] == (16, 64, 1)
     assert attention_plan(3000, 1, 2, 8, 512, 131072)[:3] == (8, 32, 1)
     assert attention_plan(100, 1, 1, 8, 512, 131072).splits == 8  # few tiles, and perhaps a long past
