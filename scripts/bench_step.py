@@ -82,7 +82,7 @@ def steps_of(requests: int, tokens: int, budget: int) -> list[list[tuple[int, in
 
 def serve(run: Callable[..., Any], kv: PlainKV, prompts: list[list[int]], budget: int) -> dict[str, float]:
     """Prefill all prompts, then decode together. Seconds of both."""
-    last: list[int] = [0] * len(prompts)
+    first_tokens: list[torch.Tensor] = []  # read when all are there: until then the host runs ahead of the GPU
     synchronize()
     start = time.perf_counter()
     for step in steps_of(len(prompts), len(prompts[0]), budget):
@@ -91,10 +91,8 @@ def serve(run: Callable[..., Any], kv: PlainKV, prompts: list[list[int]], budget
         wanting = finished or rows[-1:]  # a step computes one row at least
         batch = [Request(prompts[r][first:end], first, None if r in wanting else []) for r, first, end in step]
         logits = run(kv.inputs(batch, rows))
-        tokens = logits[0].argmax(-1).tolist()
-        for request, token in zip(finished, tokens, strict=False):
-            last[request] = token
-    synchronize()
+        first_tokens.append(logits[0, : len(finished)].argmax(-1))
+    last = torch.cat(first_tokens).tolist()
     prefilled = time.perf_counter()
     for position in range(len(prompts[0]), len(prompts[0]) + DECODED - 1):
         last = run(kv.inputs([Request([token], position) for token in last]))[0].argmax(-1).tolist()
@@ -182,7 +180,7 @@ def decode(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if arguments.device == "cuda":
             row |= busy(partial(run, inputs))
             row["busy_share"] = round(row["busy_ms"] / row["wall_ms"], 4)
-            weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if _is_read(n, model, batch))
+            weights = weight_bytes(model, batch)
             row["weight_gb"] = round(weights / 1e9, 3)
             row["floor_ms"] = round(weights / copy_bandwidth() * 1e3, 3)
         row["refused"] = getattr(run, "refused", {})
@@ -190,9 +188,18 @@ def decode(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_read(parameter: str, model: Any, batch: int) -> bool:
-    """Whether a decode step reads all of a matrix. Not so the per-layer embeddings; of the experts at batch 1 see the docs."""
-    return "embed_tokens_per_layer" not in parameter and ".experts." not in parameter
+def weight_bytes(model: Any, batch: int) -> float:
+    """Of a decode step: each matrix once, of the per-layer embeddings the rows, of the experts those that so many tokens choose
+    on average if all are as likely."""
+    total = 0.0
+    for name, parameter in model.named_parameters():  # tied weights once
+        size = float(parameter.numel() * parameter.element_size())
+        if "embed_tokens_per_layer" in name:
+            size *= batch / parameter.shape[0]
+        elif ".experts." in name:
+            size *= 1 - (1 - model.config.top_k_experts / model.config.num_experts) ** batch
+        total += size
+    return total
 
 
 def busy(step: Callable[[], Any]) -> dict[str, Any]:

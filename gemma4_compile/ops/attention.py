@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import define, expect, fresh, jit, pinned, power_of_two, tl, triton, unit_stride
-from .route import exponential
+from .library import define, expect, exponential, fresh, jit, pinned, power_of_two, tl, triton, unit_stride
 
 PROCESSORS = 132  # of an H200; plans depend on shapes alone, so that a captured graph fits any contents
 

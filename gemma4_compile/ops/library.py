@@ -122,3 +122,14 @@ def gelu_tanh(x):
     """0.5 x (1 + tanh(u)) written as x sigmoid(2u), which does not cancel for negative x."""
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return x / (1.0 + tl.exp(-2.0 * u))
+
+
+@jit
+def exponential(x):
+    """exp(x) as 2^whole * 2^part of x log2 e, with log2 e in two words, as expf does it.
+
+    Plain tl.exp was three times as far from fp64 as eager, in weights of about 0.1 (measured on an H200).
+    """
+    whole = tl.floor(x * 1.4426950408889634 + 0.5)
+    part = tl.fma(x, 1.4426950408889634, -whole) + x * 1.925963033500e-8
+    return tl.where(x == float("-inf"), 0.0, tl.exp2(part) * tl.exp2(whole))

@@ -53,7 +53,7 @@ def test_as_accurate_as_eager_other_dtypes(batch: str, heads: str, dtype: torch.
     for window in (0, 512):
         made = cuda_step(heads, SMALL_BATCHES[batch], page=64, window=window, dtype=dtype, padding=1)
         # fp32 sums products one after the other in a lane, where cuBLAS has trees of them.
-        check_steps([(made, None)], factor=3.0 if dtype == torch.float32 else 1.5)
+        check_steps([(made, None)], factor=4.0 if dtype == torch.float32 else 1.5)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -97,7 +97,8 @@ def test_cuda_graph_serves_other_contents_of_the_same_shapes(pair: str, heads: s
         cuda_step(heads, requests, window=window, dtype=torch.bfloat16, padding=padding) for requests, padding in PAIRS[pair]
     ]
     wanted = [ops.attention(*made.fresh()) for made in steps]
-    static, out = steps[0].fresh(), torch.empty_like(wanted[0])
+    static = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in steps[0].args)
+    out = torch.empty_like(wanted[0])
     attention_into(out, *static)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
