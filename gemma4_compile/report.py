@@ -53,7 +53,7 @@ class Report:
     graphs_compiled   graphs that Dynamo traced for this model so far: recompilations would show here
     pieces            compiled pieces of the graphs in use; unique_pieces, those that differ. The graph of a packed step has one
                       piece more than layers, any other graph is one piece
-    loaded            packed steps that were loaded, not compiled
+    packed_steps      of PackedModel; `loaded` of them were not compiled
     """
 
     fusions: dict[str, FusionReport]
@@ -61,6 +61,7 @@ class Report:
     pieces: int
     unique_pieces: int
     seconds: float = 0.0
+    packed_steps: int = 0
     loaded: int = 0
     eager_reason: str = field(default="")
 
@@ -78,7 +79,9 @@ class Report:
             lines += [f"  {fusion.name} at {u.site}, graph {u.graph}: {u.reason}" for u in fusion.unmatched]
         if self.graphs_compiled or self.loaded:
             lines.append(f"{self.graphs_compiled} graphs compiled, no graph breaks; passes took {self.seconds:.2f} s")
-            lines.append(f"{self.pieces} pieces, {self.unique_pieces} unique; {self.loaded} packed steps loaded from files")
+            if self.packed_steps:
+                lines.append(f"{self.packed_steps} packed steps, {self.loaded} of them loaded from files")
+                lines.append(f"{self.pieces} pieces in all, {self.unique_pieces} unique")
         else:
             lines.append("nothing compiled yet; call the model once")
         if self.eager_reason:
@@ -116,7 +119,7 @@ def report(model: nn.Module) -> Report:
     whole = len(state.backend.records)
     pieces = whole + sum(program.plan.pieces for program in programs)
     unique = whole + sum(program.plan.unique_pieces for program in programs)
-    return Report(fusions, len(records) - loaded, pieces, unique, seconds, loaded, state.eager_reason)
+    return Report(fusions, len(records) - loaded, pieces, unique, seconds, len(programs), loaded, state.eager_reason)
 
 
 def unmatched_sites(record: Record, fusion: str, sites: tuple[str, ...], graph: int = 1) -> list[Unmatched]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -97,7 +99,7 @@ def test_cuda_graph_serves_other_contents_of_the_same_shapes(pair: str, heads: s
         cuda_step(heads, requests, window=window, dtype=torch.bfloat16, padding=padding) for requests, padding in PAIRS[pair]
     ]
     wanted = [ops.attention(*made.fresh()) for made in steps]
-    static = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in steps[0].args)
+    static: tuple[Any, ...] = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in steps[0].args)
     out = torch.empty_like(wanted[0])
     attention_into(out, *static)
     torch.cuda.synchronize()

@@ -65,7 +65,7 @@ def test_report() -> None:
     assert (found.pieces, found.unique_pieces) == (5, 5)
     assert found.graphs_compiled + found.loaded == 1
     assert all(f.matched == f.expected for f in found.fusions.values() if f.enabled)
-    assert "5 pieces, 5 unique" in str(found)
+    assert "1 packed steps" in str(found) and "5 pieces in all, 5 unique" in str(found)
 
 
 _SCRIPT = """
