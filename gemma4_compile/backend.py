@@ -65,8 +65,12 @@ class Backend:
         gm.recompile()
         self.records.append(record)
         title = f"compiling graph {len(self.records)} ({len(gm.graph.nodes)} nodes)"
-        with compiler_config.patch(cache_key_tag=uuid(self.config, self.enabled)), self.progress(title):  # type: ignore[attr-defined]
+        with self.cache_key(), self.progress(title):
             return self.compile(gm, example_inputs, config_patches=self._options())
+
+    def cache_key(self) -> AbstractContextManager[Any]:
+        """Inductor's caches ask for these sources, fusions and options too."""
+        return compiler_config.patch(cache_key_tag=uuid(self.config, self.enabled))  # type: ignore[attr-defined]
 
     def _options(self) -> dict[str, Any]:
         options = dict(self.config.inductor)

@@ -9,12 +9,14 @@ A program is saved as one JSON file, which says what is called with what, and on
 not stored. Loading it compiles nothing.
 """
 
+import errno
+import hashlib
 import json
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +34,7 @@ from .geometry import Geometry
 from .passes import Miss, Record, Site, pipeline, prepare, run
 from .pieces import Piece, split
 from .runtime.attention import NAME
-from .runtime.batch import KINDS, PlainKV, Request
+from .runtime.batch import KINDS, PlainKV, Request, check_inputs
 
 _DYNAMIC = {"input_ids": (1,), "positions": (0,), "starts": (0,), "rows": (0,)} | {
     f"{name}.{kind}": (0,) for name in ("slots", "table") for kind in KINDS
@@ -63,6 +65,8 @@ class Plan:
     calls: list[Call]
     result: Reference
     record: Record
+    model: str = ""  # fingerprint of the model that it was made of
+    limits: dict[str, int] = field(default_factory=dict)  # input -> the largest size of its rows that the code can index
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -76,6 +80,8 @@ class Plan:
 
 class Program:
     """A plan with compiled pieces and a model's weights. Call it with a step's inputs, see runtime/batch.py.
+
+    It holds the weights' tensors: what is copied into them counts, another tensor in a parameter's place does not.
 
     compiled    unique pieces that were compiled for it; 0 if it was loaded
     steps       its calls, bound to weights
@@ -123,20 +129,26 @@ class Program:
             seen |= used
 
     def bind(self, inputs: dict[str, Tensor]) -> list[Any]:
-        """The values of a run before its first step. Raises ValueError for inputs that are missing."""
+        """The values of a run before its first step. Raises ValueError for inputs that are missing or do not fit."""
+        self._check(inputs)
         values = list(self._values)
         self.rebind(values, inputs)
         return values
 
     def rebind(self, values: list[Any], inputs: dict[str, Tensor]) -> None:
         """Give the values of a run other inputs; what its steps have computed stays."""
-        try:
-            for index, name in self._inputs:
-                values[index] = inputs[name]
-            for index, name, dim in self._sizes:
-                values[index] = inputs[name].shape[dim]
-        except KeyError as error:
-            raise ValueError(f"a step needs the input {error}, got {', '.join(inputs)}; see runtime/batch.py") from None
+        for index, name in self._inputs:
+            values[index] = inputs[name]
+        for index, name, dim in self._sizes:
+            values[index] = inputs[name].shape[dim]
+
+    def _check(self, inputs: dict[str, Tensor]) -> None:
+        """What the code relies on, as far as the host can tell without waiting for the GPU."""
+        check_inputs(inputs)
+        for name, most in self.plan.limits.items():
+            size = inputs[name].shape[-1]
+            if size > most:
+                raise ValueError(f"{name} must have at most {most} elements, as offsets are 32-bit, got {size}; split the step")
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [1, N, vocabulary] of the N wanted rows; keys and values are written in place."""
@@ -162,10 +174,13 @@ class Program:
                 for key, piece in self._pieces.items():
                     piece.save(path=str(draft / f"{key}.piece"), format="binary")  # type: ignore[attr-defined]
                 (draft / "program.json").write_text(json.dumps({"format": _FORMAT, **asdict(self.plan)}, indent=1))
+            draft.chmod(0o755)  # mkdtemp's is for one user
             try:
                 draft.rename(folder)
-            except OSError:  # another process was faster: its files are as good
-                shutil.rmtree(draft)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(draft)  # another process was faster: its files are as good
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
@@ -200,6 +215,8 @@ def load(folder: str | Path, module: Any) -> Program:
         saved = json.loads((folder / "program.json").read_text())
         if saved.pop("format") != _FORMAT:
             raise ValueError("another version wrote it")
+        if not saved["model"] or saved["model"] != fingerprint(module):
+            raise ValueError("another model's")
         calls = [
             Call(c["piece"], tuple(tuple(a) for a in c["arguments"]), tuple(c["results"]), c["host"]) for c in saved["calls"]
         ]
@@ -208,7 +225,7 @@ def load(folder: str | Path, module: Any) -> Program:
             [Miss(**miss) for miss in saved["record"]["misses"]],
             saved["record"]["seconds"],
         )
-        plan = Plan(calls, tuple(saved["result"]), record, saved["seconds"])
+        plan = Plan(calls, tuple(saved["result"]), record, saved["model"], saved["limits"], saved["seconds"])
         keys = {call.piece for call in calls} - {""}
         pieces = {key: CompiledArtifact.load(path=str(folder / f"{key}.piece"), format="binary") for key in keys}
         program = Program(plan, pieces, weights_of(module), compiled=0)
@@ -227,7 +244,8 @@ def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> 
     prepare()
     start = time.perf_counter()
     kv = PlainKV(model_geometry, _TRACED_REQUESTS, _TRACED_TOKENS, module.dtype, module.device)
-    inputs = kv.inputs([Request([0] * _TRACED_TOKENS)] * _TRACED_REQUESTS)
+    # Dynamo makes one input of a tensor that has two names.
+    inputs = {name: t.clone() for name, t in kv.inputs([Request([0] * _TRACED_TOKENS)] * _TRACED_REQUESTS).items()}
     for name, dims in _DYNAMIC.items():
         for dim in dims:
             torch._dynamo.mark_dynamic(inputs[name], dim)
@@ -239,6 +257,7 @@ def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> 
         traced = time.perf_counter() - start
         program = _compile(gm, examples, names, backend, weights_of(module))
         program.plan.seconds["trace"] = traced
+        program.plan.model = fingerprint(module)
         made.append(program)
         return lambda *args: (torch.empty(()),)  # nothing runs: only the graph is wanted
 
@@ -274,6 +293,20 @@ def _attention(module: Any) -> Any:
         yield
     finally:
         module.config._attn_implementation = before
+
+
+def fingerprint(module: Any) -> str:
+    """Of everything of a model that its program depends on, but for the weights' values. Empty for a model with hooks: what they
+    do is in the graph, and nothing tells it from what others do."""
+    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+        return ""
+    config = {key: value for key, value in module.config.to_dict().items() if key != "_name_or_path"}
+    weights = weights_of(module)
+    names = {id(tensor): name for name, tensor in weights.items()}  # one name for tied ones
+    described = [(name, names[id(w)], tuple(w.shape), w.stride(), str(w.dtype), str(w.device)) for name, w in weights.items()]
+    experts = getattr(module.config, "_experts_implementation", None)
+    parts = (json.dumps(config, sort_keys=True, default=str), sorted(described), experts)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def weights_of(module: Any) -> dict[str, Tensor]:
@@ -315,7 +348,8 @@ def _compile(
         calls.append(Call(key, tuple(refer(a) for a in arguments), tuple(refer(r)[1] for r in results), host))
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     (logits,) = output.args[0]
-    return Program(Plan(calls, refer(logits), record, seconds), compiled, weights, len(compiled))
+    plan = Plan(calls, refer(logits), record, limits=_limits(unique.values(), references), seconds=seconds)
+    return Program(plan, compiled, weights, len(compiled))
 
 
 def _references(gm: GraphModule, examples: Sequence[Any], names: dict[int, Reference]) -> dict[Node, Reference]:
@@ -351,11 +385,30 @@ def _on_host(piece: Piece) -> str:
     return ""
 
 
+def _limits(pieces: Iterable[Piece], references: dict[Node, Reference]) -> dict[str, int]:
+    """How many tokens and wanted rows keep each tensor within 32-bit offsets: Inductor's kernels count so, for the sizes that
+    it was shown. It makes a guard of that, but a program has no guards."""
+    names = {n.meta["example_value"].node.expr: r[1] for n, r in references.items() if r[0] == "size"}
+    widest: dict[str, int] = {}
+    for piece in pieces:
+        for node in piece.module.graph.nodes:
+            value = node.meta.get("example_value")
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                count = tensor.numel() if isinstance(tensor, Tensor) else 0
+                symbols = count.node.expr.free_symbols if isinstance(count, SymInt) else ()
+                if len(symbols) == 1 and (symbol := next(iter(symbols))) in names:
+                    width = int(count.node.expr.subs(symbol, 1))  # type: ignore[union-attr]
+                    widest[names[symbol]] = max(widest.get(names[symbol], 1), width)
+    return {name: (2**31 - 1) // width for name, width in widest.items()}
+
+
 def _compile_piece(piece: Piece, backend: Backend) -> Any:
     examples = [node.meta["example_value"] for node in piece.inputs]
-    return torch._inductor.standalone_compile(
-        piece.module, examples, dynamic_shapes="from_tracing_context", options={"config_patches": dict(backend.config.inductor)}
-    )
+    options = {"config_patches": dict(backend.config.inductor)}
+    with backend.cache_key():
+        return torch._inductor.standalone_compile(
+            piece.module, examples, dynamic_shapes="from_tracing_context", options=options
+        )
 
 
 def open_program(module: Any, backend: Backend, model_geometry: Geometry, folder: Path | None) -> Program:

@@ -87,7 +87,7 @@ class _Rewrite:
 
     def apply(self) -> None:
         self._check()
-        crossing = [node for node in self._inputs() if any(_is(size, self.total) for size in _shape(node))]
+        crossing = [node for node in self._inputs() if self._row_dims(node)]
         taken = {node: self._take(node) for node in crossing}
         wanted = self._wanted()
         bounds: dict[Node, Node] = {}
@@ -115,11 +115,28 @@ class _Rewrite:
 
     def _check(self) -> None:
         for node in self.tail:
-            if node not in self.keys and not _is_row_wise(node):
+            if node not in self.keys and not (_is_row_wise(node) and self._keeps_rows_apart(node)):
                 raise Objection(f"{node.name} ({node.target}) of {module_path(node)} is not known to treat rows one by one")
             for user in node.users:
                 if user not in self.tail and user is not self.selection:
                     raise Objection(_who_asks(node, user))
+            if node.target is _OPS.attention and not isinstance(self.rows, Node):
+                raise Objection("a packed batch needs its wanted rows as an index tensor; pass them as logits_to_keep")
+        if isinstance(self.rows, Node) and self.rows.op != "placeholder" and not self.rows < min(self.tail):
+            raise Objection(f"the wanted rows ({self.rows.name}) are computed behind {module_path(min(self.tail))}")
+        for value in self._inputs():
+            if len(self._row_dims(value)) > 1:
+                raise Objection(f"{value.name} {list(_shape(value))} has no single dimension of rows")
+
+    def _keeps_rows_apart(self, node: Node) -> bool:
+        """Rows are neither picked one by one, nor features of what the operation sums over."""
+        if node.target is F.scaled_dot_product_attention:
+            return not node.kwargs.get("is_causal") and len(node.args) < 6  # it counts queries from the first
+        sources = [n for n in node.all_input_nodes if any(_is(size, self.total) for size in _shape(n))]
+        if node.target is operator.getitem and sources and _shape(node):
+            return any(_is(size, self.total) for size in _shape(node))
+        summing = node.target in (torch._C._nn.linear, _OPS.rms_norm, _OPS.rms_norm_noscale)
+        return not (summing and any(_is(_shape(n)[-1], self.total) for n in sources if n in self.tail))
 
     def _inputs(self) -> list[Node]:
         """Tensors from before the tail that it reads, other than keys."""
@@ -128,18 +145,16 @@ class _Rewrite:
 
     def _take(self, value: Node) -> Node:
         """The wanted rows of a value that enters the tail."""
-        dims = [i for i, size in enumerate(_shape(value)) if _is(size, self.total)]
-        if len(dims) == 2 and len(_shape(value)) == 4:  # a mask: its last dimension is keys
-            dims = dims[:1]
-        if len(dims) != 1:
-            raise Objection(f"{value.name} {list(_shape(value))} has no single dimension of rows")
-        index = (*[slice(None)] * dims[0], self.rows)
+        index = (*[slice(None)] * self._row_dims(value)[0], self.rows)
         return self._insert(value, operator.getitem, (value, index))
+
+    def _row_dims(self, value: Node) -> list[int]:
+        """Dimensions of rows. The last one of a mask is keys, that of states is features, however many there are."""
+        shape = _shape(value)
+        return [i for i in range(len(shape) if len(shape) <= 2 else len(shape) - 1) if _is(shape[i], self.total)]
 
     def _bounds(self, starts: Node) -> Node:
         """Where each request's rows begin among the wanted ones, which ascend."""
-        if not isinstance(self.rows, Node):
-            raise Objection("a packed batch needs its wanted rows as an index tensor")
         return self._insert(starts, torch.searchsorted, (self.rows, starts), {"out_int32": True})
 
     def _insert(self, value: Node, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Any = None) -> Node:
@@ -253,14 +268,15 @@ def _selection(graph: Graph, last: Node) -> tuple[Node, Any]:
             raise Objection("there is one row, and nothing to leave out", done=True)
         if isinstance(total, int):
             raise Objection(f"the number of rows, {total}, is a constant of this graph; compile it for any number")
-        if isinstance(rows, Node) and value_of(rows) is not None and value_of(rows).dim() == 1:  # type: ignore[union-attr]
+        indices = value_of(rows) if isinstance(rows, Node) else None
+        if indices is not None and indices.dim() == 1 and indices.dtype in (torch.int32, torch.int64) and indices.shape[0] != 0:
             return node, rows
         if rows == slice(-1, None):
             return node, rows
         if isinstance(rows, slice) and rows in _WHOLE:
             break
         raise Objection(f"the wanted rows are {rows}; logits_to_keep must be 1 or a tensor of row indices")
-    raise Objection("the caller asks for full-sequence logits; pass logits_to_keep")
+    raise Objection("the caller asks for full-sequence logits, or the head is outside of this graph; pass logits_to_keep to it")
 
 
 def _tail(graph: Graph, boundary: int, selection: Node) -> dict[Node, None]:

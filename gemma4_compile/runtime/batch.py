@@ -20,6 +20,26 @@ from torch import Tensor
 from gemma4_compile.geometry import Geometry
 
 KINDS = ("sliding_attention", "full_attention")
+_INT32 = ("starts", *(f"table.{kind}" for kind in KINDS))
+SMALL = ("input_ids", "positions", "rows", "starts", *(f"{name}.{kind}" for name in ("slots", "table") for kind in KINDS))
+
+
+def check_inputs(inputs: dict[str, Tensor]) -> None:
+    """Raises ValueError for inputs that are missing, have another dtype, or disagree in the number of tokens or requests.
+
+    Values stay unread: rows that do not ascend and slots or pages that do not exist are the caller's to avoid."""
+    for name in SMALL:
+        if name not in inputs:
+            raise ValueError(f"a step needs the input {name!r}, got {', '.join(inputs)}; see runtime/batch.py")
+        wanted = torch.int32 if name in _INT32 else torch.int64
+        if inputs[name].dtype != wanted:
+            raise ValueError(f"{name} must have dtype {wanted}, got {inputs[name].dtype}; convert it")
+    tokens, requests = inputs["input_ids"].shape[-1], inputs["starts"].shape[0] - 1
+    sizes = {"positions": tokens} | {f"slots.{k}": tokens for k in KINDS} | {f"table.{k}": requests for k in KINDS}
+    for name, size in sizes.items():
+        if inputs[name].shape[0] != size:
+            what = "tokens in input_ids" if size is tokens else "requests in starts"
+            raise ValueError(f"{name} must have as many entries as there are {what}, {size}, got {inputs[name].shape[0]}")
 
 
 @dataclass(frozen=True)
@@ -60,9 +80,11 @@ class PlainKV:
         Raises ValueError for an empty batch, for a request without new tokens, too long, or wanting rows that it does not have,
         and if no logits are wanted.
         """
-        rows = list(range(len(batch))) if rows is None else rows
+        rows = list(range(len(batch))) if rows is None else list(rows)
         if not batch or len(batch) > self.requests:
             raise ValueError(f"a batch must hold 1 to {self.requests} requests, got {len(batch)}; split it")
+        if len(rows) != len(batch) or len(set(rows)) != len(rows) or not set(rows) <= set(range(self.requests)):
+            raise ValueError(f"each of {len(batch)} requests needs a row of its own, 0 to {self.requests - 1}, got {rows}")
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -70,6 +92,8 @@ class PlainKV:
         starts = [0]
         for index, (row, request) in enumerate(zip(rows, batch, strict=True)):
             length = len(request.tokens)
+            if request.seen < 0:
+                raise ValueError(f"request {index} must have seen 0 tokens or more, got {request.seen}")
             if not 0 < length <= self.capacity - request.seen:
                 raise ValueError(
                     f"request {index} must have 1 to {self.capacity - request.seen} new tokens, got {length}; "
@@ -93,9 +117,8 @@ class PlainKV:
         def tensor(values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self.device)
 
-        table = tensor(list(rows), torch.int32)[:, None]
         step = {"input_ids": tensor(ids)[None], "positions": tensor(positions), "rows": tensor(wanted)}
         step["starts"] = tensor(starts, torch.int32)
         for kind in KINDS:
-            step |= {f"slots.{kind}": tensor(slots), f"table.{kind}": table}
+            step |= {f"slots.{kind}": tensor(slots), f"table.{kind}": tensor(rows, torch.int32)[:, None]}
         return step | self.tensors

@@ -26,7 +26,7 @@ from torch import Tensor
 from gemma4_compile.ops.attention import attention_into
 from gemma4_compile.program import Program, Step
 
-from .batch import KINDS
+from .batch import KINDS, check_inputs
 
 _TABLE, _STARTS = 6, 8  # arguments of attention that have one row a request
 
@@ -72,18 +72,19 @@ class CudaRecorder:
     """CUDA graphs of one device, in one memory pool."""
 
     def __init__(self, device: torch.device):
+        self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
 
     def warm_up(self, function: Callable[[], Any]) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             function()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             results = list(function())
         return graph.replay, results
 
@@ -148,9 +149,12 @@ class GraphRunner:
         _check_pieces(program)
         self.recorder = recorder
         self.memory = {name: tensor for name, tensor in inputs.items() if name.startswith(("keys.", "values."))}
-        tokens = max(*self.buckets.tokens, *self.buckets.decode, 1)
-        most = max(requests, *self.buckets.decode)
-        sizes = {"input_ids": (1, tokens), "positions": (tokens,), "rows": (tokens,), "starts": (most + 1,)}
+        if requests < 1:
+            raise ValueError(f"a step must be allowed at least one request, got {requests}; say how many it may have")
+        tokens = max((*self.buckets.tokens, *self.buckets.decode), default=1)
+        most = max((requests, *self.buckets.decode))
+        rows = max((*self.buckets.rows, *self.buckets.decode), default=1)
+        sizes = {"input_ids": (1, tokens), "positions": (tokens,), "rows": (rows,), "starts": (most + 1,)}
         for kind in KINDS:
             sizes |= {f"slots.{kind}": (tokens,), f"table.{kind}": (most, inputs[f"table.{kind}"].shape[1])}
         self.static = {name: torch.zeros(size, dtype=inputs[name].dtype, device=device) for name, size in sizes.items()}
@@ -165,6 +169,7 @@ class GraphRunner:
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [1, N, vocabulary] of the N wanted rows. From a graph they are valid until the next step."""
+        check_inputs(inputs)
         self._check_memory(inputs)
         wanted, requests = inputs["rows"].shape[0], inputs["table.full_attention"].shape[0]
         bucket = self._bucket(inputs["input_ids"].shape[1], wanted, requests)
@@ -198,13 +203,14 @@ class GraphRunner:
         self._fill(inputs, bucket)
         wanted = inputs["rows"].shape[0]
         # Attention as in the replay: with another number of requests it may sum in another order.
-        expected = self._run_program(padded, bucket.requests if bucket.full else requests)[:, :wanted]
+        # Replay first: where it fails to store keys, its logits must not come from those that the program stored.
         actual = self._run(bucket, requests)[:, :wanted]
+        expected = self._run_program(padded, bucket.requests if bucket.full else requests)[:, :wanted]
         difference = (actual.float() - expected.float()).square().mean().sqrt()
         scale = expected.float().square().mean().sqrt()
         if not difference <= 1e-2 * scale:  # also if either is not a number
             self._give_up(bucket, f"a replay gave other logits than the program (rms {difference:.3g} of {scale:.3g})")
-            return self.program(inputs)  # again: the replay may have written wrong keys and values
+            return expected
         self._checked.add(bucket)
         self.replays += 1
         return actual
@@ -221,18 +227,39 @@ class GraphRunner:
 
     def _give_up(self, bucket: "_Bucket", reason: str) -> None:
         self.refused[bucket.name] = reason
+        self._heads.pop(bucket.tokens, None)  # other buckets with this head capture it anew, and are checked again
+        self._forget(bucket.tokens)
         warnings.warn(f"gemma4_compile runs the bucket '{bucket.name}' without CUDA graphs: {reason}", stacklevel=4)
+
+    def _forget(self, tokens: int) -> None:
+        """Buckets of this many tokens are compared with the program again at their next replay."""
+        self._checked = {bucket for bucket in self._checked if bucket.full or bucket.tokens != tokens}
 
     def _check_memory(self, inputs: dict[str, Tensor]) -> None:
         for name, tensor in self.memory.items():
-            if inputs[name].data_ptr() != tensor.data_ptr():
+            given = inputs.get(name)
+            same = given is tensor or given is not None and (given.data_ptr(), given.shape, given.stride()) == (
+                tensor.data_ptr(), tensor.shape, tensor.stride()
+            )  # fmt: skip
+            if not same:
+                what = "none" if given is None else "another tensor"
                 raise CaptureRefused(
-                    f"graphs keep the address of keys and values, got another tensor as {name}; make a new GraphRunner for it"
+                    f"graphs keep the address of keys and values, got {what} as {name}; make a new GraphRunner for it"
+                )
+        for kind in KINDS:
+            pages, most = inputs[f"table.{kind}"].shape[1], self.static[f"table.{kind}"].shape[1]
+            if pages > most:
+                raise CaptureRefused(
+                    f"a request may have {most} pages here, got a table.{kind} of {pages}; make a new GraphRunner"
                 )
 
     def _fill(self, inputs: dict[str, Tensor], bucket: "_Bucket", empty: bool = False) -> dict[str, Tensor]:
         """Copy a step to the static buffers and pad it; `empty` leaves padding only. Returns the buffers cut to the bucket."""
         views = self._views(bucket)
+        if (
+            empty
+        ):  # also behind the bucket: larger row buckets are captured with it, and indices of an earlier step may be too high
+            self.static["rows"].fill_(bucket.tokens - 1)
         tokens = 0 if empty else inputs["input_ids"].shape[1]
         padding = {"starts": tokens, "rows": bucket.tokens - 1} | {
             f"slots.{kind}": -1 for kind in KINDS
@@ -243,8 +270,6 @@ class GraphRunner:
             length = 0 if empty else given.shape[dim]
             target = view.narrow(dim, 0, length)
             if name.startswith("table."):
-                if given.shape[1] > view.shape[1]:
-                    raise CaptureRefused(f"tables may have {view.shape[1]} pages, got {given.shape[1]}; make a new GraphRunner")
                 target = target[:, : given.shape[1]]
             target.copy_(given.narrow(dim, 0, length))
             view.narrow(dim, length, view.shape[dim] - length).fill_(padding.get(name, 0))
@@ -302,6 +327,7 @@ class GraphRunner:
             self.recorder.warm_up(pass_on)
             boundaries[rows] = [_replay(self.recorder.record(pass_on)[0])]
         self._heads[bucket.tokens] = head, boundaries
+        self._forget(bucket.tokens)
 
     def _capture_tail(self, bucket: "_Bucket") -> None:
         """Everything behind the boundary, on static buffers that its piece's results are copied to."""

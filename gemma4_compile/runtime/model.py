@@ -1,7 +1,6 @@
 """A model as the runtime calls it: one packed step of many requests in, the logits of the wanted rows out."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ from transformers.models.gemma4 import modeling_gemma4 as hf
 
 from gemma4_compile.backend import uuid
 from gemma4_compile.optimize import CompiledModel, state_of
-from gemma4_compile.program import Program, open_program, weights_of
+from gemma4_compile.program import Program, fingerprint, open_program
 
 
 class PackedModel:
     """An optimized Gemma4ForCausalLM over packed batches; see batch.py for a step's inputs.
 
-    Compiled at once, for any number of tokens, requests and wanted rows, or loaded if this model was compiled before.
+    Compiled at once, for any number of tokens, requests and wanted rows, or loaded if this model was compiled before. It keeps
+    the weights' tensors: make it after from_pretrained, and anew after load_state_dict(assign=True).
 
     Raises TypeError for another class of model, ValueError for one that was not optimized or whose attention is not causal.
     """
@@ -41,14 +41,16 @@ class PackedModel:
 
 
 def _folder(model: Any, state: CompiledModel) -> Path | None:
-    """Where this model's program is kept: a name for everything that it depends on. None where torch's caches are off."""
+    """Where this model's program is kept: a name for everything that it depends on. None where torch's caches are off, and for
+    a model that cannot be known again."""
     config = state.backend.config
     if torch._inductor.config.force_disable_caches or not torch._inductor.config.fx_graph_cache:
         return None
-    device = model.device
-    machine = torch.cuda.get_device_properties(device).name if device.type == "cuda" else "cpu"
-    described = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
-    weights = sorted((name, tuple(w.shape), w.stride(), str(w.dtype)) for name, w in weights_of(model).items())
-    parts = (uuid(config, state.backend.enabled), machine, json.dumps(described, sort_keys=True, default=str), weights)
+    known = fingerprint(model)
+    if not known:
+        return None
+    machine = torch.cuda.get_device_properties(model.device).name if model.device.type == "cuda" else "cpu"
+    inductor = repr(sorted(torch._inductor.config.save_config_portable().items()))
+    parts = (uuid(config, state.backend.enabled), machine, inductor, known)
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     return Path(config.cache_dir or Path(cache_dir()) / "gemma4_compile") / name

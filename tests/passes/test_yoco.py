@@ -167,6 +167,57 @@ def test_off_for_an_operation_that_may_mix_rows() -> None:
     assert "cumsum" in miss.reason and "rows one by one" in miss.reason
 
 
+def missed(function: Any, *inputs: torch.Tensor) -> str:
+    """The reason of the only miss; the function computes the same."""
+    done = compile_passes(function, {"yoco"})
+    with torch.no_grad():
+        torch.testing.assert_close(done.call(*inputs), function(*inputs))
+    (miss,) = [miss for miss in yoco_of(done).misses if miss.fusion == "yoco"]
+    return miss.reason
+
+
+def test_off_without_a_mask() -> None:
+    """SDPA with is_causal counts queries from the first: fewer of them would see other keys."""
+    model = tiny("e").requires_grad_(False)
+    masks = {"full_attention": None, "sliding_attention": None}
+    reason = missed(lambda ids: model(ids, attention_mask=masks, use_cache=False, logits_to_keep=ROWS).logits, dynamic(2, 7))
+    assert "scaled_dot_product_attention" in reason and "rows one by one" in reason
+
+
+def test_off_for_rows_computed_behind_the_layers() -> None:
+    def function(ids: torch.Tensor) -> torch.Tensor:
+        states = model.model(ids, use_cache=False).last_hidden_state
+        rows = torch.arange(2, device=ids.device) + 1
+        return torch.nn.functional.linear(states[:, rows, :], model.lm_head.weight)
+
+    model = tiny("e").requires_grad_(False)
+    assert "are computed behind" in missed(function, dynamic(2, 7))
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.tensor([], dtype=torch.int64), torch.tensor([True, False] * 3)], ids=["none", "boolean"]
+)
+def test_other_kinds_of_rows_compile_as_before(rows: torch.Tensor) -> None:
+    model = passes_only(tiny("e"))
+    reason = reason_of(model, prompt(2, 6), logits_to_keep=rows.to(DEVICE))
+    assert "logits_to_keep must be 1 or a tensor of row indices" in reason
+
+
+def test_a_mask_of_one_row_is_left_alone() -> None:
+    """[batch, 1, 1, tokens]: which keys are padding, for all queries alike."""
+    model = tiny("e").requires_grad_(False)
+    padding = torch.ones(2, 1, 1, 7, dtype=torch.bool, device=DEVICE)
+    padding[0, ..., :2] = False
+    torch._dynamo.mark_dynamic(padding, 3)
+    masks = {"full_attention": padding, "sliding_attention": padding}
+    done = compile_passes(lambda ids: model(ids, attention_mask=masks, use_cache=False, logits_to_keep=ROWS).logits, {"yoco"})
+    ids = dynamic(2, 7)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=masks, use_cache=False, logits_to_keep=ROWS).logits
+        torch.testing.assert_close(done.call(ids), expected, rtol=0, atol=1e-5)
+    assert yoco_of(done).matched("yoco")
+
+
 @pytest.mark.parametrize("where", ["config", "environment"])
 def test_switched_off(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA4_COMPILE_DISABLE", "yoco" if where == "environment" else "")

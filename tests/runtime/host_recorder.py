@@ -12,10 +12,8 @@ class HostRecorder:
 
     def __init__(self) -> None:
         self.recorded = 0
-        self.warmed = 0
 
     def warm_up(self, function: Callable[[], Any]) -> None:
-        self.warmed += 1
         function()
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gemma4_compile import OptimizeConfig, optimize
-from gemma4_compile.runtime.batch import PlainKV, Request
+from gemma4_compile.runtime.batch import PlainKV
 from gemma4_compile.runtime.model import PackedModel
 from tests.models import tiny
 
@@ -39,7 +39,3 @@ def logits_of(model: Any, tokens: list[int]) -> Tensor:
     """Of all tokens, by the plain model: [T, vocabulary]."""
     with torch.no_grad():
         return model(torch.tensor([tokens]), use_cache=False).logits[0]
-
-
-def first_request() -> list[Request]:
-    return [Request([5])]

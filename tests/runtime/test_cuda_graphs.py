@@ -81,6 +81,59 @@ def test_no_bucket_is_large_enough() -> None:
     assert graphs.replays == 0
 
 
+def test_sizes_may_come_in_any_order() -> None:
+    """A short step behind a long one: indices that the long one left in the buffers point past the short one's end."""
+    graphs, kv = runner()
+    other = memory("e", requests=REQUESTS)
+    assert_same(graphs, kv, other, [Request(tokens_of(1, 16), rows=[12, 13, 15])])
+    assert_same(graphs, kv, other, [Request(tokens_of(2, 4))])
+    assert_same(graphs, kv, other, [Request(tokens_of(3, 7), rows=[1, 2, 6])])
+    assert graphs.refused == {} and graphs.replays == 3
+
+
+@pytest.mark.parametrize("buckets", [Buckets(decode=(), tokens=(16,), rows=(64,)), Buckets(decode=(2,), tokens=(), rows=())])
+def test_few_buckets(buckets: Buckets) -> None:
+    graphs, kv = runner(buckets=buckets)
+    other = memory("e", requests=REQUESTS)
+    for batch in ([Request(tokens_of(1, 9))], [Request([5], 9)]):
+        assert_same(graphs, kv, other, batch)
+    assert graphs.replays > 0 and graphs.refused == {}
+
+
+def test_a_graph_that_stores_no_keys_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first replay must not read what the program stored."""
+    import gemma4_compile.runtime.cuda_graphs as module
+
+    into = module.attention_into
+    monkeypatch.setattr(module, "attention_into", lambda out, q, k, v, *rest: into(out, q, None, None, *rest))
+    graphs, kv = runner()
+    with pytest.warns(UserWarning, match="a replay gave other logits"):
+        assert_same(graphs, kv, memory("e", requests=REQUESTS), [Request(tokens_of(1, 7))])
+
+
+def test_a_head_captured_again_is_compared_again() -> None:
+    """Another row bucket captures the head anew: what was right before may not be now."""
+    recorder = Souring()
+    graphs, kv = runner(recorder=recorder)
+    other = memory("e", requests=REQUESTS)
+    assert_same(graphs, kv, other, [Request(tokens_of(1, 9), rows=[8])])
+    recorder.sour = True
+    with pytest.warns(UserWarning, match="a replay gave other logits"):
+        assert_same(graphs, kv, other, [Request(tokens_of(2, 9), rows=[1, 2, 8])])
+    recorder.sour = False
+    assert_same(graphs, kv, other, [Request(tokens_of(3, 9), rows=[8])])
+
+
+class Souring(HostRecorder):
+    """Right until told otherwise."""
+
+    sour = False
+
+    def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
+        replay, kept = super().record(function)
+        return (lambda: None) if self.sour else replay, kept
+
+
 class Soup(HostRecorder):
     """Graphs that keep what a tensor held when they were captured, as one around a host's plan does."""
 
@@ -128,6 +181,15 @@ def test_other_memory_is_refused() -> None:
     graphs, _ = runner()
     with pytest.raises(CaptureRefused, match="graphs keep the address of keys and values, .* make a new GraphRunner"):
         graphs(memory("e", requests=REQUESTS).inputs([Request([5])]))
+
+
+def test_a_wider_table_is_refused_and_the_bucket_lives_on() -> None:
+    graphs, kv = runner()
+    inputs = kv.inputs([Request([5])])
+    with pytest.raises(CaptureRefused, match="a request may have 1 pages here, got a table.full_attention of 2"):
+        graphs(inputs | {"table.full_attention": inputs["table.full_attention"].repeat(1, 2)})
+    graphs(inputs)
+    assert graphs.replays == 1 and graphs.refused == {}
 
 
 def test_inputs_on_the_host_are_refused() -> None:

@@ -130,6 +130,7 @@ def test_the_model_keeps_its_own_attention() -> None:
         ([Request([5, 6], rows=[])], "a step must want the logits of at least one token"),
         ([Request([5, 6], rows=[2])], "request 0 wants rows among its 2 new tokens, ascending, got .2."),
         ([Request([5, 6], rows=[1, 0])], "ascending, got .1, 0."),
+        ([Request([5], seen=-1)], "request 0 must have seen 0 tokens or more, got -1"),
     ],
 )
 def test_bad_batches(batch: list[Request], message: str) -> None:
@@ -144,7 +145,52 @@ def test_bad_models() -> None:
         PackedModel(optimize(tiny("dense").model))
     with pytest.raises(ValueError, match="capacity must be a positive multiple of 16, got 65; use 80"):
         PlainKV(packed("e").geometry, REQUESTS, CAPACITY + 1, torch.float32, "cpu")
-    inputs: dict[str, Any] = memory("e").inputs([Request([5])])
-    del inputs["rows"]
-    with pytest.raises(ValueError, match="a step needs the input 'rows', got input_ids"):
+
+
+def lacking(name: str) -> Any:
+    return lambda inputs: inputs.pop(name)
+
+
+def as_int32(name: str) -> Any:
+    return lambda inputs: inputs.update({name: inputs[name].int()})
+
+
+def shorter(name: str) -> Any:
+    return lambda inputs: inputs.update({name: inputs[name][1:]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lacking("rows"), "a step needs the input 'rows', got input_ids"),
+        (as_int32("rows"), "rows must have dtype torch.int64, got torch.int32; convert it"),
+        (as_int32("positions"), "positions must have dtype torch.int64"),
+        (shorter("positions"), "positions must have as many entries as there are tokens in input_ids, 3, got 2"),
+        (shorter("slots.full_attention"), "slots.full_attention must have as many entries as there are tokens"),
+        (shorter("table.sliding_attention"), "table.sliding_attention must have as many .* requests in starts, 2, got 1"),
+    ],
+)
+def test_bad_inputs(change: Any, message: str) -> None:
+    inputs = memory("e").inputs([Request([5, 6]), Request([7])])
+    change(inputs)
+    with pytest.raises(ValueError, match=message):
         packed("e")(inputs)
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 0], [0, 20]])
+def test_bad_rows_of_memory(rows: list[int]) -> None:
+    with pytest.raises(ValueError, match="each of 2 requests needs a row of its own, 0 to 19"):
+        memory("e").inputs([Request([5]), Request([6])], rows)
+
+
+def test_each_kind_of_layer_has_its_own_table() -> None:
+    """Sliding and full layers keep a request in different pages."""
+    text, kv = tokens_of(1, 20), memory("e")
+    for step in (Request(text[:13]), Request(text[13:], seen=13)):
+        inputs = kv.inputs([step])
+        inputs["table.sliding_attention"] = torch.full_like(inputs["table.sliding_attention"], 7)
+        inputs["slots.sliding_attention"] = inputs["slots.sliding_attention"] + 7 * CAPACITY
+        logits = packed("e")(inputs)[0, 0]
+    torch.testing.assert_close(logits, logits_of(plain("e"), text)[-1], rtol=0, atol=1e-5)
+    assert kv.tensors["keys.0"][7].any() and not kv.tensors["keys.0"][0].any()
+    assert kv.tensors["keys.1"][0].any() and not kv.tensors["keys.1"][7].any()

@@ -178,8 +178,39 @@ def test_other_models_have_other_files(tmp_path: Path) -> None:
     config = OptimizeConfig(cache_dir=str(tmp_path))
     for options in ({}, {"seed": 4}, {"rms_norm_eps": 1e-5}, {"dtype": torch.bfloat16}):
         PackedModel(optimize(tiny("dense", **options).requires_grad_(False), config))
-    PackedModel(optimize(tiny("dense").requires_grad_(False), OptimizeConfig(cache_dir=str(tmp_path), disable=("geglu",))))
-    assert len(list(tmp_path.iterdir())) == 3
+    PackedModel(optimize(tiny("dense").requires_grad_(False), OptimizeConfig(cache_dir=str(tmp_path), disable=("ple_tail",))))
+    assert len(list(tmp_path.iterdir())) == 4
+    hooked = tiny("dense").requires_grad_(False)
+    hooked.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    PackedModel(optimize(hooked, config))  # a hook is part of the graph, and of no name: neither saved nor loaded
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.config, "rms_norm_eps", 1e-4),
+        lambda model: model.set_experts_implementation("batched_mm"),
+        lambda model: setattr(model.lm_head, "weight", torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)),
+        lambda model: model.model.layers[0].register_forward_hook(lambda module, inputs, output: output),
+    ],
+    ids=["config", "experts", "untied", "hook"],
+)
+def test_another_model_is_refused(change: Any, saved: Path) -> None:
+    model = tiny("dense").requires_grad_(False)
+    change(model)
+    with pytest.raises(ValueError, match="a saved program must be whole and of this model"):
+        load(saved, model)
+
+
+def test_limits() -> None:
+    """Rows and tokens times the widest tensor, 192 in the double-wide MLPs behind the boundary, stay within 32-bit offsets."""
+    program = packed("e").program
+    assert program.plan.limits["rows"] == (2**31 - 1) // 192 and 2**20 < program.plan.limits["input_ids"] < 2**31
+    inputs = memory("e").inputs([Request([5])])
+    inputs["rows"] = torch.zeros(1, dtype=torch.int64).expand(2**24)
+    with pytest.raises(ValueError, match="rows must have at most 11184810 elements, .* got 16777216; split the step"):
+        program(inputs)
 
 
 def test_files_that_cannot_be_written_are_a_warning(tmp_path: Path) -> None:
