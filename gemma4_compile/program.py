@@ -296,8 +296,8 @@ def _attention(module: Any) -> Any:
 
 
 def fingerprint(module: Any) -> str:
-    """Of everything of a model that its program depends on, but for the weights' values. Empty for a model with hooks: what they
-    do is in the graph, and nothing tells it from what others do."""
+    """Of everything of a model that its program depends on, but for the weights' values. Empty for a model with hooks: what
+    they do is in the graph, and nothing tells it from what others do."""
     if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
         return ""
     config = {key: value for key, value in module.config.to_dict().items() if key != "_name_or_path"}
