@@ -299,7 +299,8 @@ def main() -> None:
         print(json.dumps(rows[-1] if not isinstance(found, list) else found), flush=True)
     if arguments.out:
         machine = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-        command = f"python scripts/bench_step.py {arguments.what} --models {arguments.models}"
+        given = [word for i, word in enumerate(sys.argv[1:]) if "--out" not in (word, sys.argv[i])]
+        command = " ".join(["python scripts/bench_step.py", *given])
         about = {"machine": machine, "torch": torch.__version__, "transformers": transformers.__version__, "command": command}
         arguments.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
