@@ -202,9 +202,9 @@ class GraphRunner:
         self._run(bucket, requests)
         self._fill(inputs, bucket)
         wanted = inputs["rows"].shape[0]
-        # Attention as in the replay: with another number of requests it may sum in another order.
         # Replay first: where it fails to store keys, its logits must not come from those that the program stored.
         actual = self._run(bucket, requests)[:, :wanted]
+        # Attention as in the replay: with another number of requests it may sum in another order.
         expected = self._run_program(padded, bucket.requests if bucket.full else requests)[:, :wanted]
         difference = (actual.float() - expected.float()).square().mean().sqrt()
         scale = expected.float().square().mean().sqrt()
@@ -256,14 +256,12 @@ class GraphRunner:
     def _fill(self, inputs: dict[str, Tensor], bucket: "_Bucket", empty: bool = False) -> dict[str, Tensor]:
         """Copy a step to the static buffers and pad it; `empty` leaves padding only. Returns the buffers cut to the bucket."""
         views = self._views(bucket)
-        if (
-            empty
-        ):  # also behind the bucket: larger row buckets are captured with it, and indices of an earlier step may be too high
+        if empty:
+            # Behind the bucket too: larger row buckets are captured with it, and an earlier step's indices may be too high.
             self.static["rows"].fill_(bucket.tokens - 1)
         tokens = 0 if empty else inputs["input_ids"].shape[1]
-        padding = {"starts": tokens, "rows": bucket.tokens - 1} | {
-            f"slots.{kind}": -1 for kind in KINDS
-        }  # starts and rows ascend
+        padding = {f"slots.{kind}": -1 for kind in KINDS}
+        padding |= {"starts": tokens, "rows": bucket.tokens - 1}  # which ascend
         for name in self.static:
             given, view = inputs[name], views[name]
             dim = 1 if name == "input_ids" else 0
