@@ -145,6 +145,9 @@ class Program:
     def _check(self, inputs: dict[str, Tensor]) -> None:
         """What the code relies on, as far as the host can tell without waiting for the GPU."""
         check_inputs(inputs)
+        for _, name in self._inputs:
+            if name not in inputs:
+                raise ValueError(f"a step needs the input {name!r}, got {', '.join(inputs)}; see runtime/batch.py")
         for name, most in self.plan.limits.items():
             size = inputs[name].shape[-1]
             if size > most:

@@ -163,6 +163,7 @@ def shorter(name: str) -> Any:
     ("change", "message"),
     [
         (lacking("rows"), "a step needs the input 'rows', got input_ids"),
+        (lacking("keys.0"), "a step needs the input 'keys.0', got input_ids"),
         (as_int32("rows"), "rows must have dtype torch.int64, got torch.int32; convert it"),
         (as_int32("positions"), "positions must have dtype torch.int64"),
         (shorter("positions"), "positions must have as many entries as there are tokens in input_ids, 3, got 2"),
