@@ -62,7 +62,7 @@ def _drop_unread(graph: Graph) -> None:
 
 def _is_part(node: Node) -> bool:
     """One element of a tuple, or a view with a constant index: it goes where the whole is computed."""
-    return node.target is operator.getitem and not any(isinstance(n, Node) for n in node.all_input_nodes[1:])
+    return node.target is operator.getitem and len(node.all_input_nodes) == 1
 
 
 def _piece(nodes: list[Node]) -> Piece:

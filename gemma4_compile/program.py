@@ -34,11 +34,8 @@ from .geometry import Geometry
 from .passes import Miss, Record, Site, pipeline, prepare, run
 from .pieces import Piece, split
 from .runtime.attention import NAME
-from .runtime.batch import KINDS, PlainKV, Request, check_inputs
+from .runtime.batch import KINDS, STEP_INPUTS, PlainKV, Request, check_inputs, require, varying_dim
 
-_DYNAMIC = {"input_ids": (1,), "positions": (0,), "starts": (0,), "rows": (0,)} | {
-    f"{name}.{kind}": (0,) for name in ("slots", "table") for kind in KINDS
-}
 # What the step is traced with. Sizes are symbols; these are the hints that Inductor and measured token counts go by.
 _TRACED_REQUESTS, _TRACED_TOKENS = 8, 32
 _FORMAT = 1
@@ -145,9 +142,7 @@ class Program:
     def _check(self, inputs: dict[str, Tensor]) -> None:
         """What the code relies on, as far as the host can tell without waiting for the GPU."""
         check_inputs(inputs)
-        for _, name in self._inputs:
-            if name not in inputs:
-                raise ValueError(f"a step needs the input {name!r}, got {', '.join(inputs)}; see runtime/batch.py")
+        require(inputs, (name for _, name in self._inputs))
         for name, most in self.plan.limits.items():
             size = inputs[name].shape[-1]
             if size > most:
@@ -159,7 +154,7 @@ class Program:
         with torch.no_grad():
             for step in self.steps:
                 step.run(values)
-        return values[self._result]
+        return self.result(values)
 
     def result(self, values: list[Any]) -> Tensor:
         """The logits, once all steps have run."""
@@ -249,16 +244,16 @@ def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> 
     kv = PlainKV(model_geometry, _TRACED_REQUESTS, _TRACED_TOKENS, module.dtype, module.device)
     # Dynamo makes one input of a tensor that has two names.
     inputs = {name: t.clone() for name, t in kv.inputs([Request([0] * _TRACED_TOKENS)] * _TRACED_REQUESTS).items()}
-    for name, dims in _DYNAMIC.items():
-        for dim in dims:
-            torch._dynamo.mark_dynamic(inputs[name], dim)
+    for name in STEP_INPUTS:
+        torch._dynamo.mark_dynamic(inputs[name], varying_dim(name))
+    weights = weights_of(module)
     names = {id(tensor): ("input", name) for name, tensor in inputs.items()}
-    names |= {id(tensor): ("weight", name) for name, tensor in weights_of(module).items()}
+    names |= {id(tensor): ("weight", name) for name, tensor in weights.items()}
     made: list[Program] = []
 
     def compile_graph(gm: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         traced = time.perf_counter() - start
-        program = _compile(gm, examples, names, backend, weights_of(module))
+        program = _compile(gm, examples, names, backend, weights)
         program.plan.seconds["trace"] = traced
         program.plan.model = fingerprint(module)
         made.append(program)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 from gemma4_compile.ops.attention import AttentionPlan, attention_plan, launch_planned
-from scripts._bandwidth import copy_bandwidth, product_rate
+from scripts._bandwidth import copy_bandwidth, median_seconds, product_rate
 
 
 class Shape(NamedTuple):
@@ -72,15 +71,7 @@ def microseconds(arguments: tuple[Any, ...], plan: AttentionPlan) -> float | Non
     except Exception:  # out of shared memory or registers, in several classes
         torch.cuda.synchronize()
         return None
-    times = []
-    for _ in range(20):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / 8)
-    return statistics.median(times)
+    return median_seconds(graph.replay, 20) * 1e6 / 8
 
 
 def candidates(shape: Shape) -> list[AttentionPlan]:

@@ -50,7 +50,7 @@ from gemma4_compile.fusions import FUSIONS
 from gemma4_compile.loading import random_model
 from gemma4_compile.optimize import state_of
 from gemma4_compile.passes import pipeline, prepare, run
-from scripts._bandwidth import copy_bandwidth
+from scripts._bandwidth import copy_bandwidth, gpu_events
 
 VARIANTS: dict[str, OptimizeConfig | None] = {
     "eager": None,
@@ -132,14 +132,9 @@ def wall_ms(step: Callable[[], Any], repeats: int) -> float:
 
 def kernels(step: Callable[[], Any]) -> dict[str, Any]:
     """Kernels, copies and fills of one step, how long the GPU is busy with them, and the 12 names that cost most."""
-    from torch.profiler import ProfilerActivity, profile
-
     runs = []
     for _ in range(3):
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            step()
-            synchronize()
-        events = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        events = gpu_events(step)
         runs.append((sum(e.device_time for e in events) / 1e3, events))
     runs.sort(key=lambda one: one[0])
     busy, events = runs[1]

@@ -41,7 +41,7 @@ from gemma4_compile.loading import random_model
 from gemma4_compile.runtime.batch import PlainKV, Request
 from gemma4_compile.runtime.cuda_graphs import GraphRunner
 from gemma4_compile.runtime.model import PackedModel
-from scripts._bandwidth import copy_bandwidth, product_rate
+from scripts._bandwidth import copy_bandwidth, gpu_events, product_rate
 
 BUDGET = 8192  # tokens a step
 DECODED = 10
@@ -204,14 +204,9 @@ def weight_bytes(model: Any, batch: int) -> float:
 
 def busy(step: Callable[[], Any]) -> dict[str, Any]:
     """Kernels of one step, the time the GPU runs at least one of them, and the twelve names that cost most."""
-    from torch.profiler import ProfilerActivity, profile
-
     found = []
     for _ in range(5):
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            step()
-            synchronize()
-        events = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        events = gpu_events(step)
         spans = sorted((e.time_range.start, e.time_range.end) for e in events)
         covered, until = 0.0, 0.0
         for first, last in spans:

@@ -11,7 +11,7 @@ A step's inputs are tensors by name, so that a graph can be bound to them and st
     keys.LAYER   [P, page, Hk, D]  of each layer that owns KV, written in place; so is values.LAYER
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,16 +21,28 @@ from gemma4_compile.geometry import Geometry
 
 KINDS = ("sliding_attention", "full_attention")
 _INT32 = ("starts", *(f"table.{kind}" for kind in KINDS))
-SMALL = ("input_ids", "positions", "rows", "starts", *(f"{name}.{kind}" for name in ("slots", "table") for kind in KINDS))
+# Inputs that each step has anew, other than keys and values.
+STEP_INPUTS = ("input_ids", "positions", "rows", "starts", *(f"{name}.{kind}" for name in ("slots", "table") for kind in KINDS))
+
+
+def varying_dim(name: str) -> int:
+    """The dimension of a step's input that counts its tokens, rows or requests."""
+    return 1 if name == "input_ids" else 0
+
+
+def require(inputs: dict[str, Tensor], names: Iterable[str]) -> None:
+    """Raises ValueError for an input that is missing."""
+    for name in names:
+        if name not in inputs:
+            raise ValueError(f"a step needs the input {name!r}, got {', '.join(inputs)}; see runtime/batch.py")
 
 
 def check_inputs(inputs: dict[str, Tensor]) -> None:
     """Raises ValueError for inputs that are missing, have another dtype, or disagree in the number of tokens or requests.
 
     Values stay unread: rows that do not ascend and slots or pages that do not exist are the caller's to avoid."""
-    for name in SMALL:
-        if name not in inputs:
-            raise ValueError(f"a step needs the input {name!r}, got {', '.join(inputs)}; see runtime/batch.py")
+    require(inputs, STEP_INPUTS)
+    for name in STEP_INPUTS:
         wanted = torch.int32 if name in _INT32 else torch.int64
         if inputs[name].dtype != wanted:
             raise ValueError(f"{name} must have dtype {wanted}, got {inputs[name].dtype}; convert it")
@@ -38,7 +50,7 @@ def check_inputs(inputs: dict[str, Tensor]) -> None:
     sizes = {"positions": tokens} | {f"slots.{k}": tokens for k in KINDS} | {f"table.{k}": requests for k in KINDS}
     for name, size in sizes.items():
         if inputs[name].shape[0] != size:
-            what = "tokens in input_ids" if size is tokens else "requests in starts"
+            what = "requests in starts" if name.startswith("table.") else "tokens in input_ids"
             raise ValueError(f"{name} must have as many entries as there are {what}, {size}, got {inputs[name].shape[0]}")
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from gemma4_compile.ops.attention import attention_into
 from gemma4_compile.program import Program, Step
 
-from .batch import KINDS, check_inputs
+from .batch import KINDS, check_inputs, varying_dim
 
 _TABLE, _STARTS = 6, 8  # arguments of attention that have one row a request
 
@@ -186,26 +186,27 @@ class GraphRunner:
         self.replays += 1
         return logits[:, :wanted]
 
-    def _bucket(self, tokens: int, wanted: int, requests: int) -> "_Bucket | None":
+    def _bucket(self, tokens: int, wanted: int, requests: int) -> _Bucket | None:
         size = _fitting(self.buckets.decode, tokens)
         if tokens == wanted and size and requests <= size:
             return _Bucket(size, size, size, full=True)
         size, rows = _fitting(self.buckets.tokens, tokens), _fitting(self.buckets.rows, wanted)
         return _Bucket(size, rows, self.requests) if size and rows and requests <= self.requests else None
 
-    def _run(self, bucket: "_Bucket", requests: int) -> Tensor:
+    def _run(self, bucket: _Bucket, requests: int) -> Tensor:
         return self._run_full(bucket) if bucket.full else self._run_pieces(bucket, requests)
 
-    def _first(self, bucket: "_Bucket", inputs: dict[str, Tensor], requests: int) -> Tensor:
+    def _first(self, bucket: _Bucket, inputs: dict[str, Tensor], requests: int) -> Tensor:
         """Capture over padding alone, then replay the step and compare it with the program: whatever a graph kept shows."""
-        padded = self._fill(inputs, bucket, empty=True)
+        self._fill(inputs, bucket, empty=True)
         self._run(bucket, requests)
         self._fill(inputs, bucket)
         wanted = inputs["rows"].shape[0]
         # Replay first: where it fails to store keys, its logits must not come from those that the program stored.
         actual = self._run(bucket, requests)[:, :wanted]
         # Attention as in the replay: with another number of requests it may sum in another order.
-        expected = self._run_program(padded, bucket.requests if bucket.full else requests)[:, :wanted]
+        at_hand = bucket if bucket.full else replace(bucket, requests=requests)
+        expected = self.program(self._views(at_hand))[:, :wanted]
         difference = (actual.float() - expected.float()).square().mean().sqrt()
         scale = expected.float().square().mean().sqrt()
         if not difference <= 1e-2 * scale:  # also if either is not a number
@@ -215,17 +216,7 @@ class GraphRunner:
         self.replays += 1
         return actual
 
-    def _run_program(self, padded: dict[str, Tensor], requests: int) -> Tensor:
-        values = self.program.bind(padded)
-        with torch.no_grad():
-            for step in self.program.steps:
-                if not step.is_piece:
-                    for position, length in ((_TABLE, requests), (_STARTS, requests + 1)):
-                        values[step.arguments[position]] = values[step.arguments[position]][:length]
-                step.run(values)
-        return self.program.result(values)
-
-    def _give_up(self, bucket: "_Bucket", reason: str) -> None:
+    def _give_up(self, bucket: _Bucket, reason: str) -> None:
         self.refused[bucket.name] = reason
         self._heads.pop(bucket.tokens, None)  # other buckets with this head capture it anew, and are checked again
         self._forget(bucket.tokens)
@@ -253,8 +244,8 @@ class GraphRunner:
                     f"a request may have {most} pages here, got a table.{kind} of {pages}; make a new GraphRunner"
                 )
 
-    def _fill(self, inputs: dict[str, Tensor], bucket: "_Bucket", empty: bool = False) -> dict[str, Tensor]:
-        """Copy a step to the static buffers and pad it; `empty` leaves padding only. Returns the buffers cut to the bucket."""
+    def _fill(self, inputs: dict[str, Tensor], bucket: _Bucket, empty: bool = False) -> None:
+        """Copy a step to the static buffers and pad it; `empty` leaves padding only."""
         views = self._views(bucket)
         if empty:
             # Behind the bucket too: larger row buckets are captured with it, and an earlier step's indices may be too high.
@@ -264,24 +255,23 @@ class GraphRunner:
         padding |= {"starts": tokens, "rows": bucket.tokens - 1}  # which ascend
         for name in self.static:
             given, view = inputs[name], views[name]
-            dim = 1 if name == "input_ids" else 0
+            dim = varying_dim(name)
             length = 0 if empty else given.shape[dim]
             target = view.narrow(dim, 0, length)
             if name.startswith("table."):
                 target = target[:, : given.shape[1]]
             target.copy_(given.narrow(dim, 0, length))
             view.narrow(dim, length, view.shape[dim] - length).fill_(padding.get(name, 0))
-        return views
 
-    def _views(self, bucket: "_Bucket") -> dict[str, Tensor]:
+    def _views(self, bucket: _Bucket) -> dict[str, Tensor]:
         lengths = {"rows": bucket.rows, "starts": bucket.requests + 1} | {f"table.{kind}": bucket.requests for kind in KINDS}
-        views = {name: buffer.narrow(1 if name == "input_ids" else 0, 0, lengths.get(name, bucket.tokens))
+        views = {name: buffer.narrow(varying_dim(name), 0, lengths.get(name, bucket.tokens))
                  for name, buffer in self.static.items()}  # fmt: skip
         return views | self.memory
 
     # FULL
 
-    def _run_full(self, bucket: "_Bucket") -> Tensor:
+    def _run_full(self, bucket: _Bucket) -> Tensor:
         if bucket.tokens not in self._full:
             views = self._views(bucket)
             self.recorder.warm_up(lambda: self.program(views))
@@ -293,7 +283,7 @@ class GraphRunner:
 
     # PIECEWISE
 
-    def _run_pieces(self, bucket: "_Bucket", requests: int) -> Tensor:
+    def _run_pieces(self, bucket: _Bucket, requests: int) -> Tensor:
         if bucket.rows not in self._tails:
             self._capture_tail(bucket)
         if bucket.tokens not in self._heads or bucket.rows not in self._heads[bucket.tokens][1]:
@@ -305,7 +295,7 @@ class GraphRunner:
                 call(requests)
         return logits
 
-    def _capture_head(self, bucket: "_Bucket") -> None:
+    def _capture_head(self, bucket: _Bucket) -> None:
         """Everything before the boundary, and its piece for each row bucket in use: now, while what it reads is alive."""
         boundary = self.program.steps[self.program.boundary]
         views = self._views(bucket)
@@ -327,7 +317,7 @@ class GraphRunner:
         self._heads[bucket.tokens] = head, boundaries
         self._forget(bucket.tokens)
 
-    def _capture_tail(self, bucket: "_Bucket") -> None:
+    def _capture_tail(self, bucket: _Bucket) -> None:
         """Everything behind the boundary, on static buffers that its piece's results are copied to."""
         steps, boundary = self.program.steps, self.program.boundary
         values = self.program.bind(self._views(bucket))
@@ -345,7 +335,7 @@ class GraphRunner:
         self._crossing[bucket.rows] = buffers
         self._tails[bucket.rows] = tail, self.recorder.borrow(self.program.result(values))
 
-    def _capture(self, steps: Sequence[Step], values: list[Any]) -> "list[_Call]":
+    def _capture(self, steps: Sequence[Step], values: list[Any]) -> list[_Call]:
         calls: list[_Call] = []
         for step in steps:
             arguments = [values[i] for i in step.arguments]
@@ -368,7 +358,7 @@ class GraphRunner:
             self._attended[key] = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         return self._attended[key]
 
-    def _attention(self, out: Tensor, arguments: list[Any]) -> "_Call":
+    def _attention(self, out: Tensor, arguments: list[Any]) -> _Call:
         borrowed = [self.recorder.borrow(a) if isinstance(a, Tensor) else a for a in arguments]
 
         def call(requests: int) -> None:
