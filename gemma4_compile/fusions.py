@@ -16,11 +16,13 @@ class Fusion:
 _REPLACES = {
     "qkv_norm_rope": "Q, K and V head norms + RoPE",
     "post_attention_norms": "post-attention norm + residual + the norms that read it",
+    "gate_up": "gate and up projections + gelu_tanh(gate) * up",
     "geglu": "gelu_tanh(gate) * up",
     "route": "softmax, top-k, renormalize, per-expert scale",
     "feed_forward_tail": "post-FF norms + residual [* scalar] [+ the next layer's norm]",
     "ple_inputs": "per-layer embedding gather + projection norm + combine",
     "ple_tail": "PLE gate, projection, norm, residual, scalar [+ the next layer's norm]",
+    "linear": "projections of few tokens, those of one input in one launch",
 }
 FUSIONS: dict[str, Fusion] = {name: Fusion(text, MEASURED[name].on_by_default) for name, text in _REPLACES.items()}
 
@@ -32,3 +34,4 @@ SWITCHES = FUSIONS | TRANSFORMS
 
 # Kernel launches that a site of a rewrite saves against Inductor on the GPU, where it saves any (docs/fusions.md, "launches").
 LAUNCHES_SAVED = {"route": 3, "qkv_norm_rope": 2, "kv_norm_rope": 1, "ple_tail": 1, "ple_tail_norm": 1}
+LAUNCHES_SAVED |= {"gate_up": 2, "linear_triple": 2, "linear_pair": 1}  # of up to 32 rows

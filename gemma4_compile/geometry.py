@@ -47,11 +47,13 @@ class Geometry:
         return {
             "qkv_norm_rope": every,
             "post_attention_norms": every,
+            "gate_up": every,
             "geglu": every,
             "route": every if self.experts else (),
             "feed_forward_tail": every,
             "ple_inputs": (WHOLE_MODEL,) if ple else (),
             "ple_tail": every if ple else (),
+            "linear": every,
             "yoco": tuple(shared[:1]),
         }
 

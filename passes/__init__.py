@@ -9,7 +9,15 @@ order is program order, and the passes run on each compile, also where Inductor'
 from collections.abc import Collection
 
 from .base import Miss, Pass, PatternPass, Record, Site, run
-from .fuse import FUSE_FEED_FORWARD_TAIL, FUSE_PLE_INPUTS, FUSE_PLE_TAIL, FUSE_POST_ATTENTION_NORMS, FUSE_QKV_NORM_ROPE
+from .fuse import (
+    FUSE_FEED_FORWARD_TAIL,
+    FUSE_GATE_UP,
+    FUSE_LINEAR,
+    FUSE_PLE_INPUTS,
+    FUSE_PLE_TAIL,
+    FUSE_POST_ATTENTION_NORMS,
+    FUSE_QKV_NORM_ROPE,
+)
 from .lower import Lower
 from .raise_ops import RAISE_GEGLU, RAISE_RMS_NORM, RAISE_ROPE, RAISE_ROUTE, Functionalize
 from .yoco import Yoco
@@ -22,6 +30,8 @@ _FUSE = (
     FUSE_PLE_INPUTS,
     FUSE_PLE_TAIL,  # before feed_forward_tail, whose scalar form it contains; takes the gate's geglu with it
     FUSE_FEED_FORWARD_TAIL,
+    FUSE_GATE_UP,
+    FUSE_LINEAR,  # last: the products inside other patterns are theirs
 )
 YOCO = Yoco()
 FUSED = frozenset(step.name for step in _FUSE)

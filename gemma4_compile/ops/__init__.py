@@ -9,6 +9,7 @@ from .feed_forward_tail import (
 )
 from .geglu import geglu
 from .library import OPS
+from .linear import gate_up, linear, linear_pair, linear_triple
 from .ple_inputs import ple_combine, ple_inputs
 from .ple_tail import ple_tail, ple_tail_norm
 from .post_attention_norms import post_attention_norm, post_attention_norms
@@ -22,7 +23,11 @@ __all__ = [
     "attention",
     "feed_forward_tail",
     "feed_forward_tail_norm",
+    "gate_up",
     "geglu",
+    "linear",
+    "linear_pair",
+    "linear_triple",
     "moe_feed_forward_tail",
     "moe_feed_forward_tail_norm",
     "ple_combine",

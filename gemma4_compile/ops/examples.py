@@ -122,11 +122,23 @@ def _two_states(d: Draw) -> tuple[Tensor, Tensor]:
     return d.states(), d.states()
 
 
+def _projections(d: Draw, *counts: int) -> tuple:
+    return d.states(), *(d.matrix(count, d.sizes.hidden) for count in counts)
+
+
+def _attention_heads(d: Draw) -> tuple[int, int]:
+    return d.sizes.q_heads * d.sizes.head_dim, d.sizes.kv_heads * d.sizes.head_dim
+
+
 EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
     "rms_norm": lambda d: (d.states(), d.weight(), EPS),
     "rms_norm_noscale": lambda d: (d.states(), EPS),
     "rope": lambda d: (d.heads(d.sizes.q_heads), *d.angles()),
     "geglu": lambda d: (d.states(d.sizes.intermediate), d.states(d.sizes.intermediate)),
+    "gate_up": lambda d: _projections(d, d.sizes.intermediate, d.sizes.intermediate),
+    "linear": lambda d: _projections(d, d.sizes.intermediate),
+    "linear_pair": lambda d: _projections(d, *_attention_heads(d)),
+    "linear_triple": lambda d: _projections(d, *_attention_heads(d), _attention_heads(d)[1]),
     "route": lambda d: (d.logits(), d.weight(d.sizes.experts), d.sizes.top_k),
     "post_attention_norm": lambda d: (*_two_states(d), d.weight(), d.weight(), EPS),
     "post_attention_norms": _post_attention_norms,

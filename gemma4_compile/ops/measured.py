@@ -1,8 +1,9 @@
 """Where each fusion pays: plain data, measured, for the passes to read. Nothing here is computed at run time.
 
-The numbers are of one run of `python scripts/bench_ops.py --out benchmarks/ops-h200.json` on an H200; docs/fusions.md
-prints them, and tests/ops/test_measured.py holds this file to them. A range of token counts is inclusive, None is no
-upper end; within it no measured model was more than 3% slower than Inductor's own code for the same subgraph.
+The numbers are of one run of `python scripts/bench_ops.py --out benchmarks/ops-h200.json` on an H200, those of the products
+of `python scripts/bench_linear.py --out benchmarks/linear-h200.json`; docs/fusions.md prints them, and
+tests/ops/test_measured.py holds this file to them. A range of token counts is inclusive, None is no upper end; within it no
+measured model was more than 3% slower than Inductor's own code for the same subgraph.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BENCHMARK = "benchmarks/ops-h200.json"
+PRODUCTS_BENCHMARK = "benchmarks/linear-h200.json"
 Ranges = tuple[tuple[int, int | None], ...]
 ALWAYS: Ranges = ((1, None),)
 
@@ -38,6 +40,9 @@ FUSIONS: dict[str, Measured] = {
     "route": Measured(True, {"route": ALWAYS}),
     # Queries alone: as fast as Inductor up to 64 tokens (it has one kernel there too), faster from 128 on.
     "qkv_norm_rope": Measured(True, {"qkv_norm_rope": ALWAYS, "q_norm_rope": ((128, None),)}),
+    # With more rows than pay (product_plan), the products are cuBLAS's, as Inductor's are.
+    "gate_up": Measured(True, {"gate_up": ALWAYS}),
+    "linear": Measured(True, {"linear": ALWAYS, "linear_pair": ALWAYS, "linear_triple": ALWAYS}),
     # Inductor's kernel is at the copy bandwidth; ours gains a little up to 128 tokens and loses 3 to 6% in prefills.
     "geglu": Measured(False, {"geglu": ((1, 128),)}),
 }

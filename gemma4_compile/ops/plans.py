@@ -73,3 +73,50 @@ def ple_plan(rows: int, width: int) -> PlePlan | None:
     if rows <= 16 and width <= 2048:
         return PlePlan(tokens=2, gate_outputs=2, gate_block=256, gate_warps=4, outputs=32, warps=4)
     return PlePlan(tokens=2, gate_outputs=4, gate_block=256, gate_warps=4, outputs=32, warps=4)
+
+
+class VectorPlan(NamedTuple):
+    """Products of one or two rows: weight rows a program, and blocks of columns that it loads at a time."""
+
+    outputs: int
+    block: int
+    blocks: int
+    warps: int
+
+
+class DotPlan(NamedTuple):
+    """Products of up to `tokens` rows with tensor cores: weight rows a program, columns a block; a block for each slice."""
+
+    tokens: int
+    outputs: int
+    block: int
+    slices: int
+    warps: int
+    stages: int
+
+
+def product_plan(rows: int, matrices: int, outputs: int, width: int, gated: bool, itemsize: int) -> VectorPlan | DotPlan | None:
+    """Of products of one x with matrices that have `outputs` rows in all; gated: two of those make an output. None: cuBLAS.
+
+    Measured with scripts/bench_linear.py; tests/ops/test_measured.py holds it to benchmarks/linear-h200.json.
+    """
+    few = rows == 1 or rows == 2 and not gated and outputs < 8192 and width % 512 == 0 and width <= 16384
+    if few:
+        return _vector_plan(outputs, width, gated)
+    if itemsize == 4 or rows > 32:  # fp32 has no tensor cores that add exactly
+        return None
+    tokens = 16 if rows <= 16 else 32
+    if outputs >= 8192 or matrices > 1 and not (gated and rows <= 16):
+        deep = gated and outputs >= 8192 and width < 4096
+        return DotPlan(tokens, outputs=64, block=64 if deep else 128, slices=1, warps=4, stages=6 if deep else 4)
+    if rows > 16 or outputs > 2048 and width < 2816 or width > 16384:
+        return None
+    return DotPlan(tokens, outputs=16, block=128 if width % 512 == 0 else 64, slices=4, warps=4, stages=4)
+
+
+def _vector_plan(outputs: int, width: int, gated: bool) -> VectorPlan:
+    if (width >= 4096 or outputs <= 512) and not gated:
+        return VectorPlan(outputs=1, block=1024, blocks=2, warps=4)
+    if outputs >= 4096 and width % 1536 == 0:
+        return VectorPlan(outputs=4, block=256, blocks=6, warps=2)
+    return VectorPlan(outputs=2, block=512, blocks=4 if width % 2048 == 0 else 3, warps=4)

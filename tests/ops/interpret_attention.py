@@ -9,27 +9,13 @@ from typing import Any
 
 from tests.ops.interpret import attempt  # isort: skip  (before all that imports Triton: it switches the interpreter on)
 
-import numpy as np
 import torch
-import triton.language as tl
 import triton.runtime.interpreter as interpreter
-from triton.runtime.interpreter import InterpreterBuilder
 
 from gemma4_compile.ops.attention import AttentionPlan
 from tests.ops.attention_cases import MIXES, Request, Step, check_steps, step
 
-product_of_bits, patch_tensor = InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
-
-
-def _dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-    """Triton 3.6 and 3.7 multiply the bits of bf16 as if they were integers."""
-    return product_of_bits(self, _wide(a), _wide(b), *rest)
-
-
-def _wide(operand: Any) -> Any:
-    if operand.dtype.scalar != tl.bfloat16:
-        return operand
-    return type(operand)((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+patch_tensor = interpreter._patch_lang_tensor
 
 
 def _patch(tensor: Any, scope: Any) -> None:
@@ -38,7 +24,6 @@ def _patch(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
-InterpreterBuilder.create_dot = _dot
 interpreter._patch_lang_tensor = _patch
 
 

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from gemma4_compile.ops import OPS
 from gemma4_compile.ops.examples import SMALL, example
+from gemma4_compile.ops.linear import launch_products
+from gemma4_compile.ops.plans import DotPlan, VectorPlan
 from tests.ops.accuracy import assert_as_accurate
 from tests.ops.exact import exact
 
@@ -79,10 +82,26 @@ def wide_rows(device: str) -> None:
             check_op(name, example(name, replace(SMALL, hidden=hidden), 1, torch.bfloat16, device))
 
 
+def products(device: str) -> None:
+    """Each kind of plan, with rows, outputs and columns that fill no block."""
+    for plan in (VectorPlan(2, 256, 2, 4), VectorPlan(4, 16, 3, 1), DotPlan(16, 16, 32, 4, 4, 2), DotPlan(32, 64, 16, 1, 4, 3)):
+        for rows, counts, gated in ((2, (21,), False), (1, (7, 9), False), (2, (40, 3, 50), False), (2, (37, 37), True)):
+            x = torch.randn(rows, 72, device=device).bfloat16()
+            weights = tuple((0.1 * torch.randn(n, 72, device=device)).bfloat16() for n in counts)
+            exact = [x.double() @ weight.double().T for weight in weights]
+            eager = [F.linear(x, weight) for weight in weights]
+            if gated:
+                exact = [F.gelu(exact[0], approximate="tanh") * exact[1]]
+                eager = [F.gelu(eager[0], approximate="tanh") * eager[1]]
+            for a, e, x64 in zip(launch_products(x, weights, gated, plan), eager, exact, strict=True):
+                assert_as_accurate(a, e, x64)
+
+
 CASES: dict[str, Callable[[str], None]] = {
     "ties": ties,
     "strides": strides,
     "no tokens": no_tokens,
     "shared k and v": shared_k_and_v,
     "wide rows": wide_rows,
+    "products": products,
 }

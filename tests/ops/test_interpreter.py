@@ -30,6 +30,6 @@ def test_kernel_is_as_accurate_as_eager(name: str, report: dict[str, str]):
     assert report.get(name) == "ok"
 
 
-@pytest.mark.parametrize("case", ("ties", "strides", "no tokens", "shared k and v", "wide rows"))
+@pytest.mark.parametrize("case", ("ties", "strides", "no tokens", "shared k and v", "wide rows", "products"))
 def test_kernel_special_case(case: str, report: dict[str, str]):
     assert report.get(case) == "ok"

@@ -7,7 +7,9 @@ from torch.fx import GraphModule
 import gemma4_compile.ops  # noqa: F401
 from gemma4_compile.patterns import (
     feed_forward_tail,
+    gate_up,
     geglu,
+    linear,
     ple_inputs,
     ple_tail,
     post_attention_norms,
@@ -19,7 +21,10 @@ from gemma4_compile.patterns import (
 from gemma4_compile.patterns.rewrite import Rewrite
 from gemma4_compile.patterns.template import Template
 
-MODULES = (rms_norm, rope, geglu, route, qkv_norm_rope, post_attention_norms, ple_inputs, ple_tail, feed_forward_tail)
+MODULES = (
+    *(rms_norm, rope, geglu, route),
+    *(qkv_norm_rope, post_attention_norms, ple_inputs, ple_tail, feed_forward_tail, gate_up, linear),
+)
 REWRITES = [rewrite for module in MODULES for rewrite in module.rewrites()]
 
 

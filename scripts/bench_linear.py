@@ -1,0 +1,141 @@
+"""Time the products of ops/linear.py by each plan against cuBLAS, at the sizes of the real models.
+
+    python scripts/bench_linear.py [--rows 1,2,3,4,8,32] [--out FILE]
+    python scripts/bench_linear.py --table benchmarks/linear-h200.json
+
+One row: the products of one launch, cuBLAS's for the same (a launch a matrix; with geglu's kernel where gated), and each
+plan, in microseconds. Medians over replays of CUDA graphs, which alternate; the weights rotate through more than the L2.
+`product_plan` is made of these numbers, and tests/ops/test_measured.py holds it to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
+
+from gemma4_compile.ops.geglu import launch_geglu
+from gemma4_compile.ops.linear import launch_products
+from gemma4_compile.ops.plans import DotPlan, VectorPlan, product_plan
+from scripts.bench_ops import microseconds
+
+# (model, product) -> rows of each matrix, width, gated
+PRODUCTS: dict[tuple[str, str], tuple[tuple[int, ...], int, bool]] = {
+    ("E2B", "q, k, v"): ((2048, 256, 256), 1536, False),
+    ("E2B", "q, k, v, full"): ((4096, 512, 512), 1536, False),
+    ("E2B", "q"): ((2048,), 1536, False),
+    ("E2B", "q, full"): ((4096,), 1536, False),
+    ("E2B", "o"): ((1536,), 2048, False),
+    ("E2B", "o, full"): ((1536,), 4096, False),
+    ("E2B", "gate, up"): ((6144, 6144), 1536, True),
+    ("E2B", "gate, up, wide"): ((12288, 12288), 1536, True),
+    ("E2B", "down"): ((1536,), 6144, False),
+    ("E2B", "down, wide"): ((1536,), 12288, False),
+    ("E2B", "PLE projection"): ((8960,), 1536, False),
+    ("E2B", "head"): ((262144,), 1536, False),
+    ("E4B", "o"): ((2560,), 2048, False),
+    ("E4B", "gate, up"): ((10240, 10240), 2560, True),
+    ("E4B", "down"): ((2560,), 10240, False),
+    ("26B-A4B", "q, k, v"): ((4096, 2048, 2048), 2816, False),
+    ("26B-A4B", "q, k, full"): ((8192, 1024), 2816, False),
+    ("26B-A4B", "o"): ((2816,), 4096, False),
+    ("26B-A4B", "o, full"): ((2816,), 8192, False),
+    ("26B-A4B", "gate, up"): ((2112, 2112), 2816, True),
+    ("26B-A4B", "down"): ((2816,), 2112, False),
+    ("26B-A4B", "router"): ((128,), 2816, False),
+    ("31B", "q, k, v"): ((8192, 4096, 4096), 5376, False),
+    ("31B", "gate, up"): ((21504, 21504), 5376, True),
+    ("31B", "down"): ((5376,), 21504, False),
+}
+VECTOR = [VectorPlan(2, 512, 3, 4), VectorPlan(2, 512, 4, 4), VectorPlan(1, 1024, 2, 4), VectorPlan(4, 256, 6, 2)]
+VECTOR += [VectorPlan(4, 256, 4, 2), VectorPlan(1, 512, 3, 4), VectorPlan(2, 256, 11, 4), VectorPlan(4, 256, 11, 4)]
+DOT = [(64, 128, 1, 4, 4), (16, 128, 4, 4, 4), (16, 64, 4, 4, 4), (16, 64, 4, 4, 6), (16, 256, 1, 1, 4), (64, 64, 1, 4, 6)]
+DOT_OF_MANY = [(64, 128, 1, 4, 4), (16, 128, 4, 4, 4), (64, 64, 1, 4, 6)]  # above 16 rows
+ROTATE_BYTES = 300e6
+
+
+def plans_for(rows: int, gated: bool) -> list[VectorPlan | DotPlan]:
+    vector = [plan for plan in VECTOR if plan.outputs > 1 or not gated] if rows <= 4 else []
+    return [*vector, *(DotPlan(16 if rows <= 16 else 32, *plan) for plan in (DOT if rows <= 16 else DOT_OF_MANY) if rows > 1)]
+
+
+def by_cublas(x: Tensor, *weights: Tensor, gated: bool) -> Any:
+    products = [F.linear(x, weight) for weight in weights]
+    return launch_geglu(*products) if gated else products
+
+
+def by_plan(x: Tensor, *weights: Tensor, gated: bool, plan: VectorPlan | DotPlan) -> list[Tensor]:
+    return launch_products(x, weights, gated, plan)
+
+
+def measure(token_counts: list[int]) -> list[dict[str, Any]]:
+    found = []
+    for (model, product), (counts, width, gated) in PRODUCTS.items():
+        copies = max(2, min(40, int(ROTATE_BYTES // (2 * sum(counts) * width))))
+        sets = [
+            [(0.02 * torch.randn(n, width, device="cuda", dtype=torch.float32)).bfloat16() for n in counts]
+            for _ in range(copies)
+        ]
+        for rows in token_counts:
+            x = torch.randn(1, rows, width, device="cuda").bfloat16()
+            plans = plans_for(rows, gated)
+            functions: list[Callable[..., Any]] = [
+                partial(by_cublas, gated=gated),
+                *(partial(by_plan, gated=gated, plan=plan) for plan in plans),
+            ]
+            cublas, *times = microseconds(functions, [(x, *weights) for weights in sets], repeats=7)
+            row = {"model": model, "product": product, "matrices": counts, "width": width, "gated": gated, "rows": rows}
+            row["cublas_us"] = round(cublas, 3)
+            row["plans_us"] = {str(list(plan)): round(time, 3) for plan, time in zip(plans, times, strict=True)}
+            found.append(row)
+            print(json.dumps(row), flush=True)
+    return found
+
+
+def chosen(row: dict[str, Any]) -> float:
+    """What product_plan's choice took; KeyError if it was not measured."""
+    plan = product_plan(row["rows"], len(row["matrices"]), sum(row["matrices"]), row["width"], row["gated"], 2)
+    return row["cublas_us"] if plan is None else row["plans_us"][str(list(plan))]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/fusions.md: `ours / cuBLAS = gain`, or cuBLAS's time where it is left to it."""
+    counts = sorted({row["rows"] for row in rows})
+    table: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        ours, cublas = chosen(row), row["cublas_us"]
+        cell = f"{ours:.2f} / {cublas:.2f} = **{cublas / ours:.2f}**" if ours != cublas else f"{cublas:.2f}, cuBLAS"
+        table.setdefault((row["model"], row["product"]), {})[row["rows"]] = cell
+    lines = ["| model | product | " + " | ".join(map(str, counts)) + " |", "|---" * (2 + len(counts)) + "|"]
+    lines += [f"| {m} | {p} | " + " | ".join(cells.get(n, "") for n in counts) + " |" for (m, p), cells in table.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 3, 4, 8, 32])
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--table", type=Path, help="print this JSON as Markdown; measures nothing")
+    options = parser.parse_args()
+    if options.table:
+        print(markdown(json.loads(options.table.read_text())["rows"]))
+        return
+    with torch.no_grad():
+        rows = measure(options.rows)
+    if options.out:
+        about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": __import__("triton").__version__}
+        options.out.write_text(json.dumps(about | {"dtype": "bfloat16", "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
