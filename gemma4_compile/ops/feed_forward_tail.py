@@ -151,6 +151,8 @@ def launch_tail(
         expert_rows = None if experts is None else as_rows(experts)
         rows, width = x_rows.shape
         warps, weights_first = row_plan(rows, width)
+        # A copy of strided weights would be written by the kernel right before, and read before its end.
+        chained = chained and all(t is None or t.is_contiguous() for t in (weight, next_weight))
         weights = (t if t is None else t.contiguous() for t in (dense_weight, expert_weight, weight))
         options = {"launch_pdl": True} if chained else {}
         _tail_kernel[(rows,)](

@@ -176,6 +176,7 @@ def _launch(
     else:
         projected = _project_few(hiddens, inputs, gate_weight.contiguous(), projection_weight.contiguous(), plan)
     chained = plan is not None and can_chain()
+    hidden = hiddens.view(hidden.shape)  # a copy of strided rows was made before the products; the tail must not make another
     return launch_tail(projected.view(hidden.shape), hidden, norm_weight, layer_scalar, next_weight, eps, chained=chained)
 
 
