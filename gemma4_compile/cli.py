@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
+from .cli_serve import add_serving
 
 DEMO_PROMPT = 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self'
 
@@ -35,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=3, help="of the sampling (default: %(default)s)")
     add_common(demo)
     demo.set_defaults(func=_demo)
+
+    add_serving(commands, add_common, DEMO_PROMPT)
 
     report = commands.add_parser("report", help="compile a model and print which fusions matched")
     add_model(report)
@@ -172,8 +175,9 @@ def config_of(options: argparse.Namespace) -> Any:
     return OptimizeConfig(enable=names(options.enable), disable=names(options.disable), progress=True)
 
 
-def load_model(options: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
-    """(model, tokenizer or None) of what the command line names. Raises ValueError for what cannot be loaded."""
+def load_model(options: argparse.Namespace, dtype: Any, text_only: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer or None) of what the command line names; `text_only` leaves towers out. Raises ValueError for what
+    cannot be loaded."""
     import torch
 
     from . import demo_checkpoint
@@ -190,7 +194,7 @@ def load_model(options: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
     if getattr(options, "layers", None):
         raise ValueError(f"--layers cuts a bare config, got {options.model}; leave it out")
     folder = demo_checkpoint(options.model) / "target" if options.model in DEMO_NAMES else options.model
-    return load(folder, device, dtype)
+    return load(folder, device, dtype, text_only)
 
 
 def as_dict(report: Any) -> dict[str, Any]:

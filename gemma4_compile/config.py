@@ -73,6 +73,72 @@ class OptimizeConfig:
         return f"disabled by {DISABLE_VARIABLE}"
 
 
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an `Engine` serves a model.
+
+    max_model_len         tokens of the longest request, None: the model's context, or what the pools hold if that is less
+    max_requests          sequences that run at a time
+    max_batched_tokens    tokens of a step: long prompts are cut into chunks of this
+    page_size             tokens of a page, a multiple of 16
+    expected_tokens       length of a usual request; with the geometry it says how memory is split between the pools. None: 4096
+    kv_dtype              "auto" (the weights') or "fp8" (e4m3: half the bytes, rounded)
+    kv_bytes              memory of the KV pools; None: what memory_fraction leaves on a GPU, 1 GiB on a CPU
+    memory_fraction       share of the GPU's memory that the engine may take
+    prefix_reuse          prompts begin with pages that earlier requests left
+    overlap               plan a step while the one before runs. None: on a GPU
+    cuda_graphs           None: on a GPU
+    capture_at_start      capture all graphs when the engine is made, not at first use
+    text_only             load the text part of a checkpoint alone, not its vision and audio towers
+    chat                  text prompts go through the chat template, where the tokenizer has one
+    seed                  of requests that have none of their own
+    device, dtype         of a checkpoint that the engine loads; None: the GPU if there is one, and the checkpoint's own
+    progress              show progress bars on stderr
+    optimize              OptimizeConfig of a model that is not optimized yet
+
+    Raises ValueError for a value out of range.
+    """
+
+    max_model_len: int | None = None
+    max_requests: int = 256
+    max_batched_tokens: int = 8192
+    page_size: int = 64
+    expected_tokens: int | None = None
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    kv_bytes: int | None = None
+    memory_fraction: float = 0.9
+    prefix_reuse: bool = True
+    overlap: bool | None = None
+    cuda_graphs: bool | None = None
+    capture_at_start: bool = True
+    text_only: bool = True
+    chat: bool = True
+    seed: int = 0
+    device: str | None = None
+    dtype: Any = None
+    progress: bool = False
+    optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_requests", "max_batched_tokens", "page_size", "expected_tokens", "kv_bytes"):
+            value = getattr(self, name)
+            if value is None and name in ("max_model_len", "expected_tokens", "kv_bytes"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}; see EngineConfig")
+        if self.page_size % 16:
+            raise ValueError(f"page_size must be a multiple of 16, got {self.page_size}; use 64")
+        if self.max_batched_tokens < self.max_requests:
+            raise ValueError(
+                f"max_batched_tokens must be at least max_requests, a token for each, got {self.max_batched_tokens} and "
+                f"{self.max_requests}; lower max_requests"
+            )
+        if self.kv_dtype not in ("auto", "fp8"):
+            raise ValueError(f'kv_dtype must be "auto" or "fp8", got {self.kv_dtype!r}; use "auto"')
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"memory_fraction must be over 0 and at most 1, got {self.memory_fraction}; use 0.9")
+
+
 def check_names(names: Iterable[str], where: str) -> None:
     """Raises ValueError for a name that is no fusion, with the nearest one that is."""
     for name in names:

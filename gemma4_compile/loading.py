@@ -6,19 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+)
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from .checkpoints import TEXT_CONFIGS
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, text_only: bool = False) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer or None) of a checkpoint.
 
-    folder   a folder, or the id of a checkpoint on the hub, such as google/gemma-4-E2B-it
-    dtype    of the weights; the checkpoint's own unless given
+    folder     a folder, or the id of a checkpoint on the hub, such as google/gemma-4-E2B-it
+    dtype      of the weights; the checkpoint's own unless given
+    text_only  of a multimodal checkpoint, a Gemma4ForCausalLM of its text part: the towers are not read
 
     Raises ValueError for a folder that is missing, not a Gemma-4 checkpoint or broken, and for an id that gives no checkpoint.
     """
@@ -39,13 +47,49 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
             f"a checkpoint must have model_type gemma4 or gemma4_text, got {model_type!r} in {folder}; use a Gemma-4"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+        if text_only and model_type == "gemma4":
+            model = _text_only(folder, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
     except Exception as error:  # safetensors, JSON and OS errors alike: the user needs the file, not the traceback
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the weights must be readable, got {reason!r} in {folder}; download the checkpoint again") from error
+    return model.eval().to(device), tokenizer_of(folder)
+
+
+def tokenizer_of(folder: str | Path) -> Any:
+    """The tokenizer of a folder, or None."""
+    folder = Path(folder)
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
-    return model.eval().to(device), tokenizer
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+
+
+def _text_only(folder: Path, dtype: torch.dtype | None) -> Any:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # the towers' weights are left out on purpose: no table of them
+    try:
+        loaded: Any = Gemma4ForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True,
+            key_mapping={r"^model\.language_model\.": "model."},
+        )  # fmt: skip
+    finally:
+        logging.set_verbosity(before)
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"weights of the text part are missing: {', '.join(missing[:3])}")
+    return model
+
+
+def text_part(model: Any) -> Any:
+    """The Gemma4ForCausalLM within a model: itself, or one on the very weights of a multimodal model's text part."""
+    if not isinstance(model, Gemma4ForConditionalGeneration):
+        return model
+    with torch.device("meta"), no_init_weights():
+        config: Any = model.config.text_config
+        text: Any = Gemma4ForCausalLM(config)
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    text.generation_config = model.generation_config
+    return text.eval()
 
 
 def _from_hub(name: str) -> str:

@@ -17,6 +17,7 @@ from .qkv_norm_rope import q_norm_rope, qkv_norm_rope
 from .rms_norm import rms_norm, rms_norm_noscale
 from .rope import rope
 from .route import route
+from .sample import sample
 
 __all__ = [
     "OPS",
@@ -42,4 +43,5 @@ __all__ = [
     "rms_norm_noscale",
     "rope",
     "route",
+    "sample",
 ]

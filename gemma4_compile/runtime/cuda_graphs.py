@@ -15,18 +15,20 @@ placed on it; afterwards the pool may reuse it, as each graph is replayed behind
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gemma4_compile.ops.attention import attention_into
 from gemma4_compile.program import Program, Step
 
-from .batch import KINDS, check_inputs, varying_dim
+from .batch import KINDS, STEP_INPUTS, check_inputs, varying_dim
+from .full_graphs import FullGraphs, FullResult
 
 _TABLE, _STARTS = 6, 8  # arguments of attention that have one row a request
 
@@ -130,6 +132,7 @@ class GraphRunner:
     inputs      those of any step: the keys and values in it are the ones that all steps must use, and the width of its tables
                 is the most pages that a request may have
     requests    the most requests of a step; FULL steps have no limit of their own
+    last        the sampler's tokens, see full_graphs.py; without, `decode` gives logits only
 
     Graphs are captured when a bucket is first used. Its first replay is compared with the program itself on the same inputs; if
     they differ, the bucket is given up with a warning. `refused` says why a bucket runs without graphs.
@@ -139,7 +142,7 @@ class GraphRunner:
 
     def __init__(
         self, program: Program, inputs: dict[str, Tensor], requests: int, buckets: Buckets | None = None,
-        recorder: Recorder | None = None,
+        recorder: Recorder | None = None, last: Tensor | None = None,
     ):  # fmt: skip
         self.program, self.requests, self.buckets = program, requests, buckets or Buckets()
         device = inputs["input_ids"].device
@@ -151,16 +154,15 @@ class GraphRunner:
         self.memory = {name: tensor for name, tensor in inputs.items() if name.startswith(("keys.", "values."))}
         if requests < 1:
             raise ValueError(f"a step must be allowed at least one request, got {requests}; say how many it may have")
-        tokens = max((*self.buckets.tokens, *self.buckets.decode), default=1)
-        most = max((requests, *self.buckets.decode))
-        rows = max((*self.buckets.rows, *self.buckets.decode), default=1)
-        sizes = {"input_ids": (1, tokens), "positions": (tokens,), "rows": (rows,), "starts": (most + 1,)}
+        tokens, rows = max(self.buckets.tokens, default=1), max(self.buckets.rows, default=1)
+        sizes = {"input_ids": (1, tokens), "positions": (tokens,), "rows": (rows,), "starts": (requests + 1,)}
+        width = max(inputs[f"table.{kind}"].shape[1] for kind in KINDS)
         for kind in KINDS:
-            sizes |= {f"slots.{kind}": (tokens,), f"table.{kind}": (most, inputs[f"table.{kind}"].shape[1])}
+            sizes |= {f"slots.{kind}": (tokens,), f"table.{kind}": (requests, width)}
         self.static = {name: torch.zeros(size, dtype=inputs[name].dtype, device=device) for name, size in sizes.items()}
         self.refused: dict[str, str] = {}
         self.replays = 0  # steps that ran from graphs
-        self._full: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        self.full = FullGraphs(program, self.memory, self.buckets.decode, width, recorder, device, last)
         self._heads: dict[int, tuple[list[_Call], dict[int, list[_Call]]]] = {}  # tokens -> before the boundary, rows -> at it
         self._tails: dict[int, tuple[list[_Call], Tensor]] = {}
         self._crossing: dict[int, list[Tensor]] = {}
@@ -175,16 +177,53 @@ class GraphRunner:
         bucket = self._bucket(inputs["input_ids"].shape[1], wanted, requests)
         if bucket is None or bucket.name in self.refused:
             return self.program(inputs)
+        if bucket.full:
+            found = self._full_step(bucket, {name: inputs[name].cpu().numpy() for name in STEP_INPUTS})
+            return self.program(inputs) if found is None else found.logits
         try:
             if bucket not in self._checked:
-                return self._first(bucket, inputs, requests)
+                return self._first(bucket, partial(self._fill, inputs), wanted, requests)
             self._fill(inputs, bucket)
-            logits = self._run(bucket, requests)
+            logits = self._run_pieces(bucket, requests)
         except (RuntimeError, CaptureRefused) as error:
             self._give_up(bucket, f"its capture failed: {error}")
             return self.program(inputs)
         self.replays += 1
         return logits[:, :wanted]
+
+    def decode(self, arrays: Mapping[str, np.ndarray]) -> FullResult | None:
+        """A FULL step from the host's own arrays, by StepArrays' names, in one copy; None if no graph holds it.
+
+        `sources` are rows of `last` that tokens come from, -1 for those in input_ids; `targets` rows that greedy tokens go to.
+        """
+        tokens = arrays["positions"].shape[0]
+        bucket = self._bucket(tokens, arrays["rows"].shape[0], arrays["starts"].shape[0] - 1)
+        if bucket is None or not bucket.full or bucket.name in self.refused:
+            return None
+        return self._full_step(bucket, arrays)
+
+    def _full_step(self, bucket: _Bucket, arrays: Mapping[str, np.ndarray]) -> FullResult | None:
+        """None where the bucket turns out to run without graphs; nothing was sampled then."""
+        wanted = arrays["positions"].shape[0]
+        try:
+            if bucket not in self._checked:
+                fill = partial(self._send, arrays)
+                self._first(bucket, fill, wanted, arrays["starts"].shape[0] - 1)
+                if bucket.name in self.refused:
+                    self.full.restore()
+                    return None
+            else:
+                self.full.send(bucket.tokens, arrays)
+                self.replays += 1
+                self.full.run(bucket.tokens)
+        except (RuntimeError, CaptureRefused) as error:
+            self._give_up(bucket, f"its capture failed: {error}")
+            return None
+        logits, tokens = self.full.result(bucket.tokens)
+        return FullResult(logits[:, :wanted], None if tokens is None else tokens[:wanted])
+
+    def _send(self, arrays: Mapping[str, np.ndarray], bucket: _Bucket, empty: bool = False) -> None:
+        self.full.send(bucket.tokens, {} if empty else arrays)
 
     def _bucket(self, tokens: int, wanted: int, requests: int) -> _Bucket | None:
         size = _fitting(self.buckets.decode, tokens)
@@ -193,20 +232,21 @@ class GraphRunner:
         size, rows = _fitting(self.buckets.tokens, tokens), _fitting(self.buckets.rows, wanted)
         return _Bucket(size, rows, self.requests) if size and rows and requests <= self.requests else None
 
-    def _run(self, bucket: _Bucket, requests: int) -> Tensor:
-        return self._run_full(bucket) if bucket.full else self._run_pieces(bucket, requests)
-
-    def _first(self, bucket: _Bucket, inputs: dict[str, Tensor], requests: int) -> Tensor:
+    def _first(self, bucket: _Bucket, fill: Callable[..., None], wanted: int, requests: int) -> Tensor:
         """Capture over padding alone, then replay the step and compare it with the program: whatever a graph kept shows."""
-        self._fill(inputs, bucket, empty=True)
-        self._run(bucket, requests)
-        self._fill(inputs, bucket)
-        wanted = inputs["rows"].shape[0]
+        fill(bucket, empty=True)
+        if bucket.full:
+            self.full.run(bucket.tokens)
+        else:
+            self._run_pieces(bucket, requests)
+        fill(bucket)
         # Replay first: where it fails to store keys, its logits must not come from those that the program stored.
-        actual = self._run(bucket, requests)[:, :wanted]
-        # Attention as in the replay: with another number of requests it may sum in another order.
-        at_hand = bucket if bucket.full else replace(bucket, requests=requests)
-        expected = self.program(self._views(at_hand))[:, :wanted]
+        if bucket.full:
+            actual, expected = (logits[:, :wanted] for logits in self.full.compare(bucket.tokens))
+        else:
+            actual = self._run_pieces(bucket, requests)[:, :wanted]
+            # Attention as in the replay: with another number of requests it may sum in another order.
+            expected = self.program(self._views(replace(bucket, requests=requests)))[:, :wanted]
         difference = (actual.float() - expected.float()).square().mean().sqrt()
         scale = expected.float().square().mean().sqrt()
         if not difference <= 1e-2 * scale:  # also if either is not a number
@@ -238,7 +278,7 @@ class GraphRunner:
                     f"graphs keep the address of keys and values, got {what} as {name}; make a new GraphRunner for it"
                 )
         for kind in KINDS:
-            pages, most = inputs[f"table.{kind}"].shape[1], self.static[f"table.{kind}"].shape[1]
+            pages, most = inputs[f"table.{kind}"].shape[1], self.full.width
             if pages > most:
                 raise CaptureRefused(
                     f"a request may have {most} pages here, got a table.{kind} of {pages}; make a new GraphRunner"
@@ -268,18 +308,6 @@ class GraphRunner:
         views = {name: buffer.narrow(varying_dim(name), 0, lengths.get(name, bucket.tokens))
                  for name, buffer in self.static.items()}  # fmt: skip
         return views | self.memory
-
-    # FULL
-
-    def _run_full(self, bucket: _Bucket) -> Tensor:
-        if bucket.tokens not in self._full:
-            views = self._views(bucket)
-            self.recorder.warm_up(lambda: self.program(views))
-            replay, (logits,) = self.recorder.record(lambda: [self.program(views)])
-            self._full[bucket.tokens] = replay, self.recorder.borrow(logits)
-        replay, logits = self._full[bucket.tokens]
-        replay()
-        return logits
 
     # PIECEWISE
 

@@ -1,0 +1,158 @@
+"""AsyncEngine: an Engine on a thread of its own, for servers on asyncio."""
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gemma4_compile.config import EngineConfig
+
+from .engine import Engine
+from .metrics import EngineMetrics
+from .outputs import Chunk, RequestOutput
+from .sampling_params import SamplingParams
+from .text import Prompt
+
+_Command = tuple[Any, ...]  # a function of the engine's thread and its arguments
+
+
+class AsyncEngine:
+    """An Engine that many coroutines share; arguments as Engine's, or an Engine that nobody else drives.
+
+        async with AsyncEngine(model) as engine:
+            async for chunk in engine.stream("Why is the sky blue?"):
+                print(chunk.text, end="")
+
+    The engine's thread is its only caller. A coroutine that is cancelled aborts its request.
+    """
+
+    def __init__(self, model: nn.Module | str | Path | Engine, config: EngineConfig | None = None, tokenizer: Any = None):
+        self.engine = model if isinstance(model, Engine) else Engine(model, config, tokenizer)
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._numbers = itertools.count()
+        self._closed, self._lock = False, threading.Lock()
+        self._waiting: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Any]]] = {}
+        self._thread = threading.Thread(target=self._run, name="gemma4_compile engine", daemon=True)
+        self._thread.start()
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[Chunk]:
+        """A prompt's chunks as they come; the last has the output. Raises ValueError as Engine.add_request, RuntimeError once
+        closed."""
+        request_id = request_id or f"async-{next(self._numbers)}"
+        chunks: asyncio.Queue[Any] = asyncio.Queue()
+        self._send(self._add, prompt, params, request_id, asyncio.get_running_loop(), chunks)
+        ended = False
+        try:
+            while not ended:
+                chunk = await chunks.get()
+                if isinstance(chunk, BaseException):
+                    ended = True
+                    raise chunk
+                ended = chunk.output is not None
+                yield chunk
+        finally:
+            if not ended:
+                with suppress(RuntimeError):  # closed: nothing is left to abort
+                    self._send(self._abort, request_id, chunks)
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
+        """A prompt's whole output. Raises as `stream`."""
+        output = None
+        async for chunk in self.stream(prompt, params):
+            output = chunk.output
+        assert output is not None, "a stream ends with an output or an error"
+        return output
+
+    async def metrics(self) -> EngineMetrics:
+        """The engine's metrics as of now."""
+        return self.engine.metrics
+
+    def close(self) -> None:
+        """Abort what runs and end the thread. Harmless twice."""
+        self._commands.put(None)
+        self._thread.join()
+
+    async def __aenter__(self) -> "AsyncEngine":
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await asyncio.to_thread(self.close)
+
+    def _send(self, *command: Any) -> None:
+        """For the engine's thread. Raises RuntimeError if it has ended."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the engine must run, got one that was closed or has failed; make another")
+            self._commands.put(command)
+
+    # On the engine's thread
+
+    def _run(self) -> None:
+        error: BaseException = RuntimeError("the engine was closed")
+        try:
+            while True:
+                while not self._commands.empty() or not self.engine.has_work:
+                    command = self._commands.get()
+                    if command is None:
+                        return
+                    command[0](*command[1:])
+                self._give([(chunk.request_id, chunk) for chunk in self.engine.step()])
+        except BaseException as raised:  # a fault of the engine's own: whoever waits must learn of it
+            error = raised
+        finally:
+            with self._lock:
+                self._closed = True
+            while not self._commands.empty():
+                command = self._commands.get()
+                if command is not None and command[0] == self._add:
+                    command[0](*command[1:])
+            waiting = list(self._waiting)
+            self._give([(request_id, error) for request_id in waiting])
+            for request_id in waiting:  # last: after a fault it may fail too
+                self.engine.abort(request_id)
+
+    def _add(
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str, loop: asyncio.AbstractEventLoop,
+        chunks: "asyncio.Queue[Any]",
+    ) -> None:  # fmt: skip
+        try:
+            self.engine.add_request(prompt, params, request_id)
+        except Exception as error:  # goes to the one who asked
+            _put(loop, [(chunks, error)])
+        else:
+            self._waiting[request_id] = loop, chunks
+
+    def _abort(self, request_id: str, chunks: "asyncio.Queue[Any]") -> None:
+        if request_id in self._waiting and self._waiting[request_id][1] is chunks:  # not another's, who has this id now
+            self.engine.abort(request_id)
+            del self._waiting[request_id]
+
+    def _give(self, parts: list[tuple[str, Any]]) -> None:
+        """Chunks and errors to those who wait for them; one call for each event loop."""
+        calls: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Any], Any]]] = {}
+        for request_id, part in parts:
+            if request_id not in self._waiting:
+                continue
+            loop, chunks = self._waiting[request_id]
+            calls.setdefault(loop, []).append((chunks, part))
+            if isinstance(part, BaseException) or part.output is not None:
+                del self._waiting[request_id]
+        for loop, puts in calls.items():
+            _put(loop, puts)
+
+
+def _put(loop: asyncio.AbstractEventLoop, puts: list[tuple["asyncio.Queue[Any]", Any]]) -> None:
+    def put_all() -> None:
+        for chunks, part in puts:
+            chunks.put_nowait(part)
+
+    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(put_all)

@@ -1,0 +1,426 @@
+"""Engine(model): requests in, tokens out. Continuous batching over paged KV, on the compiled step."""
+
+import itertools
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from gemma4_compile.config import EngineConfig
+from gemma4_compile.loading import load, text_part, tokenizer_of
+from gemma4_compile.optimize import existing_state, optimize
+
+from . import invariants
+from .metrics import EngineMetrics, RequestMetrics
+from .model import PackedModel
+from .model_runner import Launched, ModelRunner
+from .outputs import Chunk, RequestOutput, Sample, TokenLogprob
+from .sampling_params import SamplingParams
+from .scheduler import Scheduler, Sequence, Work
+from .text import Prompt, TextStream, encode
+
+OnChunk = Callable[[Chunk], None]
+
+
+@dataclass(eq=False)
+class _Request:
+    """A prompt and its n samples."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    on_chunk: OnChunk | None
+    stream: bool
+    samples: list[Sequence] = field(default_factory=list)
+    texts: list[TextStream | None] = field(default_factory=list)
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    stop_reasons: list[int | str | None] = field(default_factory=list)
+    error: str = ""
+
+
+class Engine:
+    """Serves a Gemma-4 to many requests at a time.
+
+    model      Gemma4ForCausalLM, the multimodal class (its text part is served), a checkpoint's folder or hub id. A model that
+               is not optimized yet is, in place
+    config     EngineConfig
+    tokenizer  of text prompts; None: the checkpoint's, if there is one
+
+    Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
+
+    Raises ValueError for a checkpoint that cannot be loaded, a configuration that the model or the memory cannot hold.
+    """
+
+    def __init__(self, model: nn.Module | str | Path, config: EngineConfig | None = None, tokenizer: Any = None):
+        self.config = config = config or EngineConfig()
+        self.model, self.tokenizer = _model_of(model, config, tokenizer)
+        self._stop_tokens = _stop_tokens(self.model)
+        self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens)
+        self.scheduler = Scheduler(self.runner.pages, config.max_batched_tokens, reuse=config.prefix_reuse)
+        self.max_model_len = self.runner.max_model_len
+        self._overlap = self.runner.on_gpu if config.overlap is None else config.overlap
+        self._requests: dict[str, _Request] = {}
+        self._numbers = itertools.count()
+        self._seeds = random.Random(config.seed)
+        self._running: Launched | None = None
+        self._metrics = EngineMetrics()
+        if config.capture_at_start:
+            with tqdm(self.runner.capture(), desc="CUDA graphs", disable=not config.progress or not self.runner.on_gpu) as bar:
+                for name in bar:
+                    bar.set_postfix_str(name)
+
+    # For those who want results
+
+    def generate(
+        self, prompts: Prompt | Tokens[Prompt], params: SamplingParams | Tokens[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Run prompts to their ends; outputs in the prompts' order.
+
+        prompts  texts, lists of token ids or lists of messages; one alone gives a list of one
+        params   for all of them, or one for each; None is greedy
+
+        A prompt that cannot be served gives an output with finish_reason "error", and a warning. Raises ValueError if prompts
+        and params differ in number.
+        """
+        several: list[Prompt] = list(prompts) if _is_several(prompts) else [prompts]  # type: ignore[list-item, arg-type]
+        if params is None or isinstance(params, SamplingParams):
+            chosen = [params or SamplingParams()] * len(several)
+        else:
+            chosen = list(params)
+        if len(chosen) != len(several):
+            raise ValueError(f"there must be params for each prompt, got {len(chosen)} for {len(several)}; pass one for all")
+        outputs: dict[str, RequestOutput] = {}
+        ids = dict.fromkeys(self._new_id() for _ in several)
+        for index, (request_id, prompt, param) in enumerate(zip(ids, several, chosen, strict=True)):
+            try:
+                self.add_request(prompt, param, request_id, stream=False)
+            except ValueError as error:
+                warnings.warn(f"prompt {index} is not served: {error}", stacklevel=2)
+                outputs[request_id] = _refused(request_id, prompt, str(error))
+        try:
+            with tqdm(total=len(ids), desc="requests", disable=not self.config.progress, initial=len(outputs)) as bar:
+                while len(outputs) < len(ids):
+                    for chunk in self.step():
+                        if chunk.output is not None and chunk.request_id in ids:
+                            outputs[chunk.request_id] = chunk.output
+                            bar.update()
+        except BaseException:
+            for request_id in ids:
+                self.abort(request_id)
+            raise
+        return [outputs[request_id] for request_id in ids]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
+        """One prompt's chunks as they come; leaving the loop early aborts it. Raises ValueError as `add_request`."""
+        mine: list[Chunk] = []
+        request_id = self.add_request(prompt, params, on_chunk=mine.append)
+
+        def chunks() -> Iterator[Chunk]:
+            try:
+                while request_id in self._requests or mine:
+                    if not mine:
+                        self.step()
+                    yield from mine
+                    mine.clear()
+            finally:
+                self.abort(request_id)
+
+        return chunks()
+
+    # For those who drive it
+
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None,
+        on_chunk: OnChunk | None = None, stream: bool = True,
+    ) -> str:  # fmt: skip
+        """Queue a prompt; returns its id. `step` does the work.
+
+        on_chunk  called with each chunk of it; an exception there ends this request alone
+        stream    whether chunks have text; without, texts are made once, at the end
+
+        Raises ValueError for a prompt or params that can never be served, an id in use. Nothing is queued then.
+        """
+        params = params or SamplingParams()
+        request_id = self._new_id() if request_id is None else request_id
+        if request_id in self._requests:
+            raise ValueError(f"a request_id must be new, got {request_id!r}, which runs; choose another")
+        ids = encode(prompt, self.tokenizer, self.config.chat)
+        self._check(ids, params)
+        seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
+        metrics = RequestMetrics(arrived=time.perf_counter(), prompt_tokens=len(ids))
+        request = _Request(request_id, ids, params, metrics, on_chunk, stream)
+        limit = min(params.max_tokens or self.max_model_len, self.max_model_len - len(ids))
+        for index in range(params.n):
+            sequence = Sequence(next(self._numbers), list(ids), params, limit, (seed + index) % 2**63, request)
+            text = None
+            if self.tokenizer is not None and (stream or params.stop):
+                text = TextStream(self.tokenizer, params.stop, params.skip_special_tokens)
+            if index:  # the prompt's log probabilities are those of the first sample
+                sequence.prompt_rows = len(ids)
+            request.samples.append(sequence)
+            request.texts.append(text)
+            request.logprobs.append([])
+            request.stop_reasons.append(None)
+        self._requests[request_id] = request
+        for sequence in request.samples:
+            self.scheduler.add(sequence)
+        return request_id
+
+    def step(self) -> list[Chunk]:
+        """Compute one step; returns what requests have got from it, or, where steps overlap, from the one before."""
+        start, waited = time.perf_counter(), 0.0
+        work = self.scheduler.schedule()
+        launched, chunks = None, []
+        if work:
+            for w in work:
+                if w.begins and w.sequence.request.metrics.scheduled is None:
+                    self._begun(w.sequence, start)
+            try:
+                launched = self.runner.launch(work)
+            except Exception as error:
+                chunks = self._fail(work, error)
+            self._metrics.steps += 1
+        if self._overlap:
+            self._running, launched = launched, self._running
+        if launched is not None:
+            before = time.perf_counter()
+            results = launched.fetched.wait()
+            waited = time.perf_counter() - before
+            chunks += self._arrived(launched.work, results)
+        if invariants.enabled():
+            self.scheduler.check()
+        self._metrics.host_seconds += time.perf_counter() - start - waited
+        return chunks
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now, with what it has. None if it has ended already, or never was."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        for sequence in request.samples:
+            if sequence.finish_reason is None:
+                self.scheduler.finish(sequence, "abort")
+        return self._ended(request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._requests) or self._running is not None
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """As of now; `.prometheus()` gives them as text."""
+        found, pools = self._metrics, self.runner.pages.pools
+        found.running, found.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        found.preemptions = self.scheduler.preemptions
+        found.pages_free = {kind: pool.free for kind, pool in pools.items()}
+        found.pages = {kind: pool.pages for kind, pool in pools.items()}
+        return found
+
+    @property
+    def memory(self) -> Any:
+        """A MemoryReport: weights, pools, what fits, and what the naive layout would hold."""
+        return self.runner.memory
+
+    # Within
+
+    def _new_id(self) -> str:
+        return f"request-{next(self._numbers)}"
+
+    def _check(self, ids: list[int], params: SamplingParams) -> None:
+        vocabulary = self.runner.vocabulary
+        if not ids:
+            raise ValueError("a prompt must have at least one token, got none; begin it with <bos>")
+        if len(ids) >= self.max_model_len:
+            raise ValueError(
+                f"a prompt must leave room for a token within max_model_len={self.max_model_len}, got {len(ids)} tokens; "
+                "shorten it, or raise max_model_len or the memory of the pools"
+            )
+        if wrong := [i for i in ids if not 0 <= i < vocabulary]:
+            raise ValueError(f"token ids must be 0 to {vocabulary - 1}, got {wrong[0]}; use this model's tokenizer")
+        if wrong := [i for i in params.token_ids() if not 0 <= i < vocabulary]:
+            raise ValueError(f"tokens in params must be 0 to {vocabulary - 1}, got {wrong[0]}; use this model's tokenizer")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, got none with this model; use stop_token_ids")
+        if params.n > self.config.max_requests:
+            raise ValueError(f"n must be at most max_requests={self.config.max_requests}, got {params.n}; ask in parts")
+
+    def _fail(self, work: list[Work], error: Exception) -> list[Chunk]:
+        """A step could not be computed: its requests end, the others never notice."""
+        self.runner.fail()
+        chunks = []
+        for request in dict.fromkeys(w.sequence.request for w in work):
+            chunks += self._end_with_error(request, f"a step failed: {type(error).__name__}: {error}")
+        return chunks
+
+    def _end_with_error(self, request: _Request, message: str) -> list[Chunk]:
+        if request.request_id not in self._requests:
+            return []
+        request.error = message
+        for sequence in request.samples:
+            if sequence.finish_reason is None:
+                self.scheduler.finish(sequence, "error")
+        output = self._ended(request)
+        return [Chunk(request.request_id, len(request.samples) - 1, [], "", "error", output=output)]
+
+    def _arrived(self, work: list[Work], results: dict[str, Any]) -> list[Chunk]:
+        """Tokens of a step that has run, given to their requests."""
+        now = time.perf_counter()
+        tokens = results["tokens"].tolist() if "tokens" in results else []
+        chunks: list[Chunk] = []
+        row = prompt_row = 0
+        for w in work:
+            sequence, request = w.sequence, w.sequence.request
+            if w.prompt:
+                if w.sequence is request.samples[0]:
+                    request.prompt_logprobs += _logprobs(
+                        results, "prompt_", range(prompt_row, prompt_row + w.prompt),
+                        request.prompt[w.prompt_from + 1 :], request.params.prompt_logprobs or 0,
+                    )  # fmt: skip
+                prompt_row += w.prompt
+            if not w.samples:
+                continue
+            if sequence.finish_reason is None:
+                chunk = self._token(request, sequence, tokens[row], results, row, now)
+                if chunk is not None:
+                    chunks += self._deliver(request, chunk)
+            row += 1
+        return chunks
+
+    def _begun(self, sequence: Sequence, now: float) -> None:
+        metrics = sequence.request.metrics
+        metrics.scheduled, metrics.cached_tokens = now, sequence.cached or 0
+        self._metrics.prompt_tokens += metrics.prompt_tokens
+        self._metrics.cached_tokens += metrics.cached_tokens
+
+    def _token(self, request: _Request, sequence: Sequence, token: int, results: Any, row: int, now: float) -> Chunk | None:
+        """One new token of a sample. None if nobody asked for chunks and it has not ended."""
+        params = request.params
+        self.scheduler.arrived(sequence, (token,))
+        self._metrics.output_tokens += 1
+        if request.metrics.first_token is None:
+            request.metrics.first_token = now
+        index = sequence.number - request.samples[0].number if params.n > 1 else 0
+        length = len(sequence.tokens) - sequence.prompt_length
+        text = request.texts[index]
+        if text is not None:
+            text.push(token, may_stop=length > params.min_tokens)
+        logprobs = None
+        if params.logprobs is not None:
+            logprobs = _logprobs(results, "", range(row, row + 1), [token], params.logprobs)
+            request.logprobs[index] += logprobs
+        reason = None
+        if token in params.stop_token_ids or (not params.ignore_eos and token in self._stop_tokens):
+            reason, request.stop_reasons[index] = "stop", token
+        elif text is not None and text.stopped:
+            reason, request.stop_reasons[index] = "stop", text.stopped
+        elif length >= sequence.limit:
+            reason = "length"
+        if reason is not None:
+            self.scheduler.finish(sequence, reason)
+            if text is not None:
+                text.close()
+        elif not request.stream:
+            return None
+        piece = text.take(last=reason is not None) if text is not None else ""
+        return Chunk(request.request_id, index, [token], piece, reason, logprobs)
+
+    def _deliver(self, request: _Request, chunk: Chunk) -> list[Chunk]:
+        if all(sequence.finish_reason is not None for sequence in request.samples):
+            chunk = replace(chunk, output=self._ended(request))
+        if request.on_chunk is not None:
+            try:
+                request.on_chunk(chunk)
+            except Exception as error:
+                message = f"its on_chunk raised {type(error).__name__}: {error}"
+                warnings.warn(f"request {request.request_id} ends: {message}", stacklevel=2)
+                if chunk.output is not None:  # it had ended anyway
+                    return [replace(chunk, finish_reason="error", output=replace(chunk.output, error=message))]
+                return self._end_with_error(request, message)
+        return [chunk]
+
+    def _ended(self, request: _Request) -> RequestOutput:
+        del self._requests[request.request_id]
+        metrics = request.metrics
+        metrics.finished = time.perf_counter()
+        metrics.preemptions = sum(s.preemptions for s in request.samples)
+        metrics.output_tokens = sum(len(s.output) for s in request.samples)
+        self._metrics.requests += 1
+        self._metrics.errors += bool(request.error)
+        self._metrics.observe(metrics)
+        wants_prompt = request.params.prompt_logprobs is not None
+        return RequestOutput(
+            request.request_id, request.prompt, [self._sample(request, i) for i in range(len(request.samples))], metrics,
+            request.prompt_logprobs if wants_prompt else None, request.error,
+        )  # fmt: skip
+
+    def _sample(self, request: _Request, index: int) -> Sample:
+        sequence, text = request.samples[index], request.texts[index]
+        assert sequence.finish_reason is not None
+        if text is not None:
+            said = text.text
+        elif self.tokenizer is not None:
+            said = self.tokenizer.decode(sequence.output, skip_special_tokens=request.params.skip_special_tokens)
+        else:
+            said = ""
+        logprobs = request.logprobs[index] if request.params.logprobs is not None else None
+        return Sample(sequence.output, said, sequence.finish_reason, request.stop_reasons[index], logprobs)
+
+
+def _logprobs(results: dict[str, Any], prefix: str, rows: range, tokens: Tokens[int], top: int) -> list[TokenLogprob]:
+    chosen, ranks = results[f"{prefix}chosen"], results[f"{prefix}ranks"]
+    values, ids = results[f"{prefix}top"], results[f"{prefix}top_ids"]
+    return [
+        TokenLogprob(token, float(chosen[row]), int(ranks[row]), dict(zip(ids[row, :top].tolist(), values[row, :top].tolist(),
+                                                                          strict=True)))
+        for row, token in zip(rows, tokens, strict=False)
+    ]  # fmt: skip
+
+
+def _model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: Any) -> tuple[Any, Any]:
+    """An optimized Gemma4ForCausalLM, and a tokenizer or None."""
+    if isinstance(model, (str, Path)):
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loaded, found = load(model, device, config.dtype, config.text_only)
+        if loaded.config.get_text_config().enable_moe_block and device == "cuda" and loaded.dtype == torch.float32:
+            loaded.set_experts_implementation("batched_mm")  # torch's grouped product on a GPU takes bf16 alone
+        text = text_part(loaded)
+    else:
+        folder: Any = getattr(model, "name_or_path", "")
+        found = tokenizer_of(folder) if folder and tokenizer is None else None
+        text = text_part(model)
+    if not isinstance(text, nn.Module) or existing_state(text) is None:
+        optimize(text.requires_grad_(False), config.optimize)
+    return text, found if tokenizer is None else tokenizer
+
+
+def _stop_tokens(model: Any) -> frozenset[int]:
+    """The model's own end tokens: of its generation config, which for Gemma names <end_of_turn> too, else of its config."""
+    generation = getattr(model, "generation_config", None)
+    found = getattr(generation, "eos_token_id", None)
+    if found is None:
+        found = model.config.get_text_config().eos_token_id
+    return frozenset(found if isinstance(found, (list, tuple)) else () if found is None else (found,))
+
+
+def _is_several(prompts: Any) -> bool:
+    """Whether these are prompts, and not one: token ids and messages are lists too."""
+    if isinstance(prompts, str):
+        return False
+    first = next(iter(prompts), None)
+    return not isinstance(first, (int, dict))
+
+
+def _refused(request_id: str, prompt: Any, message: str) -> RequestOutput:
+    ids = list(prompt) if not isinstance(prompt, str) and all(isinstance(i, int) for i in prompt) else []
+    return RequestOutput(request_id, ids, [Sample([], "", "error")], RequestMetrics(), error=message)

@@ -1,0 +1,230 @@
+"""FULL graphs: a whole step whose rows are all wanted (decode, MTP verification), by token bucket, as one CUDA graph.
+
+What such a step needs of the host lies in one buffer, so one copy brings it. The graph unpacks it: page tables come as wide as
+the longest request at hand, and tokens that the step before sampled never went to the host. Where a sampler's state is given,
+the graph ends with the greedy tokens, put where the next step finds them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemma4_compile.ops.library import jit, tl
+
+from .batch import KINDS
+
+_TOKENS = ("input_ids", "positions", "rows", *(f"slots.{kind}" for kind in KINDS), "sources", "targets")
+_HEAD = 2  # int64 before the tokens: width of the tables, unused
+_DEPTH = 3  # copies that may be under way before their pinned memory is used again
+
+
+class FullResult(NamedTuple):
+    """logits [1, N, vocabulary] and greedy tokens [N] (None without a sampler's state); valid until the next step."""
+
+    logits: Tensor
+    tokens: Tensor | None
+
+
+@jit
+def _unpack_kernel(
+    packed_ptr, last_ptr, ids_ptr, table_a_ptr, table_b_ptr, sources_at, tables_at, width_limit, tokens,
+    TOKENS_BLOCK: tl.constexpr, BLOCK: tl.constexpr, CARRIED: tl.constexpr,
+):  # fmt: skip
+    """Program (r, kind) widens one request's page table; program (0, 2) takes each token from the host or from `last`."""
+    request = tl.program_id(0).to(tl.int64)
+    kind = tl.program_id(1)
+    if kind == 2:
+        token = tl.arange(0, TOKENS_BLOCK)
+        inside = (token < tokens) & (request == 0)
+        given = tl.load(packed_ptr + 2 + token, inside, other=0)
+        if CARRIED:
+            source = tl.load(packed_ptr + sources_at + token, inside, other=-1)
+            given = tl.where(source >= 0, tl.load(last_ptr + source, inside & (source >= 0), other=0), given)
+        tl.store(ids_ptr + token, given, inside)
+        return
+    width = tl.load(packed_ptr)
+    source_ptr = (packed_ptr + tables_at).to(tl.pointer_type(tl.int32)) + (kind * tokens + request) * width
+    target_ptr = (table_a_ptr if kind == 0 else table_b_ptr) + request * width_limit
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        tl.store(target_ptr + column, tl.load(source_ptr + column, column < width, other=0), column < width)
+
+
+class _Packed:
+    """The inputs of a bucket in one buffer of int64; numpy and torch views of it have the same places."""
+
+    def __init__(self, tokens: int, width: int):
+        self.tokens = tokens
+        even = tokens + tokens % 2  # each begins at 16 bytes: compiled pieces copy an input that does not
+        self.at = {name: _HEAD + i * even for i, name in enumerate(_TOKENS)}
+        self.starts = _HEAD + len(_TOKENS) * even
+        self.tables = self.starts + 2 * ((tokens + 4) // 4)
+        self.size = self.tables + len(KINDS) * (tokens * width + 1) // 2 + 1
+
+    def used(self, width: int) -> int:
+        """int64 to be copied for tables of this width."""
+        return self.tables + (len(KINDS) * self.tokens * width + 1) // 2
+
+    def table(self, index: int, width: int) -> slice:
+        """Of int32: the compact table of a kind."""
+        start = 2 * self.tables + index * self.tokens * width
+        return slice(start, start + self.tokens * width)
+
+
+class _Bucket:
+    """Static inputs of so many tokens, as the model sees them."""
+
+    def __init__(self, packed: _Packed, tables: Mapping[str, Tensor], device: torch.device):
+        tokens = packed.tokens
+        self.packed, self.buffer = packed, torch.zeros(packed.size, dtype=torch.int64, device=device)
+        self.ids = torch.zeros((1, tokens), dtype=torch.int64, device=device)
+        self.views = {name: self.buffer[at : at + tokens] for name, at in packed.at.items()}
+        self.views["input_ids"] = self.ids
+        starts = self.buffer[packed.starts : packed.tables].view(torch.int32)
+        self.views |= {"starts": starts[: tokens + 1]} | {f"table.{kind}": tables[kind][:tokens] for kind in KINDS}
+        self.host: list[Tensor] = []
+        self.events: list[Any] = []
+        self.turn = 0
+        self.replay: Callable[[], None] | None = None
+        self.result: FullResult | None = None
+
+    def pinned(self) -> tuple[Tensor, Any]:
+        """Memory of the host that no copy reads any more, and the event of the copy to come."""
+        if len(self.host) < _DEPTH:
+            cuda = self.buffer.is_cuda
+            self.host.append(torch.zeros(self.packed.size, dtype=torch.int64, pin_memory=cuda))
+            self.events.append(torch.cuda.Event() if cuda else None)
+            return self.host[-1], self.events[-1]
+        self.turn = (self.turn + 1) % _DEPTH
+        if self.events[self.turn] is not None:
+            self.events[self.turn].synchronize()
+        return self.host[self.turn], self.events[self.turn]
+
+
+class FullGraphs:
+    """Graphs of one program's FULL steps.
+
+    program   called with a bucket's inputs
+    memory    keys and values, by name
+    sizes     buckets, in tokens; ascending
+    width     pages that a request may have
+    recorder  captures; see cuda_graphs.py
+    last      [rows + 1] int64: the sampler's tokens by row, the last entry for padding. None: no tokens are sampled
+    """
+
+    def __init__(
+        self, program: Callable[[dict[str, Tensor]], Tensor], memory: dict[str, Tensor], sizes: tuple[int, ...], width: int,
+        recorder: Any, device: torch.device, last: Tensor | None = None,
+    ):  # fmt: skip
+        self.program, self.memory, self.recorder, self.last, self.width = program, memory, recorder, last, width
+        most = max(sizes, default=1)
+        self._tables = {kind: torch.zeros((most, width), dtype=torch.int32, device=device) for kind in KINDS}
+        self._device = device
+        self._before: Tensor | None = None
+        self._buckets: dict[int, _Bucket] = {}
+
+    def bucket(self, tokens: int) -> _Bucket:
+        if tokens not in self._buckets:
+            self._buckets[tokens] = _Bucket(_Packed(tokens, self.width), self._tables, self._device)
+        return self._buckets[tokens]
+
+    def compare(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Logits of a replay, and of the program on the same inputs, which are unpacked anew for it."""
+        bucket = self.bucket(tokens)
+        self._before = None if self.last is None else self.last.clone()
+        actual = self.run(tokens).logits.clone()
+        sampled = None if self.last is None else self.last.clone()
+        self.restore()
+        self._unpack(bucket)
+        expected = self.program(bucket.views | self.memory)
+        if self.last is not None and sampled is not None:
+            self.last.copy_(sampled)
+        return actual, expected
+
+    def restore(self) -> None:
+        """Take back what the step that was compared has sampled."""
+        if self.last is not None and self._before is not None:
+            self.last.copy_(self._before)
+
+    def send(self, tokens: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """One copy of a step's arrays, by StepArrays' names, to the bucket of so many tokens, padded. {} is padding alone."""
+        bucket = self.bucket(tokens)
+        packed = bucket.packed
+        pinned, event = bucket.pinned()
+        host = pinned.numpy()
+        count = arrays["positions"].shape[0] if arrays else 0
+        padding = {"rows": tokens - 1, "sources": -1, "targets": -1 if self.last is None else len(self.last) - 1}
+        padding |= {f"slots.{kind}": -1 for kind in KINDS}
+        for name, at in packed.at.items():
+            given = arrays.get(name)
+            length = 0 if given is None else count
+            if given is not None:
+                host[at : at + count] = given
+            host[at + length : at + tokens] = padding.get(name, 0)
+        starts = host[packed.starts : packed.tables].view(np.int32)
+        requests = arrays["starts"].shape[0] - 1 if arrays else 0
+        starts[: requests + 1] = arrays["starts"] if arrays else 0
+        starts[requests + 1 : tokens + 1] = count
+        width = arrays[f"table.{KINDS[0]}"].shape[1] if arrays else 1
+        for index, kind in enumerate(KINDS):
+            table = host.view(np.int32)[packed.table(index, width)].reshape(tokens, width)
+            if arrays:
+                given = arrays[f"table.{kind}"]
+                table[:requests, : given.shape[1]] = given
+            else:
+                table[:] = 0
+        host[0] = width
+        used = packed.used(width)
+        bucket.buffer[:used].copy_(pinned[:used], non_blocking=True)
+        if event is not None:
+            event.record()
+
+    def run(self, tokens: int) -> FullResult:
+        """The bucket's step, captured if it is its first time."""
+        bucket = self.bucket(tokens)
+        if bucket.replay is None:
+            self.recorder.warm_up(lambda: self._step(bucket))
+            bucket.replay, results = self.recorder.record(lambda: self._step(bucket))
+            logits, *sampled = map(self.recorder.borrow, results)
+            bucket.result = FullResult(logits, sampled[0] if sampled else None)
+        bucket.replay()
+        return self.result(tokens)
+
+    def result(self, tokens: int) -> FullResult:
+        """Where the bucket's last step left its logits and tokens."""
+        result = self.bucket(tokens).result
+        assert result is not None, "a bucket has run before its result is asked for"
+        return result
+
+    def _step(self, bucket: _Bucket) -> list[Tensor]:
+        self._unpack(bucket)
+        logits = self.program(bucket.views | self.memory)
+        if self.last is None:
+            return [logits]
+        tokens = logits[0].argmax(-1)
+        self.last.index_copy_(0, bucket.views["targets"], tokens)
+        return [logits, tokens]
+
+    def _unpack(self, bucket: _Bucket) -> None:
+        packed, buffer = bucket.packed, bucket.buffer
+        tables = [self._tables[kind] for kind in KINDS]
+        sources = packed.at["sources"]
+        if buffer.is_cuda:
+            block = max(16, 1 << (packed.tokens - 1).bit_length())
+            _unpack_kernel[(packed.tokens, len(KINDS) + 1)](
+                buffer, buffer if self.last is None else self.last, bucket.ids, *tables, sources, packed.tables, self.width,
+                packed.tokens, block, 256, self.last is not None,
+            )  # fmt: skip
+            return
+        width = int(buffer[0])
+        for index, table in enumerate(tables):
+            compact = buffer.view(torch.int32)[packed.table(index, width)]
+            table[: packed.tokens, :width] = compact.view(packed.tokens, width)
+        ids = buffer[_HEAD : _HEAD + packed.tokens]
+        if self.last is not None:
+            source = bucket.views["sources"]
+            ids = torch.where(source >= 0, self.last[source.clamp(min=0)], ids)
+        bucket.ids[0] = ids

@@ -1,0 +1,138 @@
+"""Times and counts of requests and of an engine, as objects and as Prometheus text. Seconds throughout."""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
+from typing import Any
+
+
+@dataclass
+class RequestMetrics:
+    """Times are those of time.perf_counter.
+
+    arrived, scheduled, first_token, finished   None where it did not come to that
+    prompt_tokens, output_tokens                of all samples
+    cached_tokens                               prompt tokens whose keys and values were there already
+    preemptions                                 how often it was computed anew
+    """
+
+    arrived: float = 0.0
+    scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+    @property
+    def queue_time(self) -> float | None:
+        """From arrival to the first step that it had a part in."""
+        return None if self.scheduled is None else self.scheduled - self.arrived
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, from arrival."""
+        return None if self.first_token is None else self.first_token - self.arrived
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first. None before there are two."""
+        if self.first_token is None or self.finished is None or self.output_tokens < 2:
+            return None
+        return (self.finished - self.first_token) / (self.output_tokens - 1)
+
+
+class Histogram:
+    """Counts of values up to each bound."""
+
+    def __init__(self, text: str, bounds: Sequence[float]):
+        self.text, self.bounds, self.sum = text, tuple(bounds), 0.0
+        self._counts = [0] * (len(bounds) + 1)
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(bound, values up to it), as Prometheus counts."""
+        names = [*map(str, self.bounds), "+Inf"]
+        return list(zip(names, map(float, accumulate(self._counts)), strict=True))
+
+
+_TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_TPOT = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.5)
+_HISTOGRAMS = {
+    "ttft": ("Time to first token", _TTFT),
+    "tpot": ("Time per output token after the first", _TPOT),
+    "queue_time": ("Time to the first step", _TTFT),
+}
+
+
+def _gauge(text: str) -> Any:
+    return field(default=0, metadata={"kind": "gauge", "help": text})
+
+
+def _counter(text: str) -> Any:
+    return field(default=0, metadata={"kind": "counter", "help": text})
+
+
+@dataclass
+class EngineMetrics:
+    """An engine now, and since it was made."""
+
+    running: int = _gauge("Sequences that hold pages")
+    waiting: int = _gauge("Sequences that wait for pages")
+    pages_free: Mapping[str, int] = field(default_factory=dict, metadata={"kind": "gauge", "help": "Free pages of a pool"})
+    pages: Mapping[str, int] = field(default_factory=dict, metadata={"kind": "gauge", "help": "All pages of a pool"})
+    steps: int = _counter("Steps")
+    requests: int = _counter("Requests that ended, however")
+    errors: int = _counter("Requests that ended with an error")
+    prompt_tokens: int = _counter("Prompt tokens of requests that were admitted")
+    cached_tokens: int = _counter("Prompt tokens reused")
+    output_tokens: int = _counter("Tokens sampled")
+    preemptions: int = _counter("Sequences that gave up their pages")
+    host_seconds: float = _counter("Time the host spent on steps, without waiting for the device")
+
+    def __post_init__(self) -> None:
+        self.histograms = {name: Histogram(text, bounds) for name, (text, bounds) in _HISTOGRAMS.items()}
+
+    def observe(self, request: RequestMetrics) -> None:
+        """A request has ended."""
+        for name, histogram in self.histograms.items():
+            if (value := getattr(request, name)) is not None:
+                histogram.add(value)
+
+    def prometheus(self) -> str:
+        """Prometheus' text form: each value here, and histograms of TTFT, TPOT and queue time."""
+        from prometheus_client import CollectorRegistry, generate_latest
+
+        registry = CollectorRegistry()
+        registry.register(_Collector(self))
+        return generate_latest(registry).decode()
+
+
+class _Collector:
+    """The metrics as prometheus_client asks for them."""
+
+    def __init__(self, metrics: EngineMetrics):
+        self.metrics = metrics
+
+    def collect(self) -> Any:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        families = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
+        for entry in fields(self.metrics):
+            value, family = getattr(self.metrics, entry.name), families[entry.metadata["kind"]]
+            name, text = f"gemma4_compile_{entry.name}", entry.metadata["help"]
+            if not isinstance(value, Mapping):
+                yield family(name, text, value=value)
+                continue
+            labelled = family(name, text, labels=["pool"])
+            for pool, count in value.items():
+                labelled.add_metric([pool], count)
+            yield labelled
+        for key, histogram in self.metrics.histograms.items():
+            name = f"gemma4_compile_{key}_seconds"
+            yield HistogramMetricFamily(name, histogram.text, buckets=histogram.cumulative(), sum_value=histogram.sum)

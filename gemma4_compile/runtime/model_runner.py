@@ -1,0 +1,237 @@
+"""The device's side of an engine: memory of the pools, the compiled model, the sampler. Planned steps in, tokens out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma4_compile.config import EngineConfig
+
+from . import invariants
+from .batch import KINDS, STEP_INPUTS
+from .cuda_graphs import Buckets, GraphRunner
+from .memory import MemoryReport, PoolSizes, allocate, divide, naive_token_bytes, owners, token_bytes
+from .model import PackedModel
+from .pages import KVPages
+from .sampler import Sampler, named_logprobs
+from .scheduler import Work
+from .staging import Fetched, Staging
+from .step_inputs import StepArrays, build
+
+_CPU_KV_BYTES = 2**30
+_EXPECTED_TOKENS = 4096
+_KV_DTYPES = {"fp8": torch.float8_e4m3fn}
+
+
+@dataclass
+class Launched:
+    """A step that runs, or has run."""
+
+    work: list[Work]
+    fetched: Fetched
+
+
+class ModelRunner:
+    """Runs planned steps of one model.
+
+    pages          the pools and page tables that steps are planned over
+    max_model_len  tokens of the longest request
+    memory         what the memory goes to
+
+    Raises ValueError if the memory does not hold a step, or not one request of the longest length.
+    """
+
+    def __init__(self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int]):
+        self.packed, self.config = packed, config
+        model = packed.model
+        self.device: torch.device = model.device
+        self.vocabulary: int = model.config.vocab_size
+        self.on_gpu = self.device.type == "cuda"
+        graphs = self.on_gpu if config.cuda_graphs is None else config.cuda_graphs
+        if graphs and not self.on_gpu:
+            raise ValueError(f"cuda_graphs=True needs a model on the GPU, got one on {self.device}; leave it out")
+        self.kv_dtype = _KV_DTYPES.get(config.kv_dtype, model.dtype)
+        self.staging = Staging(self.device)
+        layers = {kind: owners(packed.geometry, kind) for kind in KINDS}
+        window = int(model.config.sliding_window or 0)
+        self.windows = {kind: window if kind == "sliding_attention" else 0 for kind in KINDS if layers[kind]}
+
+        self.owning = {kind: [layer.index for layer in found] for kind, found in layers.items()}
+
+        steps = self._measure_step(graphs) if self.on_gpu else 0
+        sizes = self._divide(self._kv_bytes(steps))
+        self.max_model_len = sizes.longest
+        self.pages = KVPages(
+            sizes.pages, self.windows, config.page_size, config.max_requests, -(-sizes.longest // config.page_size)
+        )
+        self.memory = MemoryReport(
+            weights=sum(t.untyped_storage().nbytes() for t in _unique(model.parameters())),
+            steps=steps, pools=sizes, page_size=config.page_size,
+            token_bytes={kind: token_bytes(layers[kind], self.kv_dtype.itemsize) for kind in self.windows},
+            naive_token_bytes=naive_token_bytes(packed.geometry, self.kv_dtype.itemsize),
+        )  # fmt: skip
+        self.kv = allocate(packed.geometry, sizes.pages, config.page_size, self.kv_dtype, self.device)
+        self.sampler = Sampler(config.max_requests, self.vocabulary, self.device, stop_tokens)
+        self.graphs: GraphRunner | None = None
+        if graphs:
+            inputs = self._padding_step(1, 1, self.pages.tables[next(iter(self.windows))].shape[1])
+            self.graphs = GraphRunner(
+                packed.program, inputs | self.kv, config.max_requests, self._buckets(), last=self.sampler.last
+            )
+
+    # Memory
+
+    def _kv_bytes(self, steps: int) -> int:
+        if self.config.kv_bytes is not None:
+            return self.config.kv_bytes
+        if not self.on_gpu:
+            return _CPU_KV_BYTES
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(free - (1 - self.config.memory_fraction) * total - steps)
+
+    def _divide(self, memory: int) -> PoolSizes:
+        config = self.config
+        context = int(self.packed.model.config.max_position_embeddings)
+        if config.max_model_len is not None and config.max_model_len > context:
+            raise ValueError(
+                f"max_model_len must be at most the model's context, {context}, got {config.max_model_len}; lower it"
+            )
+        longest = config.max_model_len or context
+        while True:
+            try:
+                return divide(
+                    self.packed.geometry, self.windows, memory, config.page_size, self.kv_dtype.itemsize,
+                    min(config.expected_tokens or _EXPECTED_TOKENS, longest), longest, config.max_requests,
+                    config.max_batched_tokens,
+                )  # fmt: skip
+            except ValueError:
+                if config.max_model_len is not None or longest < 2 * config.page_size:
+                    raise
+                longest //= 2  # nobody asked for the whole context
+
+    def _measure_step(self, graphs: bool) -> int:
+        """Bytes of activations and logits of the largest step; twice that where graphs keep a pool of their own beside.
+
+        Raises ValueError if it does not fit."""
+        config = self.config
+        tokens, fitting = config.max_batched_tokens, 0
+        while tokens >= 16 and not fitting:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            try:
+                kv = allocate(
+                    self.packed.geometry, dict.fromkeys(self.windows, 1), config.page_size, self.kv_dtype, self.device
+                )
+                self.packed(self._padding_step(tokens, min(tokens, config.max_requests), -(-tokens // config.page_size)) | kv)
+                fitting = tokens
+            except torch.cuda.OutOfMemoryError:
+                tokens //= 2
+        if fitting < config.max_batched_tokens:
+            raise ValueError(
+                f"a step of max_batched_tokens={config.max_batched_tokens} must fit into the GPU's memory beside the weights, "
+                f"got out of memory; lower max_batched_tokens to {fitting // 2}"
+            )
+        used = torch.cuda.max_memory_allocated(self.device) - before
+        return used * (2 if graphs else 1)
+
+    # CUDA graphs
+
+    def _buckets(self) -> Buckets:
+        """The sizes that steps of this engine can have."""
+        usual, config = Buckets(), self.config
+
+        def within(sizes: Iterable[int], most: int) -> tuple[int, ...]:
+            return tuple(sorted({*(size for size in sizes if size < most), most}))
+
+        return Buckets(
+            within(usual.decode, config.max_requests), within(usual.tokens, min(config.max_batched_tokens, 8192)),
+            within(usual.rows, min(config.max_requests, 256)),
+        )  # fmt: skip
+
+    def capture(self) -> Iterable[str]:
+        """Capture all graphs; yields the name of each before it begins. Nothing to do without graphs."""
+        if self.graphs is None:
+            return
+        buckets = self.graphs.buckets
+        sizes = [(tokens, tokens) for tokens in reversed(buckets.decode)]
+        largest = buckets.tokens[-1]
+        sizes += [(largest, rows) for rows in reversed(buckets.rows) if rows < largest]
+        sizes += [(tokens, buckets.rows[0]) for tokens in reversed(buckets.tokens[:-1]) if tokens > buckets.rows[0]]
+        for tokens, rows in sizes:
+            yield f"{tokens} tokens" if tokens != rows else f"decode {tokens}"
+            width = -(-tokens // self.config.page_size) if tokens != rows else 1
+            step = self._padding_step(tokens, rows, min(width, self.pages.tables[next(iter(self.windows))].shape[1]))
+            self.graphs(step | self.kv)
+
+    def _padding_step(self, tokens: int, rows: int, width: int) -> dict[str, Tensor]:
+        """A step whose tokens are stored nowhere: of one request, or of `tokens` ones if all want logits."""
+        decode = tokens == rows
+        requests = tokens if decode else 1
+        device = self.device
+        step = {
+            "input_ids": torch.zeros((1, tokens), dtype=torch.int64, device=device),
+            "positions": (torch.zeros if decode else torch.arange)(tokens, dtype=torch.int64, device=device) % (
+                width * self.config.page_size
+            ),
+            "rows": torch.arange(rows, device=device),
+            "starts": torch.linspace(0, tokens, requests + 1, device=device).to(torch.int32),
+        }  # fmt: skip
+        for kind in KINDS:
+            step[f"slots.{kind}"] = torch.full((tokens,), -1, dtype=torch.int64, device=device)
+            step[f"table.{kind}"] = torch.zeros((requests, width), dtype=torch.int32, device=device)
+        return step
+
+    # Steps
+
+    @torch.no_grad()
+    def launch(self, work: list[Work]) -> Launched:
+        """Start a planned step. On a GPU this returns before it has run."""
+        for w in work:
+            if w.begins:
+                self.sampler.begin(w)
+        arrays = build(work, self.pages)
+        if invariants.enabled():
+            invariants.check_step(work, arrays, self.pages, self.vocabulary, self.owning)
+        logits, given, greedy = self._logits(work, arrays)
+        results: dict[str, Tensor] = {}
+        if arrays.prompt_rows is not None:
+            top = max(w.sequence.params.prompt_logprobs or 0 for w in work if w.prompt)
+            results |= named_logprobs("prompt_", logits[given["prompt_rows"]], given["prompt_next"], top)
+            logits = logits[given["picks"]]
+        if len(arrays.targets):
+            results |= self.sampler(logits[: len(arrays.targets)], given, arrays, greedy)
+        return Launched(work, Fetched(results))
+
+    def _logits(self, work: list[Work], arrays: StepArrays) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Logits of the wanted rows, what else the step has sent to the device, and greedy tokens where a graph made them and
+        they are in the sampler's state already."""
+        extra = self.sampler.parameters(work, arrays)
+        if self.graphs is not None and len(arrays.targets) == len(arrays.sources):
+            found = self.graphs.decode(arrays.model | {"sources": arrays.sources, "targets": arrays.targets})
+            if found is not None:
+                if not self.sampler.is_greedy(extra):
+                    return found.logits[0], self.staging.send(extra), None
+                return found.logits[0], {}, found.tokens
+        if arrays.carried:
+            extra["sources"] = arrays.sources
+        if arrays.prompt_rows is not None and arrays.prompt_next is not None:
+            extra |= {"picks": arrays.sampled, "prompt_rows": arrays.prompt_rows, "prompt_next": arrays.prompt_next}
+        given = self.staging.send(arrays.model | extra)
+        inputs = {name: given[name] for name in STEP_INPUTS} | self.kv
+        if arrays.carried:
+            sources = given["sources"]
+            carried = self.sampler.last[sources.clamp(min=0)]
+            inputs["input_ids"] = torch.where(sources >= 0, carried, inputs["input_ids"][0])[None]
+        return (self.graphs or self.packed)(inputs)[0], given, None
+
+    def fail(self) -> None:
+        """A step did not run: nothing that it should have stored is to be reused."""
+        self.pages.forget()
+
+
+def _unique(tensors: Iterable[Any]) -> list[Any]:
+    return list({t.untyped_storage().data_ptr(): t for t in tensors}.values())

@@ -1,0 +1,138 @@
+"""New tokens from logits, for all rows of a step at once; what must be remembered of a request lies on the device.
+
+Order, as in transformers' generate: penalties, bias, tokens that must not come yet; temperature, top-k, top-p, min-p. The host
+only says what; nothing here waits for the device.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemma4_compile.ops.logits import apply_penalties, logprobs_of
+
+from .scheduler import Work
+from .step_inputs import StepArrays
+
+# Parameters by row of the running requests, with the dtype that the device gets.
+_PARAMETERS: dict[str, Any] = {
+    "temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32,
+    "repetition_penalty": np.float32, "presence_penalty": np.float32, "frequency_penalty": np.float32,
+}  # fmt: skip
+_SHAPING = ("temperature", "top_k", "top_p", "min_p")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+class Sampler:
+    """State of the running requests, by row.
+
+    last      [rows + 1] int64  the token sampled last, which the next step reads here; the last entry is for padding
+    """
+
+    def __init__(self, rows: int, vocabulary: int, device: torch.device, stop_tokens: Iterable[int]):
+        self.vocabulary, self.device, self.stop_tokens = vocabulary, device, tuple(stop_tokens)
+        self.last = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self._host = {name: np.zeros(rows, dtype) for name, dtype in _PARAMETERS.items()}
+        self._host["seeds"] = np.zeros(rows, np.int64)
+        self._penalizes, self._adjusts = np.zeros(rows, bool), np.zeros(rows, bool)
+        self._logprobs = np.full(rows, -1)
+        # Made when the first request asks for penalties: [rows, vocabulary] is 100 MB and more.
+        self._counts: Tensor | None = None
+        self._in_prompt: Tensor | None = None
+
+    def begin(self, work: Work) -> None:
+        """A request has got this row."""
+        sequence, row, params = work.sequence, work.row, work.sequence.params
+        for name in _PARAMETERS:
+            self._host[name][row] = getattr(params, name)
+        self._host["seeds"][row] = sequence.seed
+        self._penalizes[row] = params.penalizes
+        self._adjusts[row] = bool(params.logit_bias) or params.min_tokens > 0
+        self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        if params.penalizes:
+            self._count(row, sequence.tokens[: sequence.prompt_length], sequence.output)
+
+    def _count(self, row: int, prompt: list[int], output: list[int]) -> None:
+        if self._counts is None or self._in_prompt is None:
+            rows = len(self._penalizes)
+            self._counts = torch.zeros((rows, self.vocabulary), dtype=torch.int32, device=self.device)
+            self._in_prompt = torch.zeros((rows, self.vocabulary), dtype=torch.bool, device=self.device)
+        self._counts[row].zero_()
+        self._in_prompt[row].zero_()
+        self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
+        if output:
+            tokens = torch.tensor(output, device=self.device)
+            self._counts[row].index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
+
+    def parameters(self, work: Sequence[Work], arrays: StepArrays) -> dict[str, np.ndarray]:
+        """What the device must know for this step's rows, beside their state. Greedy steps need no more than the rows."""
+        rows = arrays.targets
+        found = {"targets": rows}
+        if self._host["temperature"][rows].any():
+            found |= {name: self._host[name][rows] for name in (*_SHAPING, "seeds")} | {"offsets": arrays.offsets}
+        if self._penalizes[rows].any():
+            found |= {name: self._host[name][rows] for name in _PENALTIES}
+        if self._adjusts[rows].any():
+            found |= self._adjustments(work, arrays)
+        return found
+
+    def _adjustments(self, work: Sequence[Work], arrays: StepArrays) -> dict[str, np.ndarray]:
+        """What is added to single logits: biases, and -inf for stop tokens while they must not come."""
+        entries: list[tuple[int, int, float]] = []
+        for index, w in enumerate(w for w in work if w.samples):
+            params = w.sequence.params
+            entries += [(index, token, value) for token, value in params.logit_bias.items()]
+            if arrays.offsets[index] < params.min_tokens:
+                banned = {*params.stop_token_ids, *(() if params.ignore_eos else self.stop_tokens)}
+                entries += [(index, token, -np.inf) for token in banned]
+        if not entries:
+            return {}
+        rows, tokens, values = zip(*entries, strict=True)
+        return {"bias_rows": np.array(rows), "bias_tokens": np.array(tokens), "bias": np.array(values, np.float32)}
+
+    @staticmethod
+    def is_greedy(parameters: dict[str, Any]) -> bool:
+        """Whether the likeliest tokens are wanted, by the model's own logits."""
+        return len(parameters) == 1  # targets
+
+    def __call__(
+        self, logits: Tensor, given: dict[str, Tensor], arrays: StepArrays, greedy: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Tokens [S] and, where asked for, their log probabilities.
+
+        logits   [S, vocabulary], the model's own
+        given    what `parameters` named, on the device
+        greedy   tokens that are in the state already
+        """
+        tokens = self._sample(logits, given) if greedy is None else greedy
+        found = {"tokens": tokens}
+        if (top := int(self._logprobs[arrays.targets].max(initial=-1))) >= 0:
+            found |= named_logprobs("", logits, tokens, top)
+        return found
+
+    def _sample(self, logits: Tensor, given: dict[str, Tensor]) -> Tensor:
+        targets = given["targets"]
+        if "repetition_penalty" in given:
+            assert self._counts is not None and self._in_prompt is not None
+            penalties = [given[name] for name in _PENALTIES]
+            logits = apply_penalties(logits, self._counts, self._in_prompt, targets, *penalties)
+        if "bias" in given:
+            logits = logits.float().index_put((given["bias_rows"], given["bias_tokens"]), given["bias"], accumulate=True)
+        if "temperature" in given:
+            shaping = [given[name] for name in _SHAPING]
+            tokens = torch.ops.gemma4.sample(logits, *shaping, given["seeds"], given["offsets"])
+        else:
+            tokens = logits.argmax(-1)
+        self.last[targets] = tokens
+        if "repetition_penalty" in given:
+            ones = torch.ones_like(tokens, dtype=torch.int32)
+            self._counts.index_put_((targets, tokens), ones, accumulate=True)  # type: ignore[union-attr]
+        return tokens
+
+
+def named_logprobs(prefix: str, logits: Tensor, tokens: Tensor, top: int) -> dict[str, Tensor]:
+    """Log probabilities of these tokens and of the likeliest, by name, to be fetched together."""
+    chosen, ranks, values, ids = logprobs_of(logits, tokens, top)
+    return {f"{prefix}chosen": chosen, f"{prefix}ranks": ranks, f"{prefix}top": values, f"{prefix}top_ids": ids}

@@ -1,0 +1,250 @@
+"""Which tokens of which requests the next step computes: continuous batching, chunked prefill, preemption. Knows no tensor.
+
+    decodes first    a request that writes waits for no prompt; what is left of the token budget goes to prompts, oldest first
+    admission        in order of arrival, nobody is passed over; only with pages for all the tokens that the request has
+    preemption       where a page is missing the youngest gives up its pages, and computes its tokens anew when it is its turn
+
+So the oldest request always gets on, and each request is the oldest one day: nobody waits forever.
+
+Steps overlap: a step is planned while the one before runs. A token that was sampled but has not reached the host is `pending`:
+the plan counts it, the GPU reads it where it was written.
+"""
+
+from bisect import insort
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .pages import Holding, KVPages
+from .sampling_params import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample of a request on its way through the scheduler.
+
+    number        order of arrival
+    tokens        prompt and new tokens that the host knows
+    limit         new tokens at most
+    computed      tokens whose keys and values are in place when the steps planned so far have run
+    pending       new tokens sampled by those steps that the host does not know yet
+    prompt_rows   prompt tokens whose log probabilities have been asked for
+    """
+
+    number: int
+    tokens: list[int]
+    params: SamplingParams
+    limit: int
+    seed: int = 0
+    request: Any = None
+    prompt_length: int = 0
+    computed: int = 0
+    pending: int = 0
+    prompt_rows: int = 0
+    cached: int | None = None  # prompt tokens reused when it was first admitted
+    preemptions: int = 0
+    finish_reason: str | None = None
+    holding: Holding | None = None
+    keys: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.prompt_length = self.prompt_length or len(self.tokens)
+
+    @property
+    def todo(self) -> int:
+        """Tokens that could be computed now; 0 if all tokens it may have are sampled."""
+        known = len(self.tokens) + self.pending
+        return known - self.computed if known - self.prompt_length < self.limit else 0
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def wants_prompt_rows(self) -> bool:
+        return self.params.prompt_logprobs is not None and self.prompt_rows < self.prompt_length - 1
+
+
+class Work(NamedTuple):
+    """One sequence's share of a step: tokens start to start + length.
+
+    row        of the page tables and of the sampler's state
+    samples    whether a new token is sampled behind them
+    prompt     how many of them want the log probabilities of the prompt's next token, from `prompt_from` on
+    begins     whether this is the row's first step
+    """
+
+    sequence: Sequence
+    start: int
+    length: int
+    row: int
+    samples: bool
+    prompt: int
+    prompt_from: int
+    begins: bool
+
+
+class Scheduler:
+    """Plans steps over the pages of one engine.
+
+    max_tokens  of a step
+    max_rows    logits of prompts in a step, for requests that ask for them
+    reuse       whether prompts begin with pages that earlier ones left
+    """
+
+    def __init__(self, pages: KVPages, max_tokens: int, max_rows: int = 256, reuse: bool = True):
+        self.pages, self.max_tokens, self.max_rows, self.reuse = pages, max_tokens, max_rows, reuse
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_number)
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """It needs nothing any more, wherever it was. Kernels that still write its pages run before any that reuse them."""
+        sequence.finish_reason = reason
+        if sequence.holding is not None:
+            self.pages.close(sequence.holding)
+            sequence.holding = None
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Work]:
+        """The next step, and at once its effect on all that is planned after it. Empty if nothing can be computed now."""
+        work: list[Work] = []
+        budget, rows, preempted = self.max_tokens, self.max_rows, self.preemptions
+        planned: set[Sequence] = set()
+        prompts: list[Sequence] = []
+        for sequence in list(self.running):
+            holding, todo = sequence.holding, sequence.todo
+            if todo != 1:
+                prompts += [sequence] if todo else []
+            elif holding is not None and sequence.computed < holding.capacity and sequence.params.prompt_logprobs is None:
+                # Most steps of most requests, so written out: one token more, in a page that it has.
+                work.append(Work(sequence, sequence.computed, 1, holding.row, True, 0, 0, False))
+                planned.add(sequence)
+                sequence.computed += 1
+                sequence.pending += 1
+            else:
+                rows -= self._continue(sequence, 1, rows, work, planned)
+        budget -= len(work)
+        for sequence in prompts:
+            before = len(work)
+            rows -= self._continue(sequence, budget, rows, work, planned)
+            budget -= sum(w.length for w in work[before:])
+        while self.waiting and budget and self.preemptions == preempted:
+            sequence = self.waiting[0]
+            if sequence.wants_prompt_rows and rows < 1 or not self._admit(sequence):
+                break
+            todo = self._fit(sequence, min(sequence.todo, budget), rows, planned)
+            assert todo, "who is admitted has room for a page"
+            work.append(self._plan(sequence, todo, begins=True))
+            planned.add(sequence)
+            budget, rows = budget - todo, rows - work[-1].prompt
+        return work
+
+    def _continue(self, sequence: Sequence, budget: int, rows: int, work: list[Work], planned: set[Sequence]) -> int:
+        """Plan what fits of a running sequence; returns the prompt's rows in it."""
+        todo = min(sequence.todo, budget)
+        if todo and sequence.holding is not None:
+            todo = self._fit(sequence, todo, rows, planned)
+        if not todo or sequence.holding is None:
+            return 0
+        work.append(self._plan(sequence, todo, begins=False))
+        planned.add(sequence)
+        return work[-1].prompt
+
+    def _fit(self, sequence: Sequence, todo: int, rows: int, planned: set[Sequence]) -> int:
+        """Pages for as many of the tokens as can be had; preempts younger ones, and in the end the sequence itself, for the
+        first. 0 if this step can do nothing for it."""
+        holding = sequence.holding
+        assert holding is not None
+        if sequence.wants_prompt_rows:
+            todo = min(todo, max(rows, 0))
+        if sequence.computed + todo <= holding.capacity:
+            return todo
+        while (room := self.pages.room(holding, sequence.computed)) < 1:
+            victims = [s for s in self.running if s not in planned and s.number >= sequence.number]
+            if victims[-1] is sequence and any(s.number > sequence.number for s in planned):
+                return 0  # younger ones run in this step already: their pages come back when they end
+            self._preempt(victims[-1])
+            if victims[-1] is sequence:
+                return 0
+        todo = min(todo, room)
+        self.pages.extend(holding, sequence.computed + todo)
+        return todo
+
+    def _plan(self, sequence: Sequence, count: int, begins: bool) -> Work:
+        start, holding = sequence.computed, sequence.holding
+        assert holding is not None
+        end = start + count
+        prompt, prompt_from = 0, max(start, sequence.prompt_rows)
+        if sequence.wants_prompt_rows:
+            prompt = max(0, min(end, sequence.prompt_length - 1) - prompt_from)
+            sequence.prompt_rows += prompt
+        samples = end == len(sequence.tokens) + sequence.pending
+        sequence.computed = end
+        sequence.pending += samples
+        if self.reuse and count > 1:
+            self.pages.remember(holding, sequence.tokens, end)
+        return Work(sequence, start, count, holding.row, samples, prompt, prompt_from, begins)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give it a row, and the pages of a prefix that is there already; if all its tokens have room."""
+        if sequence.pending or not self.pages.free_rows:
+            return False
+        reused = 0
+        if self.reuse and not sequence.wants_prompt_rows:
+            sequence.keys = self.pages.keys(sequence.tokens[:-1], sequence.keys)  # one token must be computed
+            reused = self.pages.match(sequence.keys)
+        free = self.pages.free_for(sequence.keys, reused)
+        size = self.pages.page_size
+        for kind, window in self.pages.windows.items():
+            needed = -(-(len(sequence.tokens) + 1) // size) - reused
+            if window:
+                needed = min(needed, -(-window // size) + 1)
+            if needed + len(self.running) > free[kind] and (self.running or needed > free[kind]):
+                return False  # those that run need a page each before long
+        sequence.holding = self.pages.open(sequence.keys, reused)
+        sequence.computed = reused * size
+        if sequence.cached is None:
+            sequence.cached = sequence.computed
+        self.waiting.pop(0)
+        insort(self.running, sequence, key=_number)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert sequence.holding is not None
+        self.pages.close(sequence.holding)
+        sequence.holding, sequence.computed = None, 0
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self.add(sequence)
+
+    def arrived(self, sequence: Sequence, tokens: Tokens[int]) -> None:
+        """The host has read tokens that a step sampled for it."""
+        sequence.pending -= len(tokens)
+        sequence.tokens.extend(tokens)
+        holding = sequence.holding
+        if holding is not None and self.reuse and len(sequence.tokens) // self.pages.page_size > holding.remembered:
+            self.pages.remember(holding, sequence.tokens, sequence.computed)
+
+    def check(self) -> None:
+        """Raises AssertionError if an invariant of the scheduler or of its pages is broken."""
+        self.pages.check()
+        held = {id(holding) for holding in self.pages.holdings.values()}
+        assert {id(s.holding) for s in self.running} == held, "rows are of running ones"
+        assert all(s.holding is None for s in self.waiting), "who waits holds nothing"
+        for queue in (self.running, self.waiting):
+            assert queue == sorted(queue, key=_number), "first come, first served"
+        for s in self.running:
+            known = len(s.tokens) + s.pending
+            assert s.computed <= known, f"sequence {s.number} has computed {s.computed} of {known} tokens"
+            assert s.holding is not None and s.computed <= s.holding.capacity, f"sequence {s.number} lacks a page"
+
+
+def _number(sequence: Sequence) -> int:
+    return sequence.number

@@ -1,0 +1,108 @@
+"""A planned step as arrays: what the model reads (see batch.py), and where the sampler finds rows and state."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .batch import KINDS
+from .pages import KVPages
+from .scheduler import Work
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """One step on the host.
+
+    model      the inputs of batch.py by name, but for keys and values
+    sources    [T] int64   row whose last sampled token stands for this one, -1 where input_ids has it
+    sampled    [S] int64   which of the wanted rows a token is sampled from
+    targets    [S] int64   row of the sampler's state of each
+    offsets    [S] int64   new tokens that the request has before it
+    carried    whether any token comes from the sampler's state
+    prompt_rows, prompt_next   [P] int64: rows that want the log probability of the prompt's next token, and that token;
+               None if there are none
+    """
+
+    model: dict[str, Array]
+    sources: Array
+    sampled: Array
+    targets: Array
+    offsets: Array
+    carried: bool
+    prompt_rows: Array | None = None
+    prompt_next: Array | None = None
+
+
+def build(work: Sequence[Work], pages: KVPages) -> StepArrays:
+    """The arrays of a step as planned; no loop over tokens."""
+    size = pages.page_size
+    rows = np.array([w.row for w in work])
+    first = np.array([w.start for w in work])
+    counts = np.array([w.length for w in work])
+    starts = np.zeros(len(work) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    total = int(starts[-1])
+    sources = np.full(total, -1, np.int64)
+    ends = starts[1:] - 1  # the last token of each
+    if total == len(work):
+        positions, row_of = first.astype(np.int64), rows
+        known = [w.sequence.tokens for w in work]
+        ids = np.array([t[w.start] if w.start < len(t) else 0 for t, w in zip(known, work, strict=True)], np.int64)
+        carried = [w.start >= len(t) for t, w in zip(known, work, strict=True)]
+        sources[carried] = rows[carried]
+    else:
+        positions = np.arange(total) + np.repeat(first - starts[:-1], counts)
+        row_of = np.repeat(rows, counts)
+        ids = np.zeros(total, np.int64)
+        carried = []
+        for w, begin in zip(work, starts, strict=False):
+            given = w.sequence.tokens[w.start : w.start + w.length]
+            ids[begin : begin + len(given)] = given
+            sources[begin + len(given) : begin + w.length] = w.row  # one at most: the token sampled last
+            carried.append(len(given) < w.length)
+
+    model: dict[str, Array] = {"input_ids": ids[None], "positions": positions, "starts": starts}
+    page, offset = positions // size, positions % size
+    width = int(positions[ends].max()) // size + 1
+    for kind in KINDS:
+        if kind in pages.tables:
+            table = pages.tables[kind]
+            model[f"slots.{kind}"] = table[row_of, page].astype(np.int64) * size + offset
+            model[f"table.{kind}"] = table[rows, :width]
+        else:  # no layer of this kind: nothing is stored, nothing read
+            model[f"slots.{kind}"] = np.full(total, -1, np.int64)
+            model[f"table.{kind}"] = np.zeros((len(work), 1), np.int32)
+
+    prompt_rows = prompt_next = None
+    if any(w.prompt for w in work):
+        model["rows"], which, prompt_rows, prompt_next = _rows_with_prompts(work, starts)
+    else:
+        model["rows"] = ends[[w.samples for w in work]].astype(np.int64)
+        which = np.arange(len(model["rows"]))
+    if not len(model["rows"]):  # amid prompts: a model makes logits of one row at least
+        model["rows"] = np.array([total - 1])
+    samples = np.array([w.samples for w in work])
+    new = first + counts - np.array([w.sequence.prompt_length for w in work])
+    return StepArrays(model, sources, which, rows[samples], new[samples].astype(np.int64), any(carried),
+                      prompt_rows, prompt_next)  # fmt: skip
+
+
+def _rows_with_prompts(work: Sequence[Work], starts: Array) -> tuple[Array, Array, Array, Array]:
+    """Wanted rows, which of them are sampled, which are the prompts', and the tokens that follow those in the prompt."""
+    wanted: list[int] = []
+    sampled: list[int] = []
+    prompt_rows: list[int] = []
+    following: list[int] = []
+    for w, begin in zip(work, starts.tolist(), strict=False):
+        first = begin + w.prompt_from - w.start
+        prompt_rows += range(len(wanted), len(wanted) + w.prompt)
+        wanted += range(first, first + w.prompt)
+        following += w.sequence.tokens[w.prompt_from + 1 : w.prompt_from + 1 + w.prompt]
+        if w.samples:
+            sampled.append(len(wanted))
+            wanted.append(begin + w.length - 1)
+    rows, which, of_prompt, after = (np.array(values, np.int64) for values in (wanted, sampled, prompt_rows, following))
+    return rows, which, of_prompt, after

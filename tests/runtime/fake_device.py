@@ -1,0 +1,107 @@
+"""A device that stores, in the place of a key, a digest of its token and all before it. So a step tells at once whether each
+request reads what is its own: through page tables, reused prefixes, freed pages and tokens that never came to the host."""
+
+from collections import deque
+from hashlib import blake2b
+
+import numpy as np
+
+from gemma4_compile.runtime import invariants
+from gemma4_compile.runtime.pages import KVPages
+from gemma4_compile.runtime.scheduler import Scheduler, Sequence, Work
+from gemma4_compile.runtime.step_inputs import build
+
+VOCABULARY = 11
+
+
+def follow(digest: int, token: int) -> int:
+    return int.from_bytes(blake2b(f"{digest} {token}".encode(), digest_size=7).digest(), "big")
+
+
+def choose(digest: int) -> int:
+    """The "model": the token that comes after a text."""
+    return digest % VOCABULARY
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    digest, tokens = 0, []
+    for token in prompt:
+        digest = follow(digest, token)
+    for _ in range(count):
+        tokens.append(choose(digest))
+        digest = follow(digest, tokens[-1])
+    return tokens
+
+
+class FakeDevice:
+    """Runs a scheduler's steps, `depth` of them ahead of what the host knows."""
+
+    def __init__(self, pages: KVPages, scheduler: Scheduler, rows: int, depth: int):
+        self.pages, self.scheduler, self.depth = pages, scheduler, depth
+        self.memory = {kind: np.zeros(pool.pages * pages.page_size, np.int64) for kind, pool in pages.pools.items()}
+        self.last = np.zeros(rows, np.int64)
+        self.running: deque[tuple[list[Work], list[int]]] = deque()
+        self.steps = 0
+
+    def step(self) -> list[Work]:
+        """Plan and run a step; the host learns of the one `depth` before. Returns the plan."""
+        work = self.scheduler.schedule()
+        self.scheduler.check()
+        if work:
+            self.running.append((work, self._run(work)))
+            self.steps += 1
+        while len(self.running) > (self.depth if work else 0):
+            self._arrive(*self.running.popleft())
+        self.scheduler.check()
+        return work
+
+    def _run(self, work: list[Work]) -> list[int]:
+        arrays = build(work, self.pages)
+        invariants.check_step(work, arrays, self.pages, VOCABULARY)
+        model, size = arrays.model, self.pages.page_size
+        ids = model["input_ids"][0]
+        if arrays.carried:
+            ids = np.where(arrays.sources >= 0, self.last[np.maximum(arrays.sources, 0)], ids)
+        digests = np.zeros(len(ids), np.int64)
+        tables = {kind: model[f"table.{kind}"] for kind in self.pages.pools}
+        # Pages that a request fills may be read by another one of the same step: all are written before any is read. The
+        # owner of a page stands before those that share it.
+        for index in range(len(work)):
+            for token in range(model["starts"][index], model["starts"][index + 1]):
+                place = int(model["positions"][token])
+                before = 0
+                if place:
+                    page = tables["full_attention"][index, (place - 1) // size]
+                    before = int(self.memory["full_attention"][page * size + (place - 1) % size])
+                digests[token] = follow(before, int(ids[token]))
+                for kind in self.pages.pools:
+                    self.memory[kind][model[f"slots.{kind}"][token]] = digests[token]
+        for index in range(len(work)):
+            self._check_windows(index, model, tables)
+        chosen = [choose(int(digests[model["rows"][i]])) for i in arrays.sampled]
+        self.last[arrays.targets] = chosen
+        return chosen
+
+    def _check_windows(self, index: int, model: dict[str, np.ndarray], tables: dict[str, np.ndarray]) -> None:
+        size, kind = self.pages.page_size, "sliding_attention"
+        first, end = model["starts"][index], model["starts"][index + 1]
+        lowest = max(0, int(model["positions"][first]) - self.pages.windows[kind] + 1)
+        places = np.arange(lowest, int(model["positions"][end - 1]) + 1)
+        read = {k: self.memory[k][t[index, places // size].astype(int) * size + places % size] for k, t in tables.items()}
+        assert (read[kind] == read["full_attention"]).all(), "a sliding layer reads keys that are not the request's"
+
+    def _arrive(self, work: list[Work], tokens: list[int]) -> None:
+        sampling = (w.sequence for w in work if w.samples)
+        for sequence, token in zip(sampling, tokens, strict=True):
+            if sequence.finish_reason is None:
+                self.scheduler.arrived(sequence, (token,))
+                if len(sequence.output) >= sequence.limit:
+                    self.scheduler.finish(sequence, "length")
+                elif token in sequence.params.stop_token_ids:
+                    self.scheduler.finish(sequence, "stop")
+
+
+def assert_right(sequence: Sequence) -> None:
+    """Its tokens are those that the text before them asks for, as far as it came."""
+    output = sequence.output
+    assert output == expected(sequence.tokens[: sequence.prompt_length], len(output))
