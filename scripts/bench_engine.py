@@ -13,7 +13,9 @@ the bytes of weights over the copy bandwidth of this run.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import random
 import statistics
 import sys
@@ -95,11 +97,11 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
     longest = max(sum(parse(w)[:2]) for w in workloads)
     config = EngineConfig(max_model_len=longest + 1, max_requests=max(parse(w)[2] for w in workloads),
                           expected_tokens=longest, kv_dtype=arguments.kv_dtype, prefix_reuse=not arguments.no_reuse,
-                          capture_at_start=False, page_size=arguments.page_size)  # fmt: skip
+                          capture_at_start=arguments.capture, page_size=arguments.page_size)  # fmt: skip
     start = time.perf_counter()
     engine = Engine(model, config)
     ready = time.perf_counter() - start
-    rows = []
+    rows: list[dict[str, Any]] = []
     for workload in workloads:
         given, wanted, requests = parse(workload)
         serve(engine, given, min(wanted, WARM_UP), requests, seed=1)
@@ -110,12 +112,31 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
             row["vllm"] = dict(zip(("seconds", "ttft_ms", "tpot_ms"), beside, strict=True))
         rows.append(row)
         print(f"{name:8} {workload:14} {describe(row)}", flush=True)
+    if arguments.host_profile:
+        _profile_host(engine, *parse(workloads[-1])[::2])
     refused = {} if engine.runner.graphs is None else engine.runner.graphs.refused
     floor = {}
     if arguments.device == "cuda":
         floor = {"weights_gb": engine.memory.weights / 1e9, "copy_bandwidth_tb": copy_bandwidth() / 1e12}
     print(engine.memory, flush=True)
     return {"model": name, "load_s": loaded, "start_s": ready, "rows": rows, "refused": refused, **floor}
+
+
+def _profile_host(engine: Engine, given: int, requests: int) -> None:
+    """Print where the host's time goes while so many requests write."""
+    params = SamplingParams(max_tokens=300, ignore_eos=True)
+    for index in range(requests):
+        engine.add_request([3 + index] * given, params, stream=False)
+    for _ in range(60):
+        engine.step()
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(100):
+        engine.step()
+    profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+    while engine.has_work:
+        engine.step()
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -136,6 +157,8 @@ def main() -> None:
     parser.add_argument("--kv-dtype", default="auto", choices=("auto", "fp8"))
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--no-reuse", action="store_true", help="without the prefix cache")
+    parser.add_argument("--host-profile", action="store_true", help="print the host's functions by time, on the last workload")
+    parser.add_argument("--capture", action="store_true", help="capture all graphs at the start, as an Engine does by default")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)

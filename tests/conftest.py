@@ -4,8 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 
-import pytest
-import torch
+# Workers share the cores: with more threads than these each waits for the others. Read when torch is imported.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # Set before Inductor reads it; the same folder for all xdist workers.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"gemma4_compile_tests_{os.getuid()}"))

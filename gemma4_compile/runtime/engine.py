@@ -194,9 +194,14 @@ class Engine:
             self._running, launched = launched, self._running
         if launched is not None:
             before = time.perf_counter()
-            results = launched.fetched.wait()
+            try:
+                results = launched.fetched.wait()
+            except Exception as error:  # of a kernel: it shows only when the host waits
+                chunks += self._fail(launched.work, error)
+                results = None
             waited = time.perf_counter() - before
-            chunks += self._arrived(launched.work, results)
+            if results is not None:
+                chunks += self._arrived(launched.work, results)
         if invariants.enabled():
             self.scheduler.check()
         self._metrics.host_seconds += time.perf_counter() - start - waited
@@ -258,9 +263,11 @@ class Engine:
     def _fail(self, work: list[Work], error: Exception) -> list[Chunk]:
         """A step could not be computed: its requests end, the others never notice."""
         self.runner.fail()
-        chunks = []
+        chunks: list[Chunk] = []
         for request in dict.fromkeys(w.sequence.request for w in work):
-            chunks += self._end_with_error(request, f"a step failed: {type(error).__name__}: {error}")
+            for chunk in self._end_with_error(request, f"a step failed: {type(error).__name__}: {error}"):
+                self._tell(request, chunk)
+                chunks.append(chunk)
         return chunks
 
     def _end_with_error(self, request: _Request, message: str) -> list[Chunk]:
@@ -338,30 +345,40 @@ class Engine:
     def _deliver(self, request: _Request, chunk: Chunk) -> list[Chunk]:
         if all(sequence.finish_reason is not None for sequence in request.samples):
             chunk = replace(chunk, output=self._ended(request))
-        if request.on_chunk is not None:
-            try:
-                request.on_chunk(chunk)
-            except Exception as error:
-                message = f"its on_chunk raised {type(error).__name__}: {error}"
-                warnings.warn(f"request {request.request_id} ends: {message}", stacklevel=2)
-                if chunk.output is not None:  # it had ended anyway
-                    return [replace(chunk, finish_reason="error", output=replace(chunk.output, error=message))]
-                return self._end_with_error(request, message)
-        return [chunk]
+        error = self._tell(request, chunk)
+        if not error:
+            return [chunk]
+        if chunk.output is None:
+            return self._end_with_error(request, error)
+        return [replace(chunk, finish_reason="error", output=replace(chunk.output, error=error))]  # it had ended anyway
+
+    @staticmethod
+    def _tell(request: _Request, chunk: Chunk) -> str:
+        """Call the request's on_chunk; what is wrong with it, if it raises."""
+        if request.on_chunk is None:
+            return ""
+        try:
+            request.on_chunk(chunk)
+        except Exception as error:
+            message = f"its on_chunk raised {type(error).__name__}: {error}"
+            warnings.warn(f"request {request.request_id} ends: {message}", stacklevel=2)
+            return message
+        return ""
 
     def _ended(self, request: _Request) -> RequestOutput:
         del self._requests[request.request_id]
         metrics = request.metrics
         metrics.finished = time.perf_counter()
         metrics.preemptions = sum(s.preemptions for s in request.samples)
-        metrics.output_tokens = sum(len(s.output) for s in request.samples)
+        lengths = [len(s.tokens) - s.prompt_length for s in request.samples]
+        metrics.output_tokens, metrics.longest_output = sum(lengths), max(lengths)
         self._metrics.requests += 1
         self._metrics.errors += bool(request.error)
         self._metrics.observe(metrics)
         wants_prompt = request.params.prompt_logprobs is not None
         return RequestOutput(
             request.request_id, request.prompt, [self._sample(request, i) for i in range(len(request.samples))], metrics,
-            request.prompt_logprobs if wants_prompt else None, request.error,
+            list(request.prompt_logprobs) if wants_prompt else None, request.error,
         )  # fmt: skip
 
     def _sample(self, request: _Request, index: int) -> Sample:
@@ -422,5 +439,5 @@ def _is_several(prompts: Any) -> bool:
 
 
 def _refused(request_id: str, prompt: Any, message: str) -> RequestOutput:
-    ids = list(prompt) if not isinstance(prompt, str) and all(isinstance(i, int) for i in prompt) else []
+    ids = list(prompt) if isinstance(prompt, (list, tuple)) and all(isinstance(i, int) for i in prompt) else []
     return RequestOutput(request_id, ids, [Sample([], "", "error")], RequestMetrics(), error=message)

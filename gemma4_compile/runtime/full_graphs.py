@@ -168,7 +168,7 @@ class FullGraphs:
         requests = arrays["starts"].shape[0] - 1 if arrays else 0
         starts[: requests + 1] = arrays["starts"] if arrays else 0
         starts[requests + 1 : tokens + 1] = count
-        width = arrays[f"table.{KINDS[0]}"].shape[1] if arrays else 1
+        width = max(arrays[f"table.{kind}"].shape[1] for kind in KINDS) if arrays else 1
         for index, kind in enumerate(KINDS):
             table = host.view(np.int32)[packed.table(index, width)].reshape(tokens, width)
             if arrays:

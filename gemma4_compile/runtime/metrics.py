@@ -12,7 +12,7 @@ class RequestMetrics:
     """Times are those of time.perf_counter.
 
     arrived, scheduled, first_token, finished   None where it did not come to that
-    prompt_tokens, output_tokens                of all samples
+    prompt_tokens, output_tokens                the latter of all samples; longest_output of the longest one
     cached_tokens                               prompt tokens whose keys and values were there already
     preemptions                                 how often it was computed anew
     """
@@ -23,6 +23,7 @@ class RequestMetrics:
     finished: float | None = None
     prompt_tokens: int = 0
     output_tokens: int = 0
+    longest_output: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
 
@@ -38,10 +39,10 @@ class RequestMetrics:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first. None before there are two."""
-        if self.first_token is None or self.finished is None or self.output_tokens < 2:
+        """Time per output token after the first, of the longest sample. None before there are two."""
+        if self.first_token is None or self.finished is None or self.longest_output < 2:
             return None
-        return (self.finished - self.first_token) / (self.output_tokens - 1)
+        return (self.finished - self.first_token) / (self.longest_output - 1)
 
 
 class Histogram:

@@ -8,6 +8,7 @@ from typing import Any
 from gemma4_compile import Engine, EngineConfig, SamplingParams
 from gemma4_compile.geometry import geometry
 from gemma4_compile.runtime import invariants
+from gemma4_compile.runtime.memory import divide
 from gemma4_compile.runtime.outputs import RequestOutput
 from tests.runtime.demo_models import Demo
 
@@ -32,29 +33,33 @@ def random_params(chooser: random.Random, tokens: int) -> SamplingParams:
     return SamplingParams(**given)
 
 
-def soak(models: Demo, requests: int, seed: int, tokens: int = 24, longest: int = 400) -> str:
+def soak(models: Demo, requests: int, seed: int, tokens: int = 120, longest: int = 150) -> str:
     """Serve so many random requests; returns a line that says what happened. Raises AssertionError if anything is wrong."""
     chooser = random.Random(seed)
     before = os.environ.get(invariants.VARIABLE)
     os.environ[invariants.VARIABLE] = "1"
     try:
-        layers = [layer for layer in geometry(models.plain.config).layers if not layer.shares_kv]
-        per_token = sum(2 * layer.kv_heads * layer.head_dim for layer in layers)
-        room = 1000 * per_token * models.plain.dtype.itemsize  # less than twelve requests want now and then
-        config = EngineConfig(
-            max_requests=12, max_batched_tokens=160, page_size=16, max_model_len=longest + tokens + 1, expected_tokens=100,
-            kv_bytes=room, overlap=True, capture_at_start=False,
+        whole, plain = longest + tokens + 1, models.plain
+        windows = {"full_attention": 0, "sliding_attention": plain.config.sliding_window}
+        alone = divide(geometry(plain.config), windows, 2**40, 16, plain.dtype.itemsize, whole, whole, 1, 64)
+        config = EngineConfig(  # memory for less than twelve requests want
+            max_requests=12, max_batched_tokens=64, page_size=16, max_model_len=whole, expected_tokens=whole // 2,
+            kv_bytes=int(1.8 * alone.bytes), overlap=True, capture_at_start=False,
         )  # fmt: skip
         engine = Engine(models.served, config, models.tokenizer)
-        texts = models.prompts(30, longest, seed)
+        texts = models.prompts(6, longest, seed)
         done: dict[str, RequestOutput] = {}
         started: list[str] = []
+        greedy: list[str] = []
         aborted = 0
         while len(started) < requests or engine.has_work:
-            if len(started) < requests and chooser.random() < 0.6:
+            for _ in range(min(requests - len(started), chooser.randint(0, 3) if len(engine.scheduler.waiting) < 10 else 0)):
                 text = chooser.choice(texts)
                 prompt = text[: chooser.randint(1, len(text))]
-                started.append(engine.add_request(prompt, random_params(chooser, tokens), stream=chooser.random() < 0.5))
+                params = random_params(chooser, tokens)
+                started.append(engine.add_request(prompt, params, stream=chooser.random() < 0.5))
+                if params == SamplingParams(max_tokens=params.max_tokens, ignore_eos=params.ignore_eos):
+                    greedy.append(started[-1])
             if started and chooser.random() < 0.05:
                 output = engine.abort(chooser.choice(started[-20:]))
                 if output is not None:
@@ -64,6 +69,8 @@ def soak(models: Demo, requests: int, seed: int, tokens: int = 24, longest: int 
         for pool in engine.runner.pages.pools.values():
             assert pool.free == pool.pages, f"{pool.in_use} pages of {pool.kind} have leaked"
         engine.scheduler.check()
+        for name in greedy:
+            assert not done[name].token_ids or models.divergence(done[name]) is None, f"{name} has other tokens than alone"
     finally:
         if before is None:
             del os.environ[invariants.VARIABLE]
@@ -73,6 +80,7 @@ def soak(models: Demo, requests: int, seed: int, tokens: int = 24, longest: int 
     counts = {reason: ends.count(reason) for reason in sorted(set(ends))}
     metrics = engine.metrics
     return (
-        f"{len(done)} requests, {len(ends)} samples {counts}, {aborted} aborted, {metrics.preemptions} preemptions, "
-        f"{metrics.cached_tokens} of {metrics.prompt_tokens} prompt tokens reused, {metrics.steps} steps"
+        f"{len(done)} requests, {len(greedy)} of them greedy, {len(ends)} samples {counts}, {aborted} aborted, "
+        f"{metrics.preemptions} preemptions, {metrics.cached_tokens} of {metrics.prompt_tokens} prompt tokens reused, "
+        f"{metrics.steps} steps"
     )

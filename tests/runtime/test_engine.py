@@ -61,11 +61,10 @@ def assert_right(engine: Engine, models: Demo, outputs: list[Any]) -> None:
 
 @both
 def test_tokens_of_held_out_prompts(name: str) -> None:
-    """GEMMA4_TEST_PROMPTS=64 for all; tests/gpu has them too."""
-    models, count = demo(name), int(os.environ.get("GEMMA4_TEST_PROMPTS", "16"))
+    models = demo(name)
     engine = serve(name, EngineConfig(max_requests=32, max_batched_tokens=512))
-    outputs = engine.generate(models.prompts(count, 900), SamplingParams(max_tokens=6, ignore_eos=True))
-    assert [len(output.token_ids) for output in outputs] == [6] * count
+    outputs = engine.generate(models.prompts(64, 900), SamplingParams(max_tokens=8, ignore_eos=True))
+    assert [len(output.token_ids) for output in outputs] == [8] * 64
     assert_right(engine, models, outputs)
 
 
@@ -136,7 +135,9 @@ def test_tokens_through_graphs(name: str) -> None:
 @both
 def test_soak(name: str) -> None:
     """The short form of the 2,000 requests of tests/gpu/test_engine.py."""
-    print(soak(demo(name), requests=50, seed=5, longest=120))
+    line = soak(demo(name), requests=60, seed=5, tokens=100, longest=60)
+    print(line)
+    assert " 0 preemptions" not in line and " 0 of" not in line, "what it is for"
 
 
 # Faults
@@ -233,6 +234,15 @@ def test_a_step_that_fails_ends_its_requests_alone(overlap: bool, monkeypatch: p
     assert 1 <= ends.count("error") <= 3 and ends.count("length") == 8 - ends.count("error")
     assert all("a step failed: OutOfMemoryError" in output.error for output in outputs if output.error)
     assert_right(engine, models, [output for output in outputs if not output.error])
+
+
+def test_a_stream_whose_step_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = serve("e")
+    stream = engine.stream([5, 6, 7])
+    assert next(stream).finish_reason is None
+    monkeypatch.setattr(engine.runner, "launch", lambda work: 1 / 0)
+    [last] = list(stream)
+    assert last.finish_reason == "error" and last.output is not None and "ZeroDivisionError" in last.output.error
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("sliding_attention", "0"), ("full_attention", "3")])
