@@ -160,8 +160,11 @@ class Engine:
         metrics = RequestMetrics(arrived=time.perf_counter(), prompt_tokens=len(ids))
         request = _Request(request_id, ids, params, metrics, on_chunk, stream)
         limit = min(params.max_tokens or self.max_model_len, self.max_model_len - len(ids))
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._stop_tokens)
+        plain = not (stream or params.stop or on_chunk) and params.logprobs is None and params.prompt_logprobs is None
         for index in range(params.n):
-            sequence = Sequence(next(self._numbers), list(ids), params, limit, (seed + index) % 2**63, request)
+            sequence = Sequence(next(self._numbers), list(ids), params, limit, (seed + index) % 2**63, request, stops)
+            sequence.plain = plain
             text = None
             if self.tokenizer is not None and (stream or params.stop):
                 text = TextStream(self.tokenizer, params.stop, params.skip_special_tokens)
@@ -286,8 +289,20 @@ class Engine:
         tokens = results["tokens"].tolist() if "tokens" in results else []
         chunks: list[Chunk] = []
         row = prompt_row = 0
+        page_size = self.config.page_size
         for w in work:
-            sequence, request = w.sequence, w.sequence.request
+            sequence = w.sequence
+            if w.samples and sequence.plain and sequence.finish_reason is None:
+                # Most tokens of a batch, so written out: neither the first nor the last one, and no page is full with it.
+                length = len(sequence.tokens)
+                amid = sequence.prompt_length < length < sequence.prompt_length + sequence.limit - 1
+                if amid and (length + 1) % page_size and tokens[row] not in sequence.stops:
+                    sequence.tokens.append(tokens[row])
+                    sequence.pending -= 1
+                    self._metrics.output_tokens += 1
+                    row += 1
+                    continue
+            request = sequence.request
             if w.prompt:
                 if w.sequence is request.samples[0]:
                     request.prompt_logprobs += _logprobs(
@@ -327,7 +342,7 @@ class Engine:
             logprobs = _logprobs(results, "", range(row, row + 1), [token], params.logprobs)
             request.logprobs[index] += logprobs
         reason = None
-        if token in params.stop_token_ids or (not params.ignore_eos and token in self._stop_tokens):
+        if token in sequence.stops:
             reason, request.stop_reasons[index] = "stop", token
         elif text is not None and text.stopped:
             reason, request.stop_reasons[index] = "stop", text.stopped

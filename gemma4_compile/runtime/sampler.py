@@ -35,7 +35,7 @@ class Sampler:
         self.vocabulary, self.device, self.stop_tokens = vocabulary, device, tuple(stop_tokens)
         self.last = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self._host = {name: np.zeros(rows, dtype) for name, dtype in _PARAMETERS.items()}
-        self._host["seeds"] = np.zeros(rows, np.int64)
+        self._host |= {name: np.zeros(rows, np.int64) for name in ("seeds", "prompt_length")}
         self._penalizes, self._adjusts = np.zeros(rows, bool), np.zeros(rows, bool)
         self._logprobs = np.full(rows, -1)
         # Made when the first request asks for penalties: [rows, vocabulary] is 100 MB and more.
@@ -47,7 +47,7 @@ class Sampler:
         sequence, row, params = work.sequence, work.row, work.sequence.params
         for name in _PARAMETERS:
             self._host[name][row] = getattr(params, name)
-        self._host["seeds"][row] = sequence.seed
+        self._host["seeds"][row], self._host["prompt_length"][row] = sequence.seed, sequence.prompt_length
         self._penalizes[row] = params.penalizes
         self._adjusts[row] = bool(params.logit_bias) or params.min_tokens > 0
         self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
@@ -71,20 +71,25 @@ class Sampler:
         rows = arrays.targets
         found = {"targets": rows}
         if self._host["temperature"][rows].any():
-            found |= {name: self._host[name][rows] for name in (*_SHAPING, "seeds")} | {"offsets": arrays.offsets}
+            found |= {name: self._host[name][rows] for name in (*_SHAPING, "seeds")} | {"offsets": self._offsets(arrays)}
         if self._penalizes[rows].any():
             found |= {name: self._host[name][rows] for name in _PENALTIES}
         if self._adjusts[rows].any():
             found |= self._adjustments(work, arrays)
         return found
 
+    def _offsets(self, arrays: StepArrays) -> np.ndarray:
+        """New tokens that each request has already."""
+        return arrays.lengths - self._host["prompt_length"][arrays.targets]
+
     def _adjustments(self, work: Sequence[Work], arrays: StepArrays) -> dict[str, np.ndarray]:
         """What is added to single logits: biases, and -inf for stop tokens while they must not come."""
         entries: list[tuple[int, int, float]] = []
+        offsets = self._offsets(arrays)
         for index, w in enumerate(w for w in work if w.samples):
             params = w.sequence.params
             entries += [(index, token, value) for token, value in params.logit_bias.items()]
-            if arrays.offsets[index] < params.min_tokens:
+            if offsets[index] < params.min_tokens:
                 banned = {*params.stop_token_ids, *(() if params.ignore_eos else self.stop_tokens)}
                 entries += [(index, token, -np.inf) for token in banned]
         if not entries:

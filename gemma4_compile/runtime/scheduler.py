@@ -19,13 +19,15 @@ from .pages import Holding, KVPages
 from .sampling_params import SamplingParams
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One sample of a request on its way through the scheduler.
 
     number        order of arrival
     tokens        prompt and new tokens that the host knows
     limit         new tokens at most
+    stops         tokens that end it
+    plain         nobody reads its tokens before it ends
     computed      tokens whose keys and values are in place when the steps planned so far have run
     pending       new tokens sampled by those steps that the host does not know yet
     prompt_rows   prompt tokens whose log probabilities have been asked for
@@ -37,6 +39,8 @@ class Sequence:
     limit: int
     seed: int = 0
     request: Any = None
+    stops: frozenset[int] = frozenset()
+    plain: bool = False
     prompt_length: int = 0
     computed: int = 0
     pending: int = 0
@@ -115,7 +119,6 @@ class Scheduler:
         """The next step, and at once its effect on all that is planned after it. Empty if nothing can be computed now."""
         work: list[Work] = []
         budget, rows, preempted = self.max_tokens, self.max_rows, self.preemptions
-        planned: set[Sequence] = set()
         prompts: list[Sequence] = []
         for sequence in list(self.running):
             holding, todo = sequence.holding, sequence.todo
@@ -124,39 +127,36 @@ class Scheduler:
             elif holding is not None and sequence.computed < holding.capacity and sequence.params.prompt_logprobs is None:
                 # Most steps of most requests, so written out: one token more, in a page that it has.
                 work.append(Work(sequence, sequence.computed, 1, holding.row, True, 0, 0, False))
-                planned.add(sequence)
                 sequence.computed += 1
                 sequence.pending += 1
             else:
-                rows -= self._continue(sequence, 1, rows, work, planned)
+                rows -= self._continue(sequence, 1, rows, work)
         budget -= len(work)
         for sequence in prompts:
             before = len(work)
-            rows -= self._continue(sequence, budget, rows, work, planned)
+            rows -= self._continue(sequence, budget, rows, work)
             budget -= sum(w.length for w in work[before:])
         while self.waiting and budget and self.preemptions == preempted:
             sequence = self.waiting[0]
             if sequence.wants_prompt_rows and rows < 1 or not self._admit(sequence):
                 break
-            todo = self._fit(sequence, min(sequence.todo, budget), rows, planned)
+            todo = self._fit(sequence, min(sequence.todo, budget), rows, work)
             assert todo, "who is admitted has room for a page"
             work.append(self._plan(sequence, todo, begins=True))
-            planned.add(sequence)
             budget, rows = budget - todo, rows - work[-1].prompt
         return work
 
-    def _continue(self, sequence: Sequence, budget: int, rows: int, work: list[Work], planned: set[Sequence]) -> int:
+    def _continue(self, sequence: Sequence, budget: int, rows: int, work: list[Work]) -> int:
         """Plan what fits of a running sequence; returns the prompt's rows in it."""
         todo = min(sequence.todo, budget)
         if todo and sequence.holding is not None:
-            todo = self._fit(sequence, todo, rows, planned)
+            todo = self._fit(sequence, todo, rows, work)
         if not todo or sequence.holding is None:
             return 0
         work.append(self._plan(sequence, todo, begins=False))
-        planned.add(sequence)
         return work[-1].prompt
 
-    def _fit(self, sequence: Sequence, todo: int, rows: int, planned: set[Sequence]) -> int:
+    def _fit(self, sequence: Sequence, todo: int, rows: int, work: list[Work]) -> int:
         """Pages for as many of the tokens as can be had; preempts younger ones, and in the end the sequence itself, for the
         first. 0 if this step can do nothing for it."""
         holding = sequence.holding
@@ -166,6 +166,7 @@ class Scheduler:
         if sequence.computed + todo <= holding.capacity:
             return todo
         while (room := self.pages.room(holding, sequence.computed)) < 1:
+            planned = {w.sequence for w in work}
             victims = [s for s in self.running if s not in planned and s.number >= sequence.number]
             if victims[-1] is sequence and any(s.number > sequence.number for s in planned):
                 return 0  # younger ones run in this step already: their pages come back when they end

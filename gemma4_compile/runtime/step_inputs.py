@@ -20,7 +20,7 @@ class StepArrays:
     sources    [T] int64   row whose last sampled token stands for this one, -1 where input_ids has it
     sampled    [S] int64   which of the wanted rows a token is sampled from
     targets    [S] int64   row of the sampler's state of each
-    offsets    [S] int64   new tokens that the request has before it
+    lengths    [S] int64   tokens of the request before the new one
     carried    whether any token comes from the sampler's state
     prompt_rows, prompt_next   [P] int64: rows that want the log probability of the prompt's next token, and that token;
                None if there are none
@@ -30,7 +30,7 @@ class StepArrays:
     sources: Array
     sampled: Array
     targets: Array
-    offsets: Array
+    lengths: Array
     carried: bool
     prompt_rows: Array | None = None
     prompt_next: Array | None = None
@@ -39,9 +39,8 @@ class StepArrays:
 def build(work: Sequence[Work], pages: KVPages) -> StepArrays:
     """The arrays of a step as planned; no loop over tokens."""
     size = pages.page_size
-    rows = np.array([w.row for w in work])
-    first = np.array([w.start for w in work])
-    counts = np.array([w.length for w in work])
+    sequences, *columns = zip(*work, strict=True)  # the loops over a decode's requests are C's, as far as they can be
+    first, counts, rows, samples, prompts = (np.array(column) for column in columns[:5])
     starts = np.zeros(len(work) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
     total = int(starts[-1])
@@ -49,20 +48,19 @@ def build(work: Sequence[Work], pages: KVPages) -> StepArrays:
     ends = starts[1:] - 1  # the last token of each
     if total == len(work):
         positions, row_of = first.astype(np.int64), rows
-        known = [w.sequence.tokens for w in work]
-        ids = np.array([t[w.start] if w.start < len(t) else 0 for t, w in zip(known, work, strict=True)], np.int64)
-        carried = [w.start >= len(t) for t, w in zip(known, work, strict=True)]
+        ids = np.zeros(total, np.int64)
+        carried = first >= np.array([len(s.tokens) for s in sequences])
         sources[carried] = rows[carried]
+        for index in np.flatnonzero(~carried):
+            ids[index] = sequences[index].tokens[first[index]]
     else:
         positions = np.arange(total) + np.repeat(first - starts[:-1], counts)
         row_of = np.repeat(rows, counts)
         ids = np.zeros(total, np.int64)
-        carried = []
         for w, begin in zip(work, starts, strict=False):
             given = w.sequence.tokens[w.start : w.start + w.length]
             ids[begin : begin + len(given)] = given
             sources[begin + len(given) : begin + w.length] = w.row  # one at most: the token sampled last
-            carried.append(len(given) < w.length)
 
     model: dict[str, Array] = {"input_ids": ids[None], "positions": positions, "starts": starts}
     page, offset = positions // size, positions % size
@@ -77,17 +75,16 @@ def build(work: Sequence[Work], pages: KVPages) -> StepArrays:
             model[f"table.{kind}"] = np.zeros((len(work), 1), np.int32)
 
     prompt_rows = prompt_next = None
-    if any(w.prompt for w in work):
+    if prompts.any():
         model["rows"], which, prompt_rows, prompt_next = _rows_with_prompts(work, starts)
     else:
-        model["rows"] = ends[[w.samples for w in work]].astype(np.int64)
+        model["rows"] = ends[samples].astype(np.int64)
         which = np.arange(len(model["rows"]))
     if not len(model["rows"]):  # amid prompts: a model makes logits of one row at least
         model["rows"] = np.array([total - 1])
-    samples = np.array([w.samples for w in work])
-    new = first + counts - np.array([w.sequence.prompt_length for w in work])
-    return StepArrays(model, sources, which, rows[samples], new[samples].astype(np.int64), any(carried),
-                      prompt_rows, prompt_next)  # fmt: skip
+    lengths = (first + counts)[samples].astype(np.int64)
+    carried_any = bool((sources >= 0).any())
+    return StepArrays(model, sources, which, rows[samples], lengths, carried_any, prompt_rows, prompt_next)
 
 
 def _rows_with_prompts(work: Sequence[Work], starts: Array) -> tuple[Array, Array, Array, Array]:
