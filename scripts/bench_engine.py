@@ -167,10 +167,11 @@ def main() -> None:
     for name in arguments.models.split(","):
         default = ["48/8x4", "32/16x1"] if arguments.quick else list(VLLM[name])
         results.append(bench(name, arguments.workloads.split(",") if arguments.workloads else default, arguments))
+    without_out = [word for i, word in enumerate(sys.argv) if i and "--out" not in sys.argv[i - 1 : i + 1]]
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     found = {
         "machine": machine, "torch": torch.__version__, "transformers": transformers.__version__,
-        "command": f"python {' '.join(['scripts/bench_engine.py', *sys.argv[1:]])}", "models": results,
+        "command": " ".join(["python scripts/bench_engine.py", *without_out]), "models": results,
     }  # fmt: skip
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -4,6 +4,7 @@ import itertools
 import random
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,7 @@ class _Request:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     stop_reasons: list[int | str | None] = field(default_factory=list)
     error: str = ""
+    outputs: dict[str, RequestOutput] | None = None  # where its output goes when it ends, in whatever way
 
 
 class Engine:
@@ -64,7 +66,7 @@ class Engine:
     def __init__(self, model: nn.Module | str | Path, config: EngineConfig | None = None, tokenizer: Any = None):
         self.config = config = config or EngineConfig()
         self.model, self.tokenizer = _model_of(model, config, tokenizer)
-        self._stop_tokens = _stop_tokens(self.model)
+        self._stop_tokens = frozenset(i for i in _stop_tokens(self.model) if i < self.model.config.vocab_size)
         self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens)
         self.scheduler = Scheduler(self.runner.pages, config.max_batched_tokens, reuse=config.prefix_reuse)
         self.max_model_len = self.runner.max_model_len
@@ -100,42 +102,29 @@ class Engine:
         if len(chosen) != len(several):
             raise ValueError(f"there must be params for each prompt, got {len(chosen)} for {len(several)}; pass one for all")
         outputs: dict[str, RequestOutput] = {}
-        ids = dict.fromkeys(self._new_id() for _ in several)
-        for index, (request_id, prompt, param) in enumerate(zip(ids, several, chosen, strict=True)):
-            try:
-                self.add_request(prompt, param, request_id, stream=False)
-            except ValueError as error:
-                warnings.warn(f"prompt {index} is not served: {error}", stacklevel=2)
-                outputs[request_id] = _refused(request_id, prompt, str(error))
+        ids = [self._new_id() for _ in several]
         try:
-            with tqdm(total=len(ids), desc="requests", disable=not self.config.progress, initial=len(outputs)) as bar:
+            for index, (request_id, prompt, param) in enumerate(zip(ids, several, chosen, strict=True)):
+                try:
+                    self.add_request(prompt, param, request_id, stream=False)
+                    self._requests[request_id].outputs = outputs
+                except ValueError as error:
+                    warnings.warn(f"prompt {index} is not served: {error}", stacklevel=2)
+                    outputs[request_id] = _refused(request_id, prompt, str(error))
+            with tqdm(total=len(ids), desc="requests", disable=not self.config.progress) as bar:
                 while len(outputs) < len(ids):
-                    for chunk in self.step():
-                        if chunk.output is not None and chunk.request_id in ids:
-                            outputs[chunk.request_id] = chunk.output
-                            bar.update()
+                    self.step()
+                    bar.update(len(outputs) - bar.n)
         except BaseException:
             for request_id in ids:
                 self.abort(request_id)
             raise
         return [outputs[request_id] for request_id in ids]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Chunk]:
-        """One prompt's chunks as they come; leaving the loop early aborts it. Raises ValueError as `add_request`."""
-        mine: list[Chunk] = []
-        request_id = self.add_request(prompt, params, on_chunk=mine.append)
-
-        def chunks() -> Iterator[Chunk]:
-            try:
-                while request_id in self._requests or mine:
-                    if not mine:
-                        self.step()
-                    yield from mine
-                    mine.clear()
-            finally:
-                self.abort(request_id)
-
-        return chunks()
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> "ChunkStream":
+        """One prompt's chunks as they come; what is no longer read is aborted. Raises ValueError as `add_request`."""
+        chunks: deque[Chunk] = deque()
+        return ChunkStream(self, self.add_request(prompt, params, on_chunk=chunks.append), chunks)
 
     # For those who drive it
 
@@ -243,7 +232,7 @@ class Engine:
     # Within
 
     def _new_id(self) -> str:
-        return f"request-{next(self._numbers)}"
+        return next(name for number in self._numbers if (name := f"request-{number}") not in self._requests)
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:
         vocabulary = self.runner.vocabulary
@@ -258,6 +247,8 @@ class Engine:
             raise ValueError(f"token ids must be 0 to {vocabulary - 1}, got {wrong[0]}; use this model's tokenizer")
         if wrong := [i for i in params.token_ids() if not 0 <= i < vocabulary]:
             raise ValueError(f"tokens in params must be 0 to {vocabulary - 1}, got {wrong[0]}; use this model's tokenizer")
+        if (most := max(params.logprobs or 0, params.prompt_logprobs or 0)) > vocabulary:
+            raise ValueError(f"logprobs must be at most the vocabulary's {vocabulary}, got {most}; ask for fewer")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, got none with this model; use stop_token_ids")
         if params.n > self.config.max_requests:
@@ -391,10 +382,13 @@ class Engine:
         self._metrics.errors += bool(request.error)
         self._metrics.observe(metrics)
         wants_prompt = request.params.prompt_logprobs is not None
-        return RequestOutput(
+        output = RequestOutput(
             request.request_id, request.prompt, [self._sample(request, i) for i in range(len(request.samples))], metrics,
             list(request.prompt_logprobs) if wants_prompt else None, request.error,
         )  # fmt: skip
+        if request.outputs is not None:
+            request.outputs[request.request_id] = output
+        return output
 
     def _sample(self, request: _Request, index: int) -> Sample:
         sequence, text = request.samples[index], request.texts[index]
@@ -407,6 +401,31 @@ class Engine:
             said = ""
         logprobs = request.logprobs[index] if request.params.logprobs is not None else None
         return Sample(sequence.output, said, sequence.finish_reason, request.stop_reasons[index], logprobs)
+
+
+class ChunkStream:
+    """The chunks of one request, as an iterator. `close`, and the end of the last reference to it, abort the request."""
+
+    def __init__(self, engine: Engine, request_id: str, chunks: "deque[Chunk]"):
+        self.request_id, self._engine, self._chunks = request_id, engine, chunks
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        while not self._chunks and self.request_id in self._engine._requests:
+            self._engine.step()
+        if not self._chunks:
+            raise StopIteration
+        return self._chunks.popleft()
+
+    def close(self) -> None:
+        """No more of it."""
+        self._engine.abort(self.request_id)
+        self._chunks.clear()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _logprobs(results: dict[str, Any], prefix: str, rows: range, tokens: Tokens[int], top: int) -> list[TokenLogprob]:

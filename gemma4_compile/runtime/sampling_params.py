@@ -7,6 +7,8 @@ from typing import Any
 
 MAX_LOGPROBS = 100  # what a step copies to the host for each row stays small
 
+_MOST = 1e6  # of what becomes fp32: far beyond any use, far from overflow
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -62,7 +64,7 @@ class SamplingParams:
         ):  # fmt: skip
             self._check(name, int, least, most)
         for name, lower, upper in (
-            ("temperature", 0.0, None), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0), ("repetition_penalty", 0.0, None),
+            ("temperature", 0.0, _MOST), ("top_p", 0.0, 1.0), ("min_p", 0.0, 1.0), ("repetition_penalty", 0.0, _MOST),
             ("presence_penalty", -2.0, 2.0), ("frequency_penalty", -2.0, 2.0),
         ):  # fmt: skip
             self._check(name, (int, float), lower, upper)
@@ -81,16 +83,18 @@ class SamplingParams:
             if wrong := [token for token in tokens if isinstance(token, bool) or not isinstance(token, int)]:
                 raise ValueError(f"{name} must name tokens by their ids, got {wrong[0]!r}; use the tokenizer's integers")
         for token, bias in self.logit_bias.items():
-            if not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
-                raise ValueError(f"logit_bias must be numbers below infinity, got {bias!r} for token {token}; use e.g. 100")
+            if not isinstance(bias, (int, float)) or not (abs(bias) <= _MOST or bias == -math.inf):
+                raise ValueError(
+                    f"logit_bias must be -inf or within {_MOST:.0f} of 0, got {bias!r} for token {token}; use e.g. 100"
+                )
 
     def _check(self, name: str, kinds: Any, least: float, most: float | None) -> None:
         value = getattr(self, name)
         if value is None and name in ("max_tokens", "seed", "logprobs", "prompt_logprobs"):
             return
         span = f"{least} or more" if most is None else f"{least} to {most}"
-        wrong = isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value)
-        if wrong or value < least or (most is not None and value > most):
+        wrong = isinstance(value, bool) or not isinstance(value, kinds)
+        if wrong or not value >= least or (most is not None and value > most):  # NaN is not
             raise ValueError(f"{name} must be {span}, got {value!r}; see SamplingParams")
 
     @property

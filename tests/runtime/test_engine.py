@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,45 @@ def test_a_stream_whose_step_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(engine.runner, "launch", lambda work: 1 / 0)
     [last] = list(stream)
     assert last.finish_reason == "error" and last.output is not None and "ZeroDivisionError" in last.output.error
+
+
+def test_a_stream_that_nobody_reads_is_aborted() -> None:
+    engine = serve("e")
+    stream = engine.stream([5, 6, 7])
+    assert engine.has_work
+    stream.close()
+    assert not engine.has_work and list(stream) == []
+    next(engine.stream([5, 6, 7]))  # and one that is forgotten
+    assert not engine._requests
+
+
+def test_generate_that_is_interrupted_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = serve("e")
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="prompt 1 is not served"):
+        warnings.simplefilter("error")
+        engine.generate([[5, 6], []])
+    assert not engine.has_work
+
+
+def test_generate_ends_if_a_callback_aborts_its_requests() -> None:
+    models, engine = demo("e"), serve("e")
+
+    def abort_all(chunk: Chunk) -> None:
+        for index in range(20):
+            engine.abort(f"request-{index}")
+
+    engine.add_request([5, 6], on_chunk=abort_all)
+    outputs = engine.generate([[5, 6, 7], [5, 6, 8]], SamplingParams(max_tokens=30, ignore_eos=True))
+    assert [output.finish_reason for output in outputs] == ["abort", "abort"]
+    assert all(models.divergence(output) is None for output in outputs if output.token_ids)
+
+
+def test_ids_of_ours_do_not_meet_those_of_others() -> None:
+    engine = serve("e")
+    for index in range(8):
+        engine.add_request([9, 9, 9], SamplingParams(max_tokens=40, ignore_eos=True), request_id=f"request-{index}")
+    outputs = engine.generate([[5, 6]] * 4, SamplingParams(max_tokens=2, ignore_eos=True))
+    assert [output.prompt_token_ids for output in outputs] == [[5, 6]] * 4
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("sliding_attention", "0"), ("full_attention", "3")])
