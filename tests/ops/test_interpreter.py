@@ -25,6 +25,7 @@ def report() -> dict[str, str]:
     return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
 
 
+@pytest.mark.xdist_group("kernels under the interpreter")
 @pytest.mark.parametrize("name", OPS)
 def test_kernel_is_as_accurate_as_eager(name: str, report: dict[str, str]):
     assert report.get(name) == "ok"
