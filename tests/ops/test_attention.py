@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,20 +18,10 @@ from gemma4_compile.ops.attention import (
     launch_planned,
 )
 from tests.ops.attention_cases import MIXES, Request, check_cache, step
+from tests.ops.interpreted import interpreted, seeded_on_one_thread  # noqa: F401  (a fixture of every test here)
 
-ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 227 * 1024  # bytes a program may have on Hopper
 OP = torch.ops.gemma4.attention.default
-
-
-@pytest.fixture(autouse=True)
-def seeded_on_one_thread() -> Iterator[None]:
-    """Between two threads, matrices of 16 rows took up to ten times as long."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -183,13 +169,7 @@ def test_plans_by_shape_class():
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, str]:
-    """Lines `case: ok` or `case: what went wrong`, from one process: Triton reads the switch on import."""
-    pytest.importorskip("triton", reason="the interpreter is Triton's own")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.ops.interpret_attention"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    return interpreted("tests.ops.interpret_attention")
 
 
 GRID = [

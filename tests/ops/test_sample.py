@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,20 +13,11 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from gemma4_compile import ops
 from gemma4_compile.ops.sample import kept_reference, launch_sample, scaled
+from tests.ops.interpreted import interpreted, seeded_on_one_thread  # noqa: F401  (a fixture of every test here)
 from tests.ops.sample_cases import awkward, mixture, parameters
 
-ROOT = Path(__file__).parents[2]
 OP = torch.ops.gemma4.sample.default
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def seeded_on_one_thread() -> Iterator[None]:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def kept(x: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
@@ -197,14 +184,8 @@ def test_wrong_arguments_are_one_clear_line(message: str):
 
 
 @pytest.fixture(scope="module")
-def report() -> Iterator[dict[str, str]]:
-    """Lines `case: ok` or `case: what went wrong`, from one process: Triton reads the switch on import."""
-    pytest.importorskip("triton", reason="the interpreter is Triton's own")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.ops.interpret_sample"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    yield dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+def report() -> dict[str, str]:
+    return interpreted("tests.ops.interpret_sample")
 
 
 @pytest.mark.xdist_group("sampler under the interpreter")
