@@ -129,13 +129,12 @@ class Scheduler:
                 work.append(Work(sequence, sequence.computed, 1, holding.row, True, 0, 0, False))
                 sequence.computed += 1
                 sequence.pending += 1
-            else:
-                rows -= self._continue(sequence, 1, rows, work)
+            elif more := self._continue(sequence, 1, rows, work):
+                rows -= more.prompt
         budget -= len(work)
         for sequence in prompts:
-            before = len(work)
-            rows -= self._continue(sequence, budget, rows, work)
-            budget -= sum(w.length for w in work[before:])
+            if more := self._continue(sequence, budget, rows, work):
+                budget, rows = budget - more.length, rows - more.prompt
         while self.waiting and budget and self.preemptions == preempted:
             sequence = self.waiting[0]
             if sequence.wants_prompt_rows and rows < 1 or not self._admit(sequence):
@@ -146,15 +145,15 @@ class Scheduler:
             budget, rows = budget - todo, rows - work[-1].prompt
         return work
 
-    def _continue(self, sequence: Sequence, budget: int, rows: int, work: list[Work]) -> int:
-        """Plan what fits of a running sequence; returns the prompt's rows in it."""
+    def _continue(self, sequence: Sequence, budget: int, rows: int, work: list[Work]) -> Work | None:
+        """Plan what fits of a running sequence, at the end of `work`; None if nothing does."""
         todo = min(sequence.todo, budget)
         if todo and sequence.holding is not None:
             todo = self._fit(sequence, todo, rows, work)
         if not todo or sequence.holding is None:
-            return 0
+            return None
         work.append(self._plan(sequence, todo, begins=False))
-        return work[-1].prompt
+        return work[-1]
 
     def _fit(self, sequence: Sequence, todo: int, rows: int, work: list[Work]) -> int:
         """Pages for as many of the tokens as can be had; preempts younger ones, and in the end the sequence itself, for the
