@@ -172,9 +172,18 @@ def divergences(
             assert len(mine.tokens) == len(other.tokens)
             continue
         context = [*prompt, *mine.tokens[:position]]
-        (rounded,) = plain_logits(eager, [context])
-        true = exact.logits(torch.tensor([context]))[0, -1]
-        a, b = mine.tokens[position], other.tokens[position]
-        error = (rounded[-1].double() - true).abs().max().item()
-        found.append(Divergence(number, position, a, b, mine.margins[position], (true[a] - true[b]).item(), error))
+        choices = mine.tokens[position], other.tokens[position]
+        found.append(parted(number, position, context, choices, mine.margins[position], eager, exact))
     return found
+
+
+def parted(
+    prompt: int, position: int, context: list[int], choices: tuple[int, int], margin: float, eager: nn.Module, exact: Exact
+) -> Divergence:
+    """What there is to say of two texts that go on differently behind `context`: eager with choices[0], the other with the
+    second, which `margin` lies below it in eager's own logits."""
+    (rounded,) = plain_logits(eager, [context])
+    true = exact.logits(torch.tensor([context]))[0, -1]
+    expected, actual = choices
+    error = (rounded[-1].double() - true).abs().max().item()
+    return Divergence(prompt, position, expected, actual, margin, (true[expected] - true[actual]).item(), error)

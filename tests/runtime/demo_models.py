@@ -8,7 +8,10 @@ import torch
 
 from gemma4_compile import demo_checkpoint
 from gemma4_compile.demo import held_out_prompts
+from gemma4_compile.geometry import geometry
 from gemma4_compile.loading import load
+from gemma4_compile.runtime.batch import KINDS
+from gemma4_compile.runtime.memory import owners, token_bytes
 from gemma4_compile.runtime.outputs import RequestOutput
 
 
@@ -26,6 +29,11 @@ class Demo:
         order = [(37 * i) % count for i in range(count)]
         assert sorted(order) == list(range(count)), "count must have no factor in common with 37"
         return [text[: 1 + i * (longest - 1) // max(count - 1, 1)] for text, i in zip(texts, order, strict=True)]
+
+    def room_for(self, tokens: int) -> int:
+        """Bytes of keys and values of so many tokens."""
+        found = geometry(self.plain.config)
+        return tokens * sum(token_bytes(owners(found, kind), self.plain.dtype.itemsize) for kind in KINDS)
 
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
         """Hugging Face's own greedy tokens."""

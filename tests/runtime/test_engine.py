@@ -44,13 +44,6 @@ def serve(name: str, config: EngineConfig = SMALL) -> Engine:
     return Engine(models.served, config, models.tokenizer)
 
 
-def room_for(models: Demo, tokens: int) -> int:
-    """Bytes of keys and values of so many tokens."""
-    kinds = ("sliding_attention", "full_attention")
-    found = geometry(models.plain.config)
-    return tokens * sum(token_bytes(owners(found, kind), models.plain.dtype.itemsize) for kind in kinds)
-
-
 def assert_right(engine: Engine, models: Demo, outputs: list[Any]) -> None:
     """Greedy tokens, no page in use, nothing that waits."""
     assert [models.divergence(output) for output in outputs] == [None] * len(outputs)
@@ -92,7 +85,7 @@ def test_tokens_under_preemption(name: str, overlap: bool) -> None:
     models = demo(name)
     config = EngineConfig(
         max_requests=8, max_batched_tokens=48, page_size=16, max_model_len=300, expected_tokens=60, overlap=overlap,
-        kv_bytes=room_for(models, 450),
+        kv_bytes=models.room_for(450),
     )  # fmt: skip
     engine = serve(name, config)
     outputs = engine.generate(models.prompts(12, 200), SamplingParams(max_tokens=40, ignore_eos=True))
