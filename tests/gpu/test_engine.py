@@ -71,12 +71,13 @@ def test_tokens_are_hugging_faces(name: str, dtype: torch.dtype, how: str) -> No
 
 @both
 def test_generate_itself(name: str) -> None:
-    """The same tokens as model.generate(), which the test above infers from one call."""
+    """The same tokens as model.generate(), which the test above infers from one call. On the CPU: with torch 2.11 on a GPU,
+    Hugging Face's own fp32 model chooses another token behind the prompt of 257 tokens than it does on the CPU."""
     torch.set_float32_matmul_precision("highest")
     models = demo(name, "cuda", torch.float32)
     prompts = models.prompts(8, 900)
     outputs = engine(models, SERVED["default"]).generate(prompts, SamplingParams(max_tokens=TOKENS))
-    assert [output.token_ids for output in outputs] == [models.generate(prompt, TOKENS) for prompt in prompts]
+    assert [output.token_ids for output in outputs] == [demo(name).generate(prompt, TOKENS) for prompt in prompts]
 
 
 def test_fp8_keys_and_values_write_the_same_text_for_a_while() -> None:

@@ -51,14 +51,13 @@ def strides(device: str) -> None:
         args = example(name, SMALL, 4, torch.float32, device, batch=2)
         wanted = outputs(OPS[name].launch(*args))
         views = [strided(a) if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args]
-        if name in PRODUCTS:  # with strided weights cuBLAS does them, and adds in another order
-            for a, w in zip(outputs(OPS[name].launch(*views)), wanted, strict=True):
-                torch.testing.assert_close(a, w)
-            views[1:] = args[1:]
         if name == "rope":
             views[1] = args[1]  # cos and sin with different strides
         for a, w in zip(outputs(OPS[name].launch(*views)), wanted, strict=True):
-            assert torch.equal(a, w), name
+            if name in PRODUCTS:  # those of strided weights are cuBLAS's, which adds in another order
+                torch.testing.assert_close(a, w)
+            else:
+                assert torch.equal(a, w), name
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
