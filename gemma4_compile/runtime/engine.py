@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -25,8 +26,9 @@ from .model import PackedModel
 from .model_runner import Launched, ModelRunner
 from .outputs import Chunk, RequestOutput, Sample, TokenLogprob
 from .sampling_params import SamplingParams
-from .scheduler import Scheduler, Sequence, Work
+from .scheduler import Scheduler
 from .text import Prompt, TextStream, encode
+from .work import Decodes, Sequence, Work
 
 OnChunk = Callable[[Chunk], None]
 
@@ -174,7 +176,7 @@ class Engine:
         work = self.scheduler.schedule()
         launched, chunks = None, []
         if work:
-            for w in work:
+            for w in () if isinstance(work, Decodes) else work:
                 if w.begins and w.sequence.request.metrics.scheduled is None:
                     self._begun(w.sequence, start)
             try:
@@ -254,7 +256,7 @@ class Engine:
         if params.n > self.config.max_requests:
             raise ValueError(f"n must be at most max_requests={self.config.max_requests}, got {params.n}; ask in parts")
 
-    def _fail(self, work: list[Work], error: Exception) -> list[Chunk]:
+    def _fail(self, work: Tokens[Work], error: Exception) -> list[Chunk]:
         """A step could not be computed: its requests end, the others never notice."""
         self.runner.fail()
         chunks: list[Chunk] = []
@@ -274,25 +276,16 @@ class Engine:
         output = self._ended(request)
         return [Chunk(request.request_id, len(request.samples) - 1, [], "", "error", output=output)]
 
-    def _arrived(self, work: list[Work], results: dict[str, Any]) -> list[Chunk]:
+    def _arrived(self, work: Tokens[Work], results: dict[str, Any]) -> list[Chunk]:
         """Tokens of a step that has run, given to their requests."""
         now = time.perf_counter()
         tokens = results["tokens"].tolist() if "tokens" in results else []
+        if isinstance(work, Decodes) and work.plain:
+            return self._decoded(work, tokens, results, now)
         chunks: list[Chunk] = []
         row = prompt_row = 0
-        page_size = self.config.page_size
         for w in work:
             sequence = w.sequence
-            if w.samples and sequence.plain and sequence.finish_reason is None:
-                # Most tokens of a batch, so written out: neither the first nor the last one, and no page is full with it.
-                length = len(sequence.tokens)
-                amid = sequence.prompt_length < length < sequence.prompt_length + sequence.limit - 1
-                if amid and (length + 1) % page_size and tokens[row] not in sequence.stops:
-                    sequence.tokens.append(tokens[row])
-                    sequence.pending -= 1
-                    self._metrics.output_tokens += 1
-                    row += 1
-                    continue
             request = sequence.request
             if w.prompt:
                 if w.sequence is request.samples[0]:
@@ -308,6 +301,26 @@ class Engine:
                 if chunk is not None:
                     chunks += self._deliver(request, chunk)
             row += 1
+        return chunks
+
+    def _decoded(self, work: Decodes, tokens: list[int], results: dict[str, Any], now: float) -> list[Chunk]:
+        """Most tokens of a batch: one each, read by nobody yet. Those that end a sequence or fill a page go the long way."""
+        lengths = work.starts + 2  # with the new one
+        special = set(np.flatnonzero((lengths >= work.ends) | (lengths % self.config.page_size == 0)).tolist())
+        if not work.stops.isdisjoint(tokens):
+            special |= {row for row, token in enumerate(tokens) if token in work.stops}
+        chunks: list[Chunk] = []
+        for row, (sequence, token) in enumerate(zip(work.sequences, tokens, strict=True)):
+            if sequence.finish_reason is not None:
+                continue
+            if row not in special:
+                sequence.tokens.append(token)
+                sequence.pending -= 1
+                self._metrics.output_tokens += 1
+                continue
+            chunk = self._token(sequence.request, sequence, token, results, row, now)
+            if chunk is not None:
+                chunks += self._deliver(sequence.request, chunk)
         return chunks
 
     def _begun(self, sequence: Sequence, now: float) -> None:

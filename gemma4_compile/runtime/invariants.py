@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .pages import KVPages
-from .scheduler import Work
+from .work import Work
 
 VARIABLE = "GEMMA4_COMPILE_DEBUG"
 

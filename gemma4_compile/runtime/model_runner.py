@@ -1,6 +1,6 @@
 """The device's side of an engine: memory of the pools, the compiled model, the sampler. Planned steps in, tokens out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ from .memory import MemoryReport, PoolSizes, allocate, divide, naive_token_bytes
 from .model import PackedModel
 from .pages import KVPages
 from .sampler import Sampler, named_logprobs
-from .scheduler import Work
 from .staging import Fetched, Staging
 from .step_inputs import StepArrays, build
+from .work import Decodes, Work
 
 _CPU_KV_BYTES = 2**30
 _EXPECTED_TOKENS = 4096
@@ -29,7 +29,7 @@ _KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 class Launched:
     """A step that runs, or has run."""
 
-    work: list[Work]
+    work: Sequence[Work]
     fetched: Fetched
 
 
@@ -188,9 +188,9 @@ class ModelRunner:
     # Steps
 
     @torch.no_grad()
-    def launch(self, work: list[Work]) -> Launched:
+    def launch(self, work: Sequence[Work]) -> Launched:
         """Start a planned step. On a GPU this returns before it has run."""
-        for w in work:
+        for w in () if isinstance(work, Decodes) else work:
             if w.begins:
                 self.sampler.begin(w)
         arrays = build(work, self.pages)
@@ -206,7 +206,7 @@ class ModelRunner:
             results |= self.sampler(logits[: len(arrays.targets)], given, arrays, greedy)
         return Launched(work, Fetched(results))
 
-    def _logits(self, work: list[Work], arrays: StepArrays) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    def _logits(self, work: Sequence[Work], arrays: StepArrays) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Logits of the wanted rows, what else the step has sent to the device, and greedy tokens where a graph made them and
         they are in the sampler's state already."""
         extra = self.sampler.parameters(work, arrays)

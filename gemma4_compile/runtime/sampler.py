@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gemma4_compile.ops.logits import apply_penalties, logprobs_of
 
-from .scheduler import Work
 from .step_inputs import StepArrays
+from .work import Work
 
 # Parameters by row of the running requests, with the dtype that the device gets.
 _PARAMETERS: dict[str, Any] = {

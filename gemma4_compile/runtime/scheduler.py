@@ -12,80 +12,11 @@ the plan counts it, the GPU reads it where it was written.
 
 from bisect import insort
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
-from .pages import Holding, KVPages
-from .sampling_params import SamplingParams
+import numpy as np
 
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """One sample of a request on its way through the scheduler.
-
-    number        order of arrival
-    tokens        prompt and new tokens that the host knows
-    limit         new tokens at most
-    stops         tokens that end it
-    plain         nobody reads its tokens before it ends
-    computed      tokens whose keys and values are in place when the steps planned so far have run
-    pending       new tokens sampled by those steps that the host does not know yet
-    prompt_rows   prompt tokens whose log probabilities have been asked for
-    """
-
-    number: int
-    tokens: list[int]
-    params: SamplingParams
-    limit: int
-    seed: int = 0
-    request: Any = None
-    stops: frozenset[int] = frozenset()
-    plain: bool = False
-    prompt_length: int = 0
-    computed: int = 0
-    pending: int = 0
-    prompt_rows: int = 0
-    cached: int | None = None  # prompt tokens reused when it was first admitted
-    preemptions: int = 0
-    finish_reason: str | None = None
-    holding: Holding | None = None
-    keys: list[bytes] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.prompt_length = self.prompt_length or len(self.tokens)
-
-    @property
-    def todo(self) -> int:
-        """Tokens that could be computed now; 0 if all tokens it may have are sampled."""
-        known = len(self.tokens) + self.pending
-        return known - self.computed if known - self.prompt_length < self.limit else 0
-
-    @property
-    def output(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
-
-    @property
-    def wants_prompt_rows(self) -> bool:
-        return self.params.prompt_logprobs is not None and self.prompt_rows < self.prompt_length - 1
-
-
-class Work(NamedTuple):
-    """One sequence's share of a step: tokens start to start + length.
-
-    row        of the page tables and of the sampler's state
-    samples    whether a new token is sampled behind them
-    prompt     how many of them want the log probabilities of the prompt's next token, from `prompt_from` on
-    begins     whether this is the row's first step
-    """
-
-    sequence: Sequence
-    start: int
-    length: int
-    row: int
-    samples: bool
-    prompt: int
-    prompt_from: int
-    begins: bool
+from .pages import KVPages
+from .work import Decodes, Sequence, Work
 
 
 class Scheduler:
@@ -101,6 +32,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.preemptions = 0
+        self._steady: Decodes | None = None  # the step before, if the next one may be the same, a token further
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_number)
@@ -109,14 +41,43 @@ class Scheduler:
         """It needs nothing any more, wherever it was. Kernels that still write its pages run before any that reuse them."""
         sequence.finish_reason = reason
         if sequence.holding is not None:
+            self._steady = None
             self.pages.close(sequence.holding)
             sequence.holding = None
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> list[Work]:
+    def schedule(self) -> Tokens[Work]:
         """The next step, and at once its effect on all that is planned after it. Empty if nothing can be computed now."""
+        again = self._again()
+        if again is not None:
+            self._steady = again
+            return again
+        work = self._plan_step()
+        self._steady = Decodes.of(work) if len(work) == len(self.running) else None
+        return self._steady or work
+
+    def _again(self) -> Decodes | None:
+        """The step before a token further, if nothing but pages has to be seen to: most steps, so no sequence is planned."""
+        steady = self._steady
+        if steady is None or self.waiting and self.pages.free_rows:
+            return None
+        work = steady.advanced()
+        if (work.starts + 1 >= work.ends).any() or not all(s.pending for s in work.sequences):
+            return None  # one has all its tokens, or the host knows what is to be computed
+        for index in np.flatnonzero(work.starts >= work.capacities).tolist():
+            holding, start = work.sequences[index].holding, int(work.starts[index])
+            if holding is None or self.pages.room(holding, start) < 1:
+                return None
+            self.pages.extend(holding, start + 1)
+            work.capacities[index] = holding.capacity
+        for sequence in work.sequences:
+            sequence.computed += 1
+            sequence.pending += 1
+        return work
+
+    def _plan_step(self) -> list[Work]:
         work: list[Work] = []
         budget, rows, preempted = self.max_tokens, self.max_rows, self.preemptions
         prompts: list[Sequence] = []
@@ -217,6 +178,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         assert sequence.holding is not None
+        self._steady = None
         self.pages.close(sequence.holding)
         sequence.holding, sequence.computed = None, 0
         sequence.preemptions += 1

@@ -7,7 +7,7 @@ import numpy as np
 
 from .batch import KINDS
 from .pages import KVPages
-from .scheduler import Work
+from .work import Decodes, Work
 
 Array = np.ndarray
 
@@ -39,24 +39,23 @@ class StepArrays:
 def build(work: Sequence[Work], pages: KVPages) -> StepArrays:
     """The arrays of a step as planned; no loop over tokens."""
     size = pages.page_size
-    sequences, *columns = zip(*work, strict=True)  # the loops over a decode's requests are C's, as far as they can be
-    first, counts, rows, samples, prompts = (np.array(column) for column in columns[:5])
-    starts = np.zeros(len(work) + 1, np.int32)
-    np.cumsum(counts, out=starts[1:])
+    if isinstance(work, Decodes):
+        count = len(work)
+        first, rows, samples, prompts = work.starts, work.rows, np.ones(count, bool), np.zeros(count, bool)
+        starts, counts = np.arange(count + 1, dtype=np.int32), samples
+    else:
+        first, counts, rows, samples, prompts = (np.array(column) for column in list(zip(*work, strict=True))[1:6])
+        starts = np.zeros(len(work) + 1, np.int32)
+        np.cumsum(counts, out=starts[1:])
     total = int(starts[-1])
-    sources = np.full(total, -1, np.int64)
     ends = starts[1:] - 1  # the last token of each
-    if total == len(work):
-        positions, row_of = first.astype(np.int64), rows
-        ids = np.zeros(total, np.int64)
-        carried = first >= np.array([len(s.tokens) for s in sequences])
-        sources[carried] = rows[carried]
-        for index in np.flatnonzero(~carried):
-            ids[index] = sequences[index].tokens[first[index]]
+    ids = np.zeros(total, np.int64)
+    if isinstance(work, Decodes):
+        positions, row_of, sources = first, rows, rows
     else:
         positions = np.arange(total) + np.repeat(first - starts[:-1], counts)
         row_of = np.repeat(rows, counts)
-        ids = np.zeros(total, np.int64)
+        sources = np.full(total, -1, np.int64)
         for w, begin in zip(work, starts, strict=False):
             given = w.sequence.tokens[w.start : w.start + w.length]
             ids[begin : begin + len(given)] = given

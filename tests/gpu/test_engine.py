@@ -35,15 +35,16 @@ def engine(models: Demo, config: EngineConfig) -> Engine:
 
 def report(models: Demo, outputs: list[RequestOutput], title: str) -> list[Divergence]:
     """Where texts part from Hugging Face's greedy ones, and what fp64 says of it."""
-    parted_at = [(number, found) for number, output in enumerate(outputs) if (found := models.divergence(output))]
-    exact = Exact(models.plain) if parted_at else None
-    found = []
-    for number, (at, margin) in parted_at:
-        output = outputs[number]
+    found: list[Divergence] = []
+    exact: Exact | None = None
+    for number, output in enumerate(outputs):
+        if (place := models.divergence(output)) is None:
+            continue
+        at, margin = place
         context = output.prompt_token_ids + output.token_ids[:at]
-        expected = int(plain_logits(models.plain, [context])[0][-1].argmax())
-        assert exact is not None
-        found.append(parted(number, at, context, (expected, output.token_ids[at]), margin, models.plain, exact))
+        choices = int(plain_logits(models.plain, [context])[0][-1].argmax()), output.token_ids[at]
+        exact = exact or Exact(models.plain)
+        found.append(parted(number, at, context, choices, margin, models.plain, exact))
     print(f"\n{title}: {len(found)} of {len(outputs)} part")
     print(*found, sep="\n")
     return found

@@ -2,14 +2,16 @@
 request reads what is its own: through page tables, reused prefixes, freed pages and tokens that never came to the host."""
 
 from collections import deque
+from collections.abc import Sequence as Tokens
 from hashlib import blake2b
 
 import numpy as np
 
 from gemma4_compile.runtime import invariants
 from gemma4_compile.runtime.pages import KVPages
-from gemma4_compile.runtime.scheduler import Scheduler, Sequence, Work
+from gemma4_compile.runtime.scheduler import Scheduler
 from gemma4_compile.runtime.step_inputs import build
+from gemma4_compile.runtime.work import Sequence, Work
 
 VOCABULARY = 11
 
@@ -40,10 +42,10 @@ class FakeDevice:
         self.pages, self.scheduler, self.depth = pages, scheduler, depth
         self.memory = {kind: np.zeros(pool.pages * pages.page_size, np.int64) for kind, pool in pages.pools.items()}
         self.last = np.zeros(rows, np.int64)
-        self.running: deque[tuple[list[Work], list[int]]] = deque()
+        self.running: deque[tuple[Tokens[Work], list[int]]] = deque()
         self.steps = 0
 
-    def step(self) -> list[Work]:
+    def step(self) -> Tokens[Work]:
         """Plan and run a step; the host learns of the one `depth` before. Returns the plan."""
         work = self.scheduler.schedule()
         self.scheduler.check()
@@ -55,7 +57,7 @@ class FakeDevice:
         self.scheduler.check()
         return work
 
-    def _run(self, work: list[Work]) -> list[int]:
+    def _run(self, work: Tokens[Work]) -> list[int]:
         arrays = build(work, self.pages)
         invariants.check_step(work, arrays, self.pages, VOCABULARY)
         model, size = arrays.model, self.pages.page_size
@@ -90,7 +92,7 @@ class FakeDevice:
         read = {k: self.memory[k][t[index, places // size].astype(int) * size + places % size] for k, t in tables.items()}
         assert (read[kind] == read["full_attention"]).all(), "a sliding layer reads keys that are not the request's"
 
-    def _arrive(self, work: list[Work], tokens: list[int]) -> None:
+    def _arrive(self, work: Tokens[Work], tokens: list[int]) -> None:
         sampling = (w.sequence for w in work if w.samples)
         for sequence, token in zip(sampling, tokens, strict=True):
             if sequence.finish_reason is None:

@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from gemma4_compile.runtime.pages import KVPages
 from gemma4_compile.runtime.sampling_params import SamplingParams
-from gemma4_compile.runtime.scheduler import Scheduler, Sequence
+from gemma4_compile.runtime.scheduler import Scheduler
+from gemma4_compile.runtime.work import Sequence
 from tests.runtime.fake_device import FakeDevice, assert_right, expected
 
 PAGE, WINDOW, LONGEST = 4, 6, 40
