@@ -96,13 +96,17 @@ def report(model: nn.Module) -> Report:
     state = state_of(model)
     programs = state.programs
     records = state.backend.records + [program.plan.record for program in programs]
+    packed_only = state.geometry.packed_sites()
     fusions = {}
-    for name, sites in state.geometry.expected_sites().items():
+    for name, sites in (state.geometry.expected_sites() | packed_only).items():
+        # The records of packed steps are the last; before one is compiled, nothing is expected of a fusion of theirs.
+        first = len(state.backend.records) if name in packed_only else 0
+        sites = sites if name not in packed_only or programs else ()
         enabled = name in state.backend.enabled
         if not enabled:
             fusions[name] = FusionReport(name, False, len(sites), 0, note=state.backend.config.why_off(name))
             continue
-        unmatched = [u for i, record in enumerate(records, 1) for u in unmatched_sites(record, name, sites, i)]
+        unmatched = [u for i, record in enumerate(records[first:], first + 1) for u in unmatched_sites(record, name, sites, i)]
         missing = {u.site for u in unmatched} if records else set(sites)
         fusions[name] = FusionReport(
             name,
