@@ -149,18 +149,10 @@ def raw(made: Step, v_is_k: bool = False) -> tuple:
     return q, k, k if v_is_k else v, *weights, angle.cos().to(q), angle.sin().to(q), 1e-6, *rest
 
 
-def apart(
-    args: tuple, norms: Callable[..., tuple[Tensor, ...]], attends: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What attention_qkv replaces, of its arguments: the result, and the keys and values that were written."""
-    keys, values = (cache.clone() for cache in args[8:10])
-    result = attends(*norms(*args[:8]), keys, values, *args[10:])
-    return result, keys, values
-
-
 def check_same(args: tuple, fused: Callable[..., Tensor], norms: Callable[..., Any], attends: Callable[..., Tensor]) -> None:
     """attention_qkv equals the two ops to the bit: its result, and all that the pages hold."""
-    wanted, keys, values = apart(args, norms, attends)
+    keys, values = (cache.clone() for cache in args[8:10])
+    wanted = attends(*norms(*args[:8]), keys, values, *args[10:])
     actual = fused(*args)
     assert actual.dtype == wanted.dtype and actual.is_contiguous()
     assert torch.equal(actual, wanted)

@@ -26,8 +26,8 @@ def grid(dtype: torch.dtype) -> Iterator[tuple]:
     """Each mix; KV heads, head size (also no power of two), page, window, padding (negative slots) and v change on the way."""
     for turn, (name, group, kv_heads) in enumerate(product(NEW_MIXES, (1, 4), (1, 2))):
         made = step(
-            NEW_MIXES[name], heads=group * kv_heads, kv_heads=kv_heads, dim=(16, 24, 32)[turn % 3], page=(16, None)[turn // 2 % 2],
-            window=(0, 5)[turn % 2], dtype=dtype, padding=turn % 4, unwritten=0.0,
+            NEW_MIXES[name], heads=group * kv_heads, kv_heads=kv_heads, dim=(16, 24, 32)[turn % 3],
+            page=(16, None)[turn // 2 % 2], window=(0, 5)[turn % 2], dtype=dtype, padding=turn % 4, unwritten=0.0,
         )  # fmt: skip
         yield raw(made, v_is_k=turn % 3 == 1)
 
