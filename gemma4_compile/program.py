@@ -343,11 +343,11 @@ def _compile(
 
     calls = []
     for part in parts:
-        arguments: Sequence[Any] = part.inputs if isinstance(part, Piece) else part.args
-        results, key, op, host = (
-            (part.outputs, part.key, "", _on_host(part)) if isinstance(part, Piece) else ([part], "", split_point_of(part), "")
-        )
-        calls.append(Call(key, op, tuple(refer(a) for a in arguments), tuple(refer(r)[1] for r in results), host))
+        if isinstance(part, Piece):
+            arguments, results = tuple(map(refer, part.inputs)), tuple(refer(node)[1] for node in part.outputs)
+            calls.append(Call(part.key, "", arguments, results, _on_host(part)))
+        else:
+            calls.append(Call("", split_point_of(part), tuple(map(refer, part.args)), (refer(part)[1],)))
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     (logits,) = output.args[0]
     plan = Plan(calls, refer(logits), record, limits=_limits(unique.values(), references), seconds=seconds)

@@ -96,12 +96,11 @@ def report(model: nn.Module) -> Report:
     state = state_of(model)
     programs = state.programs
     records = state.backend.records + [program.plan.record for program in programs]
-    packed_only = state.geometry.packed_sites()
+    packed = state.geometry.packed_sites()
+    expected = state.geometry.expected_sites() | (packed if programs else dict.fromkeys(packed, ()))
     fusions = {}
-    for name, sites in (state.geometry.expected_sites() | packed_only).items():
-        # The records of packed steps are the last; before one is compiled, nothing is expected of a fusion of theirs.
-        first = len(state.backend.records) if name in packed_only else 0
-        sites = sites if name not in packed_only or programs else ()
+    for name, sites in expected.items():
+        first = len(state.backend.records) if name in packed else 0  # the records of packed steps are the last
         enabled = name in state.backend.enabled
         if not enabled:
             fusions[name] = FusionReport(name, False, len(sites), 0, note=state.backend.config.why_off(name))

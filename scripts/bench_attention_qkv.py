@@ -48,7 +48,8 @@ def step(sizes: Sizes, window: int, tokens: int, dtype: torch.dtype) -> tuple[An
 
 
 def apart(*args: Any) -> Tensor:
-    return launch_attention(*launch_qkv_norm_rope(*args[:8]), *args[8:])
+    q, k, v = launch_qkv_norm_rope(*args[:8])
+    return launch_attention(q, k, v, *args[8:])
 
 
 def norms_then_write(*args: Any) -> tuple[Tensor, ...]:
