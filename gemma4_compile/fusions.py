@@ -15,6 +15,7 @@ class Fusion:
 
 _REPLACES = {
     "qkv_norm_rope": "Q, K and V head norms + RoPE",
+    "attention_qkv": "qkv_norm_rope + attention's write of K and V into pages; in packed steps",
     "post_attention_norms": "post-attention norm + residual + the norms that read it",
     "gate_up": "gate and up projections + gelu_tanh(gate) * up",
     "geglu": "gelu_tanh(gate) * up",
@@ -34,4 +35,5 @@ SWITCHES = FUSIONS | TRANSFORMS
 
 # Kernel launches that a site of a rewrite saves against Inductor on the GPU, where it saves any (docs/fusions.md, "launches").
 LAUNCHES_SAVED = {"route": 3, "qkv_norm_rope": 2, "kv_norm_rope": 1, "ple_tail": 1, "ple_tail_norm": 1}
+LAUNCHES_SAVED |= {"attention_qkv": 1}  # beside qkv_norm_rope's
 LAUNCHES_SAVED |= {"gate_up": 2, "linear_triple": 2, "linear_pair": 1}  # of up to 32 rows

@@ -40,7 +40,7 @@ class Geometry:
     top_k: int
 
     def expected_sites(self) -> dict[str, tuple[str, ...]]:
-        """fusion or transform -> the sites where it should match, `layers.N` or `model`."""
+        """fusion or transform -> the sites where it should match in any graph, `layers.N` or `model`."""
         every = tuple(layer.site for layer in self.layers)
         ple = self.per_layer_input > 0
         shared = [layer.site for layer in self.layers if layer.shares_kv]
@@ -56,6 +56,10 @@ class Geometry:
             "linear": every,
             "yoco": tuple(shared[:1]),
         }
+
+    def packed_sites(self) -> dict[str, tuple[str, ...]]:
+        """Those of the fusions that only the graph of a packed step has sites for."""
+        return {"attention_qkv": tuple(layer.site for layer in self.layers if not layer.shares_kv)}
 
 
 def geometry(config: Gemma4TextConfig) -> Geometry:

@@ -8,7 +8,7 @@ of the per-layer inputs, whose index is a constant (it moves to the piece that c
 
 import hashlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,31 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 
-ATTENTION = torch.ops.gemma4.attention
+from .ops.attention import attention_into
+from .ops.attention_qkv import attention_qkv_into
+from .passes.drop_unread import drop_unread
+
+
+@dataclass(frozen=True)
+class SplitPoint:
+    """An op between pieces: what mixes rows and writes pages.
+
+    into    the same, written to a tensor given first
+    """
+
+    op: Any
+    into: Callable[..., None]
+
+    def argument(self, name: str) -> int:
+        """The place of one of its arguments."""
+        return [argument.name for argument in self.op._schema.arguments].index(name)
+
+
+SPLIT_POINTS = {
+    "attention": SplitPoint(torch.ops.gemma4.attention.default, attention_into),
+    "attention_qkv": SplitPoint(torch.ops.gemma4.attention_qkv.default, attention_qkv_into),
+}
+_NAMES = {point.op.overloadpacket: name for name, point in SPLIT_POINTS.items()}
 _IGNORED = (torch._C._log_api_usage_once,)
 
 
@@ -31,8 +55,8 @@ class Piece:
 
 
 def split(graph: Graph) -> list[Piece | Node]:
-    """The pieces and the attention calls between them, in order. Raises ValueError for a graph that cannot be split."""
-    _drop_unread(graph)
+    """The pieces and the calls of split points between them, in order. Raises ValueError for a graph that cannot be split."""
+    drop_unread(graph)  # an output that nothing reads would make equal layers differ
     parts: list[list[Node] | Node] = [[]]
     home: dict[Node, list[Node]] = {}
     for node in graph.nodes:
@@ -42,7 +66,7 @@ def split(graph: Graph) -> list[Piece | Node]:
             continue
         if node.op not in ("call_function", "call_method"):
             raise ValueError(f"a graph must hold calls only to be split, got {node.op} {node.target}; report the model")
-        if node.target is ATTENTION:
+        if node.target in _NAMES:
             parts += [node, []]
             continue
         last: Any = parts[-1]
@@ -51,13 +75,9 @@ def split(graph: Graph) -> list[Piece | Node]:
     return [part if isinstance(part, Node) else _piece(part) for part in parts if part]
 
 
-def _drop_unread(graph: Graph) -> None:
-    """Views and casts that nothing reads, such as those of the keys that a layer shares: they would be outputs of pieces, and
-    make equal layers differ. Nothing that writes goes: in-place methods end in an underscore."""
-    for node in reversed(graph.nodes):
-        is_pure = node.op == "call_method" and not str(node.target).endswith("_") or node.target is operator.getitem
-        if is_pure and not node.users:
-            graph.erase_node(node)
+def split_point_of(node: Node) -> str:
+    """The name of the op that a part between pieces calls."""
+    return _NAMES[node.target]  # type: ignore[index]
 
 
 def _is_part(node: Node) -> bool:

@@ -32,13 +32,13 @@ from .backend import Backend
 from .dynamo import own_code
 from .geometry import Geometry
 from .passes import Miss, Record, Site, pipeline, prepare, run
-from .pieces import Piece, split
+from .pieces import SPLIT_POINTS, Piece, split, split_point_of
 from .runtime.attention import NAME
 from .runtime.batch import KINDS, STEP_INPUTS, PlainKV, Request, check_inputs, require, varying_dim
 
 # What the step is traced with. Sizes are symbols; these are the hints that Inductor and measured token counts go by.
 _TRACED_REQUESTS, _TRACED_TOKENS = 8, 32
-_FORMAT = 1
+_FORMAT = 2
 
 # Where a value comes from: ["value", number], ["weight", name], ["input", name], ["size", input, dimension], ["constant", x].
 Reference = tuple[Any, ...]
@@ -46,10 +46,11 @@ Reference = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Call:
-    """One step of a program. `piece` is the key of a compiled piece, empty for attention; `host` names what a piece computes on
-    the host though the model is on a GPU, empty if nothing."""
+    """One step of a program: `piece` is the key of a compiled piece, or `op` a name in pieces.SPLIT_POINTS; the other is empty.
+    `host` names what a piece computes on the host though the model is on a GPU, empty if nothing."""
 
     piece: str
+    op: str
     arguments: tuple[Reference, ...]
     results: tuple[int, ...]
     host: str = ""
@@ -110,9 +111,9 @@ class Program:
 
         self.steps: list[Step] = []
         for call in plan.calls:
-            function = pieces[call.piece] if call.piece else torch.ops.gemma4.attention.default
+            function = SPLIT_POINTS[call.op].op if call.op else pieces[call.piece]
             arguments = tuple(place(reference) for reference in call.arguments)
-            self.steps.append(Step(function, bool(call.piece), arguments, tuple(place(("value", i)) for i in call.results)))
+            self.steps.append(Step(function, call.op, arguments, tuple(place(("value", i)) for i in call.results)))
         self._result = place(plan.result)
         self.boundary = next(i for i, call in enumerate(plan.calls) if call.piece and ("input", "rows") in call.arguments)
         self._free_after_use()
@@ -186,17 +187,18 @@ class Program:
 
 @dataclass
 class Step:
-    """One call of a program, bound: arguments, results and what nothing needs afterwards are indices of its values."""
+    """One call of a program, bound: arguments, results and what nothing needs afterwards are indices of its values. `op` names
+    the op between pieces that it calls, empty for a piece."""
 
     function: Callable[..., Any]
-    is_piece: bool
+    op: str
     arguments: tuple[int, ...]
     results: tuple[int, ...]
     dead: tuple[int, ...] = ()
 
     def run(self, values: list[Any]) -> None:
         results = self.function(*[values[i] for i in self.arguments])
-        for index, value in zip(self.results, results if self.is_piece else (results,), strict=True):
+        for index, value in zip(self.results, (results,) if self.op else results, strict=True):
             values[index] = value
         for index in self.dead:
             values[index] = None
@@ -216,7 +218,8 @@ def load(folder: str | Path, module: Any) -> Program:
         if not saved["model"] or saved["model"] != fingerprint(module):
             raise ValueError("another model's")
         calls = [
-            Call(c["piece"], tuple(tuple(a) for a in c["arguments"]), tuple(c["results"]), c["host"]) for c in saved["calls"]
+            Call(c["piece"], c["op"], tuple(tuple(a) for a in c["arguments"]), tuple(c["results"]), c["host"])
+            for c in saved["calls"]
         ]
         record = Record(
             [Site(**site | {"nodes": tuple(site["nodes"])}) for site in saved["record"]["sites"]],
@@ -340,10 +343,11 @@ def _compile(
 
     calls = []
     for part in parts:
-        arguments: Sequence[Any] = part.inputs if isinstance(part, Piece) else part.args
-        results, key = (part.outputs, part.key) if isinstance(part, Piece) else ([part], "")
-        host = _on_host(part) if isinstance(part, Piece) else ""
-        calls.append(Call(key, tuple(refer(a) for a in arguments), tuple(refer(r)[1] for r in results), host))
+        if isinstance(part, Piece):
+            arguments, results = tuple(map(refer, part.inputs)), tuple(refer(node)[1] for node in part.outputs)
+            calls.append(Call(part.key, "", arguments, results, _on_host(part)))
+        else:
+            calls.append(Call("", split_point_of(part), tuple(map(refer, part.args)), (refer(part)[1],)))
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     (logits,) = output.args[0]
     plan = Plan(calls, refer(logits), record, limits=_limits(unique.values(), references), seconds=seconds)

@@ -96,13 +96,16 @@ def report(model: nn.Module) -> Report:
     state = state_of(model)
     programs = state.programs
     records = state.backend.records + [program.plan.record for program in programs]
+    packed = state.geometry.packed_sites()
+    expected = state.geometry.expected_sites() | (packed if programs else dict.fromkeys(packed, ()))
     fusions = {}
-    for name, sites in state.geometry.expected_sites().items():
+    for name, sites in expected.items():
+        first = len(state.backend.records) if name in packed else 0  # the records of packed steps are the last
         enabled = name in state.backend.enabled
         if not enabled:
             fusions[name] = FusionReport(name, False, len(sites), 0, note=state.backend.config.why_off(name))
             continue
-        unmatched = [u for i, record in enumerate(records, 1) for u in unmatched_sites(record, name, sites, i)]
+        unmatched = [u for i, record in enumerate(records[first:], first + 1) for u in unmatched_sites(record, name, sites, i)]
         missing = {u.site for u in unmatched} if records else set(sites)
         fusions[name] = FusionReport(
             name,

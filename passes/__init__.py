@@ -1,6 +1,6 @@
 """The whole compiler on one screen: what runs on the graph that Dynamo hands over, and why in this order.
 
-    functionalize -> raise -> yoco -> fuse -> lower
+    drop_unread -> functionalize -> raise -> yoco -> fuse -> lower
 
 All of it works on Dynamo's graph, before AOT: there a norm is the same nine nodes in every dtype, a linear is one node, the
 order is program order, and the passes run on each compile, also where Inductor's cache already holds the code.
@@ -9,7 +9,9 @@ order is program order, and the passes run on each compile, also where Inductor'
 from collections.abc import Collection
 
 from .base import Miss, Pass, PatternPass, Record, Site, run
+from .drop_unread import DropUnread
 from .fuse import (
+    FUSE_ATTENTION_QKV,
     FUSE_FEED_FORWARD_TAIL,
     FUSE_GATE_UP,
     FUSE_LINEAR,
@@ -26,6 +28,7 @@ __all__ = ["Miss", "Pass", "PatternPass", "Record", "Site", "pipeline", "prepare
 
 _FUSE = (
     FUSE_QKV_NORM_ROPE,
+    FUSE_ATTENTION_QKV,  # behind qkv_norm_rope, whose op it takes into attention; YOCO is done with attention by now
     FUSE_POST_ATTENTION_NORMS,
     FUSE_PLE_INPUTS,
     FUSE_PLE_TAIL,  # before feed_forward_tail, whose scalar form it contains; takes the gate's geglu with it
@@ -50,7 +53,8 @@ def prepare() -> None:
 def pipeline(enabled: Collection[str]) -> tuple[Pass, ...]:
     """The steps with the fusions in `enabled`; every other fusion's sites are left to Inductor."""
     return (
-        Functionalize(),  # first: Hugging Face's in-place forms would need patterns of their own
+        DropUnread(),  # first: an unread view of shared keys is no reason to leave them out of a fusion
+        Functionalize(),  # before raise: Hugging Face's in-place forms would need patterns of their own
         RAISE_RMS_NORM,
         RAISE_ROPE,
         RAISE_GEGLU,

@@ -1,6 +1,7 @@
 """fuse: compositions of raised ops become one op with a kernel. What each one looks like is in patterns/."""
 
 from gemma4_compile.patterns import (
+    attention_qkv,
     feed_forward_tail,
     gate_up,
     linear,
@@ -13,6 +14,7 @@ from gemma4_compile.patterns import (
 from .base import PatternPass
 
 FUSE_QKV_NORM_ROPE = PatternPass("qkv_norm_rope", qkv_norm_rope.rewrites)
+FUSE_ATTENTION_QKV = PatternPass("attention_qkv", attention_qkv.rewrites)
 FUSE_POST_ATTENTION_NORMS = PatternPass("post_attention_norms", post_attention_norms.rewrites)
 FUSE_PLE_INPUTS = PatternPass("ple_inputs", ple_inputs.rewrites)
 FUSE_PLE_TAIL = PatternPass("ple_tail", ple_tail.rewrites)

@@ -18,6 +18,7 @@ from gemma4_compile.geometry import Geometry, LayerGeometry
 from gemma4_compile.ops.library import OPS
 from gemma4_compile.ops.measured import FUSIONS
 from gemma4_compile.patterns.rewrite import module_path
+from gemma4_compile.pieces import SPLIT_POINTS
 
 from .capture import CompiledGraph, short_path
 from .data import Kernel, Kind, Layer, Line
@@ -96,7 +97,7 @@ def classify(name: str, generated: bool) -> Kind:
     last = op_of(name)
     if generated:
         return "gemm" if name.startswith("triton_tem_") and "mm" in name else "inductor"
-    if "attention" in last and "gemma4." not in name or last == "attention":
+    if "attention" in last and "gemma4." not in name or last in SPLIT_POINTS:
         return "attention"
     if "gemma4." in name:
         return "ours"

@@ -25,7 +25,7 @@ def attention_reference(
     positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
 ) -> Tensor:  # fmt: skip
     check_attention(q, k, v, keys, values, slots, table, positions, starts)
-    _check_lengths(q, k, slots, table, positions, starts)
+    check_lengths(q, k, slots, table, positions, starts)
     if k is not None and v is not None:
         write_reference(k, v, keys, values, slots)
     out = q.new_zeros(q.shape)
@@ -80,7 +80,7 @@ def check_attention(
         expect(op, "slots must be [T], one for each new row", slots.dim(), 1, "flatten them")
 
 
-def _check_lengths(q: Tensor, k: Tensor | None, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor) -> None:
+def check_lengths(q: Tensor, k: Tensor | None, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor) -> None:
     """Apart from check_attention, because a trace would specialize on what it compares: the kernels rely on these."""
     op = "attention"
     expect(op, "positions must be [N] for q of [1, N, Hq, D]", positions.shape[0], q.shape[1], "pass one for each query row")
@@ -89,6 +89,14 @@ def _check_lengths(q: Tensor, k: Tensor | None, slots: Tensor, table: Tensor, po
     )
     if k is not None:
         expect(op, "slots must be [T] for k of [1, T, Hk, D]", slots.shape[0], k.shape[1], "pass one for each new row")
+
+
+def check_pages(keys: Tensor, values: Tensor) -> None:
+    """What the kernels ask of pages and the reference does not."""
+    op = "attention"
+    expect(op, "the page size must be a multiple of 16", keys.shape[1] % 16, 0, "blocks of keys lie within one page")
+    strides = keys.stride(3), values.stride(3)
+    expect(op, "keys and values must have unit stride in D", strides, (1, 1), "allocate D last")
 
 
 def _attention_fake(
@@ -391,13 +399,11 @@ def launch_planned(
     positions: Tensor, starts: Tensor, window: int, scale: float, plan: AttentionPlan | None = None,
 ) -> None:  # fmt: skip
     """The kernels, by `plan` or the plan of the shapes: launches depend on shapes alone, so a CUDA graph may hold them."""
-    _check_lengths(q, k, slots, table, positions, starts)
+    check_lengths(q, k, slots, table, positions, starts)
+    check_pages(keys, values)
     _, rows, heads, dim = q.shape
     _, page, kv_heads, _ = keys.shape
     requests = table.shape[0]
-    expect("attention", "the page size must be a multiple of 16", page % 16, 0, "blocks of keys lie within one page")
-    strides = keys.stride(3), values.stride(3)
-    expect("attention", "keys and values must have unit stride in D", strides, (1, 1), "allocate D last")
     if k is not None and v is not None and k.shape[1]:
         k, v = unit_stride(k), unit_stride(v)
         _write_rows_kernel[(k.shape[1], 2)](
@@ -466,12 +472,17 @@ def attention_into(
 ) -> None:  # fmt: skip
     """As `attention`, written to `out`: [1, N, Hq, D], contiguous, q.dtype. For a CUDA graph whose output has one address."""
     check_attention(q, k, v, keys, values, slots, table, positions, starts)
+    if takes(out, q):
+        with torch.cuda.device(q.device):  # Triton launches on the current device, whatever the tensors' own is
+            launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale)
+    else:
+        out.copy_(attention_reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale))
+
+
+def takes(out: Tensor, q: Tensor) -> bool:
+    """Whether the kernels write `out`, else the reference does. Raises ValueError if `out` is no place for the result."""
     expect("attention", "out must have q's shape and dtype", (*out.shape, out.dtype), (*q.shape, q.dtype), "allocate it as q")
     expect("attention", "out must be contiguous", out.is_contiguous(), True, "allocate it as q")
-    if not q.is_cuda:
-        out.copy_(attention_reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale))
-        return
-    if triton is None:
+    if q.is_cuda and triton is None:
         raise ValueError("attention on CUDA needs Triton, found none; install the triton that torch pins")
-    with torch.cuda.device(q.device):  # Triton launches on the current device, whatever the tensors' own is
-        launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale)
+    return q.is_cuda

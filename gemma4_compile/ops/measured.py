@@ -40,6 +40,9 @@ FUSIONS: dict[str, Measured] = {
     "route": Measured(True, {"route": ALWAYS}),
     # Queries alone: as fast as Inductor up to 64 tokens (it has one kernel there too), faster from 128 on.
     "qkv_norm_rope": Measured(True, {"qkv_norm_rope": ALWAYS, "q_norm_rope": ((128, None),)}),
+    # Without ranges: Inductor has no code for it, so it is measured against the two ops that it replaces, qkv_norm_rope and
+    # attention (scripts/bench_attention_qkv.py).
+    "attention_qkv": Measured(True, {}),
     # With more rows than pay (product_plan), the products are cuBLAS's, as Inductor's are.
     "gate_up": Measured(True, {"gate_up": ALWAYS}),
     "linear": Measured(True, {"linear": ALWAYS, "linear_pair": ALWAYS, "linear_triple": ALWAYS}),

@@ -24,13 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.attention import attention_into
+from gemma4_compile.pieces import SPLIT_POINTS
 from gemma4_compile.program import Program, Step
 
 from .batch import KINDS, STEP_INPUTS, check_inputs, varying_dim
 from .full_graphs import FullGraphs, FullResult
-
-_TABLE, _STARTS = 6, 8  # arguments of attention that have one row a request
 
 
 class CaptureRefused(Exception):
@@ -367,12 +365,12 @@ class GraphRunner:
         calls: list[_Call] = []
         for step in steps:
             arguments = [values[i] for i in step.arguments]
-            if step.is_piece:
+            if step.op:
+                results = [self._attended_buffer(arguments[0])]
+                calls.append(self._attention(step.op, results[0], arguments))
+            else:
                 replay, results = self.recorder.record(partial(step.function, *arguments))
                 calls.append(_replay(replay))
-            else:
-                results = [self._attended_buffer(arguments[0])]
-                calls.append(self._attention(results[0], arguments))
             for index, result in zip(step.results, results, strict=True):
                 values[index] = result
             for index in step.dead:
@@ -386,14 +384,16 @@ class GraphRunner:
             self._attended[key] = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         return self._attended[key]
 
-    def _attention(self, out: Tensor, arguments: list[Any]) -> _Call:
+    def _attention(self, op: str, out: Tensor, arguments: list[Any]) -> _Call:
+        point = SPLIT_POINTS[op]
+        table, starts = point.argument("table"), point.argument("starts")  # one row a request
         borrowed = [self.recorder.borrow(a) if isinstance(a, Tensor) else a for a in arguments]
 
         def call(requests: int) -> None:
             given = list(borrowed)
-            given[_TABLE] = given[_TABLE][:requests]
-            given[_STARTS] = given[_STARTS][: requests + 1]
-            attention_into(out, *given)  # type: ignore[arg-type]
+            given[table] = given[table][:requests]
+            given[starts] = given[starts][: requests + 1]
+            point.into(out, *given)
 
         return call
 

@@ -9,7 +9,8 @@ import torch
 
 from gemma4_compile import ops
 from gemma4_compile.ops.attention import attention_into
-from tests.ops.attention_cases import Request, Step, check_cache, check_steps, step
+from gemma4_compile.ops.attention_qkv import attention_qkv_into
+from tests.ops.attention_cases import Request, Step, check_cache, check_same, check_steps, raw, step
 
 HEADS = {  # heads, KV heads, head size
     "sliding E2B": (8, 1, 256),
@@ -145,6 +146,71 @@ def test_pages_past_two_to_the_31():
     args[6] = args[6] + first
     assert torch.equal(ops.attention(*args), wanted)
     check_cache(made, (*args[:3], args[3][first:], args[4][first:]))
+
+
+# Rows that are all new and all ask, as attention_qkv has them: negative slots are those of the padding.
+NEW = ("decode 1", "decode 7", "decode 32", "verify", "prefill", "mixed")
+
+
+def check_attention_qkv(made: Step, v_is_k: bool) -> None:
+    check_same(raw(made, v_is_k), ops.attention_qkv, ops.qkv_norm_rope, ops.attention)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("batch", NEW)
+def test_attention_qkv_equals_the_two_ops(batch: str, heads: str):
+    """The result and the pages, to the bit."""
+    for page, padding, v_is_k in ((64, 3, False), (None, 0, True)):
+        made = cuda_step(heads, BATCHES[batch], page=page, window=512, dtype=torch.bfloat16, padding=padding, unwritten=0.0)
+        check_attention_qkv(made, v_is_k)
+
+
+@pytest.mark.parametrize("cache_dtype", (torch.float8_e4m3fn, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+def test_attention_qkv_into_pages_of_another_dtype(heads: str, cache_dtype: torch.dtype):
+    for dtype in (torch.bfloat16, torch.float16):
+        made = cuda_step(heads, BATCHES["mixed"], page=64, dtype=dtype, cache_dtype=cache_dtype, padding=5, unwritten=0.0)
+        check_attention_qkv(made, v_is_k=False)
+
+
+def test_attention_qkv_takes_parts_of_one_projection():
+    q, k, v, *rest = raw(cuda_step("sliding 26B", BATCHES["mixed"], page=64, dtype=torch.bfloat16, unwritten=0.0))
+    parts = torch.cat((q, k, v), 2).split((q.shape[2], k.shape[2], v.shape[2]), 2)
+    check_same((*parts, *rest), ops.attention_qkv, ops.qkv_norm_rope, ops.attention)
+
+
+def test_attention_qkv_opcheck():
+    made = cuda_step("sliding 26B", [Request(20, 3), Request(0, 2)], window=5, dtype=torch.bfloat16, padding=2, unwritten=0.0)
+    torch.library.opcheck(torch.ops.gemma4.attention_qkv.default, raw(made))
+
+
+@pytest.mark.parametrize("heads", ("full E2B", "sliding 26B"))
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_cuda_graph_of_attention_qkv_serves_other_contents(pair: str, heads: str):
+    steps = [
+        raw(cuda_step(heads, requests, window=512, dtype=torch.bfloat16, padding=padding, unwritten=0.0))
+        for requests, padding in PAIRS[pair]
+    ]
+    static: tuple[Any, ...] = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in steps[0])
+    out = torch.empty_like(static[0])
+    attention_qkv_into(out, *static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention_qkv_into(out, *static)
+
+    def replayed(*arguments: Any) -> torch.Tensor:
+        for buffer, contents in zip(static, arguments, strict=True):
+            if isinstance(buffer, torch.Tensor):
+                buffer.copy_(contents)
+        out.fill_(torch.nan)
+        graph.replay()
+        for given, buffer in zip(arguments[8:10], static[8:10], strict=True):
+            given.copy_(buffer)
+        return out
+
+    for turn in (1, 0, 1):
+        check_same(steps[turn], replayed, ops.qkv_norm_rope, ops.attention)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: NOT tested off the current device")

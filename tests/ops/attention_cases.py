@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,4 +134,34 @@ MIXES = {
     "one row": [Request(35, 1)],  # a window of 5 begins at the last key of a page
     "several": [Request(0, 8), Request(37, 1), Request(0, 0), Request(15, 2), Request(16, 5), Request(3, 4)],
     "rows left out": [Request(0, 40, (3, 9, 39)), Request(30, 8, (7,)), Request(5, 20, (0, 1, 2, 3, 17, 19))],
+}
+
+
+def raw(made: Step, v_is_k: bool = False) -> tuple:
+    """Arguments of attention_qkv from those of a step whose rows are all new and all ask: its q, k and v are the projections.
+
+    What the step says of the pages afterwards holds no more: keys are normed and rotated now.
+    """
+    q, k, v, *rest = made.fresh()
+    dim, tokens = q.shape[-1], q.shape[1]
+    weights = [(1 + 0.1 * torch.randn(dim)).to(q) for _ in range(2)]
+    angle = 3 * torch.randn(1, tokens, dim // 2).repeat(1, 1, 2)
+    return q, k, k if v_is_k else v, *weights, angle.cos().to(q), angle.sin().to(q), 1e-6, *rest
+
+
+def check_same(args: tuple, fused: Callable[..., Tensor], norms: Callable[..., Any], attends: Callable[..., Tensor]) -> None:
+    """attention_qkv equals the two ops to the bit: its result, and all that the pages hold."""
+    keys, values = (cache.clone() for cache in args[8:10])
+    wanted = attends(*norms(*args[:8]), keys, values, *args[10:])
+    actual = fused(*args)
+    assert actual.dtype == wanted.dtype and actual.is_contiguous()
+    assert torch.equal(actual, wanted)
+    for cache, right in zip(args[8:10], (keys, values), strict=True):
+        assert torch.equal(cache.view(torch.uint8), right.view(torch.uint8))
+
+
+# Steps whose rows are all new and all ask, as attention_qkv has them.
+NEW_MIXES = {
+    "decode": [Request(35, 1), Request(0, 1), Request(16, 1)],
+    "mixed": [Request(0, 8), Request(37, 1), Request(0, 0), Request(15, 2), Request(16, 5), Request(3, 4)],
 }

@@ -6,6 +6,7 @@ from torch.fx import GraphModule
 
 import gemma4_compile.ops  # noqa: F401
 from gemma4_compile.patterns import (
+    attention_qkv,
     feed_forward_tail,
     gate_up,
     geglu,
@@ -23,7 +24,7 @@ from gemma4_compile.patterns.template import Template
 
 MODULES = (
     *(rms_norm, rope, geglu, route),
-    *(qkv_norm_rope, post_attention_norms, ple_inputs, ple_tail, feed_forward_tail, gate_up, linear),
+    *(qkv_norm_rope, attention_qkv, post_attention_norms, ple_inputs, ple_tail, feed_forward_tail, gate_up, linear),
 )
 REWRITES = [rewrite for module in MODULES for rewrite in module.rewrites()]
 

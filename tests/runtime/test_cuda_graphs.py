@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from gemma4_compile.pieces import SPLIT_POINTS
 from gemma4_compile.program import Program
 from gemma4_compile.runtime.batch import PlainKV, Request
 from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner
@@ -102,10 +104,13 @@ def test_few_buckets(buckets: Buckets) -> None:
 
 def test_a_graph_that_stores_no_keys_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first replay must not read what the program stored."""
-    import gemma4_compile.runtime.cuda_graphs as module
+    point = SPLIT_POINTS["attention_qkv"]
+    slots = point.argument("slots")
 
-    into = module.attention_into
-    monkeypatch.setattr(module, "attention_into", lambda out, q, k, v, *rest: into(out, q, None, None, *rest))
+    def forgetful(out: Tensor, *arguments: Any) -> None:
+        point.into(out, *arguments[:slots], torch.full_like(arguments[slots], -1), *arguments[slots + 1 :])
+
+    monkeypatch.setitem(SPLIT_POINTS, "attention_qkv", replace(point, into=forgetful))
     graphs, kv = runner()
     with pytest.warns(UserWarning, match="a replay gave other logits"):
         assert_same(graphs, kv, memory("e", requests=REQUESTS), [Request(tokens_of(1, 7))])

@@ -86,7 +86,7 @@ def test_yoco_works_on_the_wanted_rows() -> None:
         values = program.bind(inputs)
         queries = []
         for step in program.steps:
-            if not step.is_piece:
+            if step.op:
                 queries.append(values[step.arguments[0]].shape[1])
             step.run(values)
         assert queries == rows

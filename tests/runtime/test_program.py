@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def test_unique_pieces_of_the_released_models(name: str, monkeypatch: pytest.Mon
     config = OptimizeConfig()
     made = compile_program(model, Backend(config, config.enabled()), geometry(model.config))
     assert (made.plan.pieces, made.plan.unique_pieces) == (pieces, unique)
-    assert sum(not call.piece for call in made.plan.calls) == pieces - 1
+    ops = Counter(call.op for call in made.plan.calls if not call.piece)
+    owners = sum(not layer.shares_kv for layer in geometry(model.config).layers)
+    assert ops == Counter(attention_qkv=owners, attention=pieces - 1 - owners)
     assert not any(call.host for call in made.plan.calls)
 
 
@@ -58,10 +61,24 @@ def test_equal_layers_share_their_piece() -> None:
     assert not set(keys) & {call.piece for call in other.program.plan.calls}, "a constant of the graph is part of the key"
 
 
+@pytest.mark.parametrize("where", ["config", "environment"])
+def test_without_attention_qkv(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms in the pieces, and every layer calls attention."""
+    monkeypatch.setattr(program, "_compile_piece", lambda piece, backend: None)
+    monkeypatch.setenv("GEMMA4_COMPILE_DISABLE", "attention_qkv" if where == "environment" else "")
+    config = OptimizeConfig(disable=("attention_qkv",) if where == "config" else ())
+    model = tiny("e").requires_grad_(False)
+    made = compile_program(model, Backend(config, config.enabled()), geometry(model.config))
+    assert [call.op for call in made.plan.calls if not call.piece] == ["attention"] * 4
+    assert (made.plan.pieces, made.plan.unique_pieces) == (5, 5)
+
+
 def test_report() -> None:
     model = optimize(tiny("e", seed=3).requires_grad_(False))
+    assert report(model).fusions["attention_qkv"].expected == 0, "no packed step yet"
     PackedModel(model)
     found = report(model)
+    assert found.fusions["attention_qkv"].expected == found.fusions["attention_qkv"].launches_saved == 2
     assert (found.pieces, found.unique_pieces) == (5, 5)
     assert found.graphs_compiled + found.loaded == 1
     assert all(f.matched == f.expected for f in found.fusions.values() if f.enabled)
@@ -145,7 +162,7 @@ def break_json(folder: Path) -> None:
 
 def age(folder: Path) -> None:
     text = (folder / "program.json").read_text()
-    (folder / "program.json").write_text(text.replace('"format": 1', '"format": 0'))
+    (folder / "program.json").write_text(text.replace(f'"format": {program._FORMAT}', '"format": 0'))
 
 
 def rename_weight(folder: Path) -> None:

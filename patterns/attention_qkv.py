@@ -1,0 +1,51 @@
+"""qkv_norm_rope and the attention that writes its K and V into pages      Gemma4TextAttention.forward, runtime/attention.py
+
+In packed steps, and in layers that own KV: elsewhere a cache of Hugging Face's stands between the two."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rewrite import Rewrite
+
+ops = torch.ops.gemma4
+
+
+def search(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, keys: Tensor,
+    values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+) -> Tensor:  # fmt: skip
+    q, k, v = ops.qkv_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps)
+    # Hugging Face puts the heads first, and our attention interface puts them back.
+    q, k, v = (x.transpose(1, 2).transpose(1, 2) for x in (q, k, v))
+    return ops.attention(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale)
+
+
+def replace(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, keys: Tensor,
+    values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+) -> Tensor:  # fmt: skip
+    return ops.attention_qkv(
+        q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots, table, positions, starts, layer, window, scale
+    )
+
+
+def inputs() -> dict[str, Any]:
+    """Three rows of one request, in the second of two pages."""
+    heads = {"q": torch.randn(1, 3, 4, 8)} | {name: torch.randn(1, 3, 2, 8) for name in "kv"}
+    norms = {name: torch.rand(8) + 0.5 for name in ("q_weight", "k_weight")}
+    rotary = {name: torch.randn(1, 3, 8) for name in ("cos", "sin")}
+    pages = {name: torch.zeros(2, 16, 2, 8) for name in ("keys", "values")}
+    step = {
+        "slots": torch.arange(16, 19), "table": torch.tensor([[1]], dtype=torch.int32), "positions": torch.arange(3),
+        "starts": torch.tensor([0, 3], dtype=torch.int32),
+    }  # fmt: skip
+    return heads | norms | rotary | {"eps": 1e-6} | pages | step | {"layer": 0, "window": 2, "scale": 1.0}
+
+
+@cache
+def rewrites() -> tuple[Rewrite, ...]:
+    # No guard: both ops have checked these very shapes when they were traced, and allow nothing that the fused one does not.
+    return (Rewrite("attention_qkv", search, replace, inputs),)
