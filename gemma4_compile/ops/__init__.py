@@ -1,6 +1,7 @@
 """The `gemma4::` ops: importing this registers them all, also where there is no GPU and no Triton."""
 
 from .attention import attention
+from .experts import experts
 from .feed_forward_tail import (
     feed_forward_tail,
     feed_forward_tail_norm,
@@ -22,6 +23,7 @@ from .sample import sample
 __all__ = [
     "OPS",
     "attention",
+    "experts",
     "feed_forward_tail",
     "feed_forward_tail_norm",
     "gate_up",

@@ -38,6 +38,8 @@ FUSIONS: dict[str, Measured] = {
     "ple_tail": Measured(True, {"ple_tail": ALWAYS, "ple_tail_norm": ALWAYS}),
     "ple_inputs": Measured(True, {"ple_inputs": ALWAYS, "ple_combine": ALWAYS}),
     "route": Measured(True, {"route": ALWAYS}),
+    # With more tokens than pay (experts_plan), the products are torch's grouped ones, as Inductor's are.
+    "experts": Measured(True, {"experts": ALWAYS}),
     # Queries alone: as fast as Inductor up to 64 tokens (it has one kernel there too), faster from 128 on.
     "qkv_norm_rope": Measured(True, {"qkv_norm_rope": ALWAYS, "q_norm_rope": ((128, None),)}),
     # With more rows than pay (product_plan), the products are cuBLAS's, as Inductor's are.
