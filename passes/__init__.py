@@ -9,6 +9,7 @@ order is program order, and the passes run on each compile, also where Inductor'
 from collections.abc import Collection
 
 from .base import Miss, Pass, PatternPass, Record, Site, run
+from .experts import Experts
 from .fuse import (
     FUSE_FEED_FORWARD_TAIL,
     FUSE_GATE_UP,
@@ -34,7 +35,8 @@ _FUSE = (
     FUSE_LINEAR,  # last: the products inside other patterns are theirs
 )
 YOCO = Yoco()
-FUSED = frozenset(step.name for step in _FUSE)
+EXPERTS = Experts()
+FUSED = frozenset(step.name for step in (*_FUSE, EXPERTS))
 # Fusions that are one raised op: switched off, the op is lowered again.
 RAISED_FUSIONS = ("route", "geglu")
 
@@ -55,6 +57,8 @@ def pipeline(enabled: Collection[str]) -> tuple[Pass, ...]:
         RAISE_ROPE,
         RAISE_GEGLU,
         RAISE_ROUTE,
+        # Before anything else looks at the experts: what is not fused carries a marker, which is no operation of the model.
+        *((EXPERTS,) if EXPERTS.name in enabled else ()),
         # Behind raise, so that it knows each operation; before fuse, as a norm cannot join the layer before across a gather.
         *((YOCO,) if YOCO.name in enabled else ()),
         *(step for step in _FUSE if step.name in enabled),

@@ -247,11 +247,12 @@ def _sum_kernel(products_ptr, place_ptr, routing_ptr, out_ptr, WIDTH: tl.constex
 
 def launch_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     _check(x, indices, weights, gate_up, down)
-    return run_plan(x, indices, weights, gate_up, down, experts_plan(x.shape[0], indices.shape[1], gate_up.shape[0], x.dtype))
+    plan = experts_plan(x.shape[0], indices.shape[1], gate_up.shape[0], x.dtype)
+    return run_plan(plan, x, indices, weights, gate_up, down)
 
 
 def run_plan(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, plan: PairPlan | TiledPlan | None
+    plan: PairPlan | TiledPlan | None, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     """The kernels by a given plan; None is torch's grouped product, which takes bf16 whose rows are multiples of 16 bytes."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

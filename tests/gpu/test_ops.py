@@ -15,7 +15,7 @@ from tests.ops.kernel_cases import CASES, check_op, outputs
 
 E2B = Sizes(hidden=1536, q_heads=8, kv_heads=1, head_dim=256, intermediate=6144, layers=35)
 E4B = Sizes(hidden=2560, q_heads=8, kv_heads=2, head_dim=512, intermediate=10240, layers=42)
-MOE = Sizes(hidden=2816, q_heads=16, kv_heads=8, head_dim=256, intermediate=2112)
+MOE = Sizes(hidden=2816, q_heads=16, kv_heads=8, head_dim=256, intermediate=2112, expert_intermediate=704)
 DENSE = Sizes(hidden=5376, q_heads=32, kv_heads=4, head_dim=512, intermediate=21504, shared_kv=True)
 MODELS = {"small": SMALL, "E2B": E2B, "E4B": E4B, "26B-A4B": MOE, "31B": DENSE}
 # Token counts on both sides of every boundary in plans.py.
@@ -43,7 +43,7 @@ def test_as_accurate_as_eager_other_dtypes(name: str, dtype: torch.dtype):
 
 # Sums and rotations round where eager rounds. Matrix products add in another order than cuBLAS, and one rounding of a
 # square root or an exponential may differ: the share of bf16 outputs that may differ by a unit in the last place.
-PRODUCTS = ("linear", "linear_pair", "linear_triple", "gate_up", "ple_tail", "ple_tail_norm")
+PRODUCTS = ("linear", "linear_pair", "linear_triple", "gate_up", "experts", "ple_tail", "ple_tail_norm")
 DIFFERENT = dict.fromkeys(PRODUCTS, 0.02)
 
 

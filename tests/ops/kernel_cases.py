@@ -119,7 +119,7 @@ def expert_plans(device: str) -> None:
         args: tuple = (x, routes, routing, *matrices)
         eager, (wanted,) = OPS["experts"].reference(*args), exact("experts", args)
         for plan in plans:
-            assert_as_accurate(run_plan(*args, plan=plan), eager, wanted)
+            assert_as_accurate(run_plan(plan, *args), eager, wanted)
 
 
 def experts_by_vendor(device: str) -> None:
@@ -128,7 +128,7 @@ def experts_by_vendor(device: str) -> None:
     x, indices, *rest = example("experts", sizes, 19, torch.bfloat16, device)
     for routes in (indices, torch.where(indices == 2, 6, indices)):
         args: tuple = (x, routes, *rest)
-        assert_as_accurate(run_plan(*args, plan=None), OPS["experts"].reference(*args), exact("experts", args)[0])
+        assert_as_accurate(run_plan(None, *args), OPS["experts"].reference(*args), exact("experts", args)[0])
 
 
 def pairs_sorted(device: str) -> None:
