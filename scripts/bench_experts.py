@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +36,7 @@ from gemma4_compile.ops.experts import run_plan
 from gemma4_compile.ops.library import INTERPRETED
 from gemma4_compile.ops.plans import PairPlan, TiledPlan, TilePlan, VectorPlan, experts_plan
 
-SMALL = "--small" in sys.argv  # the workers that compile see it too
+SMALL = "--small" in sys.argv
 Plan = PairPlan | TiledPlan | None
 HIDDEN, EXPERTS, TOP_K, INNER, LAYERS = (24, 6, 2, 16, 2) if SMALL else (2816, 128, 8, 704, 4)
 TOKENS = [1, 5] if SMALL else [1, 2, 4, 8, 16, 32, 64, 80, 128, 256, 1024, 8192]
@@ -185,35 +182,16 @@ def measure(
     }
 
 
-def compiles(plan: Plan) -> bool:
-    """Compile a plan's kernels, in a process of its own: Triton keeps them on disk. False: it does not fit the GPU."""
+def compiles(plan: Plan, layer: tuple[Tensor, Tensor]) -> bool:
+    """Whether a plan fits the GPU; half a second a kernel."""
     try:
-        run_plan(plan, *routed(2), *_layer())
+        run_plan(plan, *routed(2), *layer)
         if not SMALL:
             torch.cuda.synchronize()
     except Exception as error:  # a plan that does not compile is a result too
         print(f"{name(plan)}: {type(error).__name__} {str(error)[:150]}", file=sys.stderr)
         return False
     return True
-
-
-_LAYER: list[tuple[Tensor, Tensor]] = []
-
-
-def _layer() -> tuple[Tensor, Tensor]:
-    if not _LAYER:
-        _LAYER.append(matrices())
-    return _LAYER[0]
-
-
-def working_plans(token_counts: list[int]) -> list[Plan]:
-    """Those that compile, of all that will be tried."""
-    plans = list(dict.fromkeys(plan for tokens in token_counts for plan in varied(tokens)))
-    if SMALL:
-        return [plan for plan in plans if compiles(plan)]
-    workers = min(12, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return [plan for plan, works in zip(plans, pool.map(compiles, plans), strict=True) if works]
 
 
 def chosen(row: dict[str, Any]) -> float:
@@ -249,10 +227,11 @@ def main() -> None:
         parser.error("--small and TRITON_INTERPRET=1 go together, got one of them; set both or none")
     start = time.perf_counter()
     with torch.no_grad():
-        working = working_plans(options.tokens)
+        layers = [matrices() for _ in range(LAYERS)]
+        tried = dict.fromkeys(plan for tokens in options.tokens for plan in varied(tokens))
+        working = [plan for plan in tried if compiles(plan, layers[0])]
         print(f"{len(working)} plans compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         rates = (1e9, 1e9) if SMALL else _rates()
-        layers = [matrices() for _ in range(LAYERS)]
         rows = []
         for tokens in options.tokens:
             rows.append(measure(tokens, layers, working, rates))

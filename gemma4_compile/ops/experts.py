@@ -11,8 +11,9 @@ A pair is a token and one of its experts; it has the number token * top_k + plac
               sum: 4 launches. Tensor cores, with the weights as the left operand: 16 rows are enough to fill one
     vendor    the same sort and sum around torch's grouped products, for prefills
 
-None waits for the GPU, and no grid depends on the routes: tiles that are not needed return at once. Nothing is added by
-atomics, so the result does not depend on the order in which programs run.
+The kernels of the first two overlap their starts (programmatic dependent launch, see plans.py); the second kernel of a few
+tokens reads its weights while the first still runs. No way waits for the GPU, and no grid depends on the routes: tiles that are
+not needed return at once. Nothing is added by atomics, so the result does not depend on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def _pair_down_kernel(
 @jit(do_not_specialize=["pairs", "bound"])  # one compilation for all token counts
 def _sort_kernel(
     indices_ptr, order_ptr, place_ptr, ends_ptr, tiles_ptr, pairs, bound,
-    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Program e lists the pairs of expert e in their order: all programs read all indices, and none waits for another.
 
@@ -141,6 +142,8 @@ def _sort_kernel(
     ends     [EXPERTS]    sorted position behind each expert's last pair
     tiles    [2, bound]   expert and first position of each tile of ROWS; expert -1 where there is no tile
     """
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     mine = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     expert = tl.arange(0, EXPERTS_BLOCK)
@@ -183,12 +186,15 @@ def _tile_kernel(
     x_ptr, weight_ptr, out_ptr, order_ptr, ends_ptr, tiles_ptr, bound, x_stride,
     TOP_K: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """out[position] for a tile of positions, OUTPUTS rows of the tile's expert a program.
 
     GATED    x is by token, weight [E, 2 COUNT, WIDTH], out gelu_tanh(gate) * up; else x by position, weight [E, COUNT, WIDTH]
     """
+    if CHAINED:  # also in programs that return at once: each must have waited for the next kernel to be behind all before it
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(1)
     expert = tl.load(tiles_ptr + tile).to(tl.int64)
     if expert < 0:
@@ -230,8 +236,13 @@ def _tile_kernel(
 
 
 @jit
-def _sum_kernel(products_ptr, place_ptr, routing_ptr, out_ptr, WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    products_ptr, place_ptr, routing_ptr, out_ptr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
     """out[token] = the sum over its experts of weight * product, in the order of the routes."""
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
 
@@ -294,18 +305,18 @@ def _by_tiles(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down
     hidden, products = (x.new_empty((indices.numel(), width)) for width in (down.shape[2], down.shape[1]))
     _launch_tiles(x, gate_up, hidden, order, ends, tiles, indices.shape[1], plan.rows, plan.up, gated=True)
     _launch_tiles(hidden, down, products, order, ends, tiles, indices.shape[1], plan.rows, plan.down, gated=False)
-    _sum(products, place, weights, out)
+    _sum(products, place, weights, out, can_chain())
 
 
 def _launch_tiles(
     x: Tensor, weight: Tensor, out: Tensor, order: Tensor, ends: Tensor, tiles: Tensor, top_k: int, rows: int, plan: TilePlan,
     gated: bool,
 ) -> None:  # fmt: skip
-    bound, (count, width) = tiles.shape[1], weight.shape[1:]
+    bound, (count, width), chained = tiles.shape[1], weight.shape[1:], can_chain()
     _tile_kernel[(-(-count // plan.outputs), bound)](
         x, weight, out, order, ends, tiles, bound, x.stride(0), top_k, out.shape[1], width,
-        rows, plan.outputs, plan.block, width % plan.block == 0, gated, "ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=plan.warps, num_stages=plan.stages,
+        rows, plan.outputs, plan.block, width % plan.block == 0, gated, "ieee" if x.dtype == torch.float32 else "tf32", chained,
+        num_warps=plan.warps, num_stages=plan.stages, **_after(chained),
     )  # fmt: skip
 
 
@@ -313,7 +324,7 @@ def _by_vendor(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, dow
     order, place, ends, _ = sorted_pairs(indices, down.shape[0], 128)
     rows = x.index_select(0, order // indices.shape[1])
     gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    _sum(F.grouped_mm(launch_geglu(gate, up), down.transpose(1, 2), offs=ends), place, weights, out)
+    _sum(F.grouped_mm(launch_geglu(gate, up), down.transpose(1, 2), offs=ends), place, weights, out, False)
 
 
 def sorted_pairs(indices: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -323,16 +334,19 @@ def sorted_pairs(indices: Tensor, experts: int, rows: int) -> tuple[Tensor, Tens
     order, place, ends, tiles = (indices.new_empty(n, dtype=torch.int32) for n in (pairs, pairs, experts, 2 * bound))
     block = min(power_of_two(pairs), 2048)
     _sort_kernel[(experts,)](
-        indices, order, place, ends, tiles, pairs, bound, experts, max(power_of_two(experts), 32), rows, max(block, 128),
+        indices, order, place, ends, tiles, pairs, bound,
+        experts, max(power_of_two(experts), 32), rows, max(block, 128), can_chain(),
         num_warps=4 if block <= 1024 else 8,
     )  # fmt: skip
     return order, place, ends, tiles.view(2, bound)
 
 
-def _sum(products: Tensor, place: Tensor, weights: Tensor, out: Tensor) -> None:
+def _sum(products: Tensor, place: Tensor, weights: Tensor, out: Tensor, chained: bool) -> None:
     (tokens, width), top_k = out.shape, weights.shape[1]
     block = min(power_of_two(width), 1024)
-    _sum_kernel[(tokens, -(-width // block))](products, place, weights, out, width, top_k, block, num_warps=4)
+    _sum_kernel[(tokens, -(-width // block))](
+        products, place, weights, out, width, top_k, block, chained, num_warps=4, **_after(chained)
+    )
 
 
 def _experts_fake(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
