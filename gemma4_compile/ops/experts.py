@@ -332,11 +332,10 @@ def sorted_pairs(indices: Tensor, experts: int, rows: int) -> tuple[Tensor, Tens
     pairs = indices.numel()
     bound = min(pairs, experts + pairs // rows)  # each expert's last tile may be partly filled
     order, place, ends, tiles = (indices.new_empty(n, dtype=torch.int32) for n in (pairs, pairs, experts, 2 * bound))
-    block = min(power_of_two(pairs), 2048)
+    block = 128 if pairs <= 128 else 1024 if pairs <= 1024 else 8192  # a prefill's pairs are read in few rounds
     _sort_kernel[(experts,)](
         indices, order, place, ends, tiles, pairs, bound,
-        experts, max(power_of_two(experts), 32), rows, max(block, 128), can_chain(),
-        num_warps=4 if block <= 1024 else 8,
+        experts, max(power_of_two(experts), 32), rows, block, can_chain(), num_warps=max(block // 256, 4),
     )  # fmt: skip
     return order, place, ends, tiles.view(2, bound)
 

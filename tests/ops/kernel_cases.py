@@ -133,7 +133,7 @@ def experts_by_vendor(device: str) -> None:
 
 def pairs_sorted(device: str) -> None:
     """Stable, with each pair once, and tiles that cover each expert's pairs and no others."""
-    for tokens, top_k, experts, rows in ((1, 1, 1, 16), (19, 3, 6, 16), (700, 2, 5, 32), (1100, 4, 130, 16)):
+    for tokens, top_k, experts, rows in ((1, 1, 1, 16), (19, 3, 6, 16), (700, 2, 5, 32), (2200, 4, 130, 16)):
         indices = torch.randint(-1, experts + 1, (tokens, top_k), device=device)
         order, place, ends, tiles = (t.cpu() for t in sorted_pairs(indices, experts, rows))
         flat = indices.flatten().cpu()
