@@ -37,7 +37,7 @@ class Experts:
                 seen.add(path)
                 node.replace_all_uses_with(states)
                 graph.erase_node(node)
-        for path in dict.fromkeys(module_path(node) for node in graph.nodes if _of_experts(node)):
+        for path in dict.fromkeys(module_path(node) for node in graph.nodes if of_experts(node)):
             if path not in seen:
                 record.misses.append(Miss(self.name, path, _OTHER, -1, SOURCE))
 
@@ -47,7 +47,8 @@ def _targets(name: str) -> tuple[Any, ...]:
     return packet, packet.default
 
 
-def _of_experts(node: Node) -> bool:
+def of_experts(node: Node) -> bool:
+    """Whether a module of Gemma 4's experts made the node."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return False
