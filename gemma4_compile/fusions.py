@@ -20,6 +20,7 @@ _REPLACES = {
     "gate_up": "gate and up projections + gelu_tanh(gate) * up",
     "geglu": "gelu_tanh(gate) * up",
     "route": "softmax, top-k, renormalize, per-expert scale",
+    "experts": "the routed experts: both products, gelu_tanh(gate) * up, weighted sum",
     "feed_forward_tail": "post-FF norms + residual [* scalar] [+ the next layer's norm]",
     "ple_inputs": "per-layer embedding gather + projection norm + combine",
     "ple_tail": "PLE gate, projection, norm, residual, scalar [+ the next layer's norm]",

@@ -50,6 +50,7 @@ class Geometry:
             "gate_up": every,
             "geglu": every,
             "route": every if self.experts else (),
+            "experts": every if self.experts else (),
             "feed_forward_tail": every,
             "ple_inputs": (WHOLE_MODEL,) if ple else (),
             "ple_tail": every if ple else (),

@@ -23,6 +23,7 @@ from . import ops  # noqa: F401  (registers the ops)
 from .backend import Backend
 from .config import OptimizeConfig
 from .dynamo import dense, own_code
+from .experts import fused_experts
 from .geometry import Geometry, geometry
 from .passes import prepare
 from .program import Program
@@ -196,7 +197,8 @@ class CompiledModel:
         limits: dict[str, Any] = {"recompile_limit": self.backend.config.max_graphs, "accumulated_recompile_limit": 2**16}
         with torch.no_grad(), torch._dynamo.config.patch(**limits):
             try:
-                output, new = self._step(inputs, steps)
+                with fused_experts(self._module_ref.config, "experts" in self.backend.enabled):
+                    output, new = self._step(inputs, steps)
             except FailOnRecompileLimitHit:  # before anything ran: the user's cache is as it was
                 self._warn_eager(
                     f"max_graphs={self.backend.config.max_graphs} are in use; raise it, or call with fewer kinds of inputs"

@@ -30,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .backend import Backend
 from .dynamo import own_code
+from .experts import fused_experts
 from .geometry import Geometry
 from .passes import Miss, Record, Site, pipeline, prepare, run
 from .pieces import SPLIT_POINTS, Piece, split, split_point_of
@@ -253,16 +254,17 @@ def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> 
     names = {id(tensor): ("input", name) for name, tensor in inputs.items()}
     names |= {id(tensor): ("weight", name) for name, tensor in weights.items()}
     made: list[Program] = []
+    model = fingerprint(module)  # before the switches below: it asks for what the user chose
 
     def compile_graph(gm: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         traced = time.perf_counter() - start
         program = _compile(gm, examples, names, backend, weights)
         program.plan.seconds["trace"] = traced
-        program.plan.model = fingerprint(module)
+        program.plan.model = model
         made.append(program)
         return lambda *args: (torch.empty(()),)  # nothing runs: only the graph is wanted
 
-    with _attention(module), torch.no_grad():
+    with _attention(module), fused_experts(module.config, "experts" in backend.enabled), torch.no_grad():
         torch.compile(own_code(_make_step(module, model_geometry)), backend=compile_graph, fullgraph=True)(inputs)
     (program,) = made
     return program

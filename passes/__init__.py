@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 from .base import Miss, Pass, PatternPass, Record, Site, run
 from .drop_unread import DropUnread
+from .experts import Experts
 from .fuse import (
     FUSE_ATTENTION_QKV,
     FUSE_FEED_FORWARD_TAIL,
@@ -37,7 +38,8 @@ _FUSE = (
     FUSE_LINEAR,  # last: the products inside other patterns are theirs
 )
 YOCO = Yoco()
-FUSED = frozenset(step.name for step in _FUSE)
+EXPERTS = Experts()
+FUSED = frozenset(step.name for step in (*_FUSE, EXPERTS))
 # Fusions that are one raised op: switched off, the op is lowered again.
 RAISED_FUSIONS = ("route", "geglu")
 
@@ -59,6 +61,8 @@ def pipeline(enabled: Collection[str]) -> tuple[Pass, ...]:
         RAISE_ROPE,
         RAISE_GEGLU,
         RAISE_ROUTE,
+        # Before anything else looks at the experts: what is not fused carries a marker, which is no operation of the model.
+        *((EXPERTS,) if EXPERTS.name in enabled else ()),
         # Behind raise, so that it knows each operation; before fuse, as a norm cannot join the layer before across a gather.
         *((YOCO,) if YOCO.name in enabled else ()),
         *(step for step in _FUSE if step.name in enabled),

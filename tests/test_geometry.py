@@ -18,8 +18,8 @@ def test_e2b() -> None:
     assert (found.layers[0].head_dim, found.layers[4].head_dim) == (256, 512)
     assert (found.layers[14].intermediate, found.layers[15].intermediate) == (6144, 12288)
     assert {name: len(sites) for name, sites in found.expected_sites().items()} == {
-        "qkv_norm_rope": 35, "post_attention_norms": 35, "geglu": 35, "route": 0, "feed_forward_tail": 35, "ple_inputs": 1,
-        "ple_tail": 35, "gate_up": 35, "linear": 35, "yoco": 1,
+        "qkv_norm_rope": 35, "post_attention_norms": 35, "geglu": 35, "route": 0, "experts": 0, "feed_forward_tail": 35,
+        "ple_inputs": 1, "ple_tail": 35, "gate_up": 35, "linear": 35, "yoco": 1,
     }  # fmt: skip
 
 

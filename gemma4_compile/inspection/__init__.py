@@ -84,7 +84,9 @@ def inspect(
     steps = {OURS: pipeline(enabled)} | ({PLAIN: ()} if compare else {})
     with whole_or_nothing(folder) if folder else nullcontext() as draft:
         runs = {
-            variant: run_variant(variant, target, config, enabled, passes, example_inputs, described, draft)
+            variant: run_variant(
+                variant, target, config, enabled if variant == OURS else frozenset(), passes, example_inputs, described, draft
+            )
             for variant, passes in steps.items()
         }
         ours, plain = runs[OURS], runs.get(PLAIN)

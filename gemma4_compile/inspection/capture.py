@@ -7,6 +7,7 @@ not depend on what ran before.
 import inspect
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +16,18 @@ from typing import Any
 import torch
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 import gemma4_compile
 from gemma4_compile.backend import Backend
 from gemma4_compile.passes import Pass, Record, run
 from gemma4_compile.passes.base import origins_of
+from gemma4_compile.passes.experts import of_experts
 from gemma4_compile.patterns.rewrite import module_path
 
 from .data import Line
 
+_NUMBER = re.compile(r"_\d+$")
 _INSPECTING = {"fx_graph_cache": False, "trace.provenance_tracking_level": 1, "triton.cudagraphs": False}
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \w+\n\s*(?P<code>.*)')
 _PACKAGE = Path(gemma4_compile.__file__).parent
@@ -63,6 +66,7 @@ class Recorder(Backend):
     graphs: list[CompiledGraph] = field(default_factory=list)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        _name_alike(gm.graph)
         stages = [("dynamo", _readable(gm))]
         sources = {node.name: line for node in gm.graph.nodes if (line := _line(node))}
         parameters = [_parameter(node) for node in gm.graph.nodes if node.op == "placeholder"]
@@ -92,6 +96,26 @@ class Recorder(Backend):
         with functorch_config.patch(enable_autograd_cache=False), self.progress(f"compiling {len(gm.graph.nodes)} nodes"):
             call: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=options)  # type: ignore[arg-type]
         return call
+
+
+def _name_alike(graph: Graph) -> None:
+    """Give nodes the names that they had if no experts were there. The experts are our op or Hugging Face's subgraph; of all
+    else, the graphs of two variants are compared by name."""
+    counts: Counter[str] = Counter()
+    kept = {node for node in graph.nodes if node.op in ("placeholder", "get_attr", "output")}
+    taken = {node.name for node in kept}
+    for node in graph.nodes:
+        if node in kept:
+            continue
+        base = _NUMBER.sub("", node.name)
+        base = f"experts_{base}" if of_experts(node) else base
+        name = base
+        while name in taken:
+            counts[base] += 1
+            name = f"{base}_{counts[base]}"
+        node.name = name
+        taken.add(name)
+    graph._graph_namespace._used_names |= taken  # the passes' own nodes get others
 
 
 def _readable(gm: GraphModule) -> str:

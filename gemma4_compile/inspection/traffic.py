@@ -136,6 +136,11 @@ def _bytes_read(node: Node, target: str, position: int, source: Node) -> int:
         if rows is not None and experts is not None and experts.dim() == 3:
             # No more experts than rows can be asked for.
             return whole * min(size_of(rows.shape[0]), size_of(experts.shape[0])) // max(size_of(experts.shape[0]), 1)
+    if target == "gemma4.experts.default" and position in (3, 4):
+        pairs, experts = value_of(node.args[1]), value_of(source)  # type: ignore[arg-type]
+        if pairs is not None and experts is not None:
+            named = size_of(pairs.shape[0]) * size_of(pairs.shape[1])
+            return whole * min(named, size_of(experts.shape[0])) // max(size_of(experts.shape[0]), 1)
     return whole
 
 

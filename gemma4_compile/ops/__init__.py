@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .attention_qkv import attention_qkv
+from .experts import experts
 from .feed_forward_tail import (
     feed_forward_tail,
     feed_forward_tail_norm,
@@ -24,6 +25,7 @@ __all__ = [
     "OPS",
     "attention",
     "attention_qkv",
+    "experts",
     "feed_forward_tail",
     "feed_forward_tail_norm",
     "gate_up",

@@ -27,11 +27,22 @@ class Sizes:
     vocabulary: int = 4096
     experts: int = 128
     top_k: int = 8
+    expert_intermediate: int = 64
     shared_kv: bool = False  # attention_k_eq_v: the op is given one tensor as k and v
 
 
 SMALL = Sizes(
-    hidden=24, q_heads=3, kv_heads=2, head_dim=16, intermediate=40, ple=12, layers=3, vocabulary=11, experts=10, top_k=3
+    hidden=24,
+    q_heads=3,
+    kv_heads=2,
+    head_dim=16,
+    intermediate=40,
+    ple=12,
+    layers=3,
+    vocabulary=11,
+    experts=10,
+    top_k=3,
+    expert_intermediate=20,
 )
 
 
@@ -130,6 +141,15 @@ def _attention_heads(d: Draw) -> tuple[int, int]:
     return d.sizes.q_heads * d.sizes.head_dim, d.sizes.kv_heads * d.sizes.head_dim
 
 
+def _experts(d: Draw) -> tuple:
+    s = d.sizes
+    indices = torch.rand(d.batch * d.tokens, s.experts, device=d.device).argsort(-1)[:, : s.top_k].contiguous()
+    weights = torch.rand(d.batch * d.tokens, s.top_k, device=d.device).softmax(-1)
+    gate_up = s.hidden**-0.5 * d.normal(s.experts, 2 * s.expert_intermediate, s.hidden)
+    down = s.expert_intermediate**-0.5 * d.normal(s.experts, s.hidden, s.expert_intermediate)
+    return d.flat(s.hidden), indices, weights, gate_up, down
+
+
 EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
     "rms_norm": lambda d: (d.states(), d.weight(), EPS),
     "rms_norm_noscale": lambda d: (d.states(), EPS),
@@ -140,6 +160,7 @@ EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
     "linear_pair": lambda d: _projections(d, *_attention_heads(d)),
     "linear_triple": lambda d: _projections(d, *_attention_heads(d), _attention_heads(d)[1]),
     "route": lambda d: (d.logits(), d.weight(d.sizes.experts), d.sizes.top_k),
+    "experts": _experts,
     "post_attention_norm": lambda d: (*_two_states(d), d.weight(), d.weight(), EPS),
     "post_attention_norms": _post_attention_norms,
     "feed_forward_tail": lambda d: (*_two_states(d), d.weight(), None, EPS),

@@ -52,7 +52,7 @@ def _check_gate_up(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> None:
 
 
 @jit
-def _stacked_rows(first_rows, COUNT: tl.constexpr, GATED: tl.constexpr):
+def stacked_rows(first_rows, COUNT: tl.constexpr, GATED: tl.constexpr):
     """The program's rows of the stacked matrices. GATED: half of them of the first, and those of the second that meet them."""
     lane = tl.arange(0, COUNT)
     if GATED:
@@ -81,12 +81,12 @@ def _row_of_matrix(row, first_rows, second_rows, second_ptr, third_ptr):
 
 
 @jit
-def _gated(gate, up, dtype: tl.constexpr):
+def gated_product(gate, up, dtype: tl.constexpr):
     return rounded(gelu_tanh(rounded(gate, dtype)), dtype) * rounded(up, dtype)
 
 
 @jit
-def _load_weights(
+def load_weights(
     weight_ptr, present, begin, width,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -101,9 +101,7 @@ def _load_weights(
 
 
 @jit
-def _add_products(
-    sums, weights, x_ptr, x_stride, begin, width, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
-):
+def add_products(sums, weights, x_ptr, x_stride, begin, width, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """sums, [OUTPUTS, BLOCK // 8] for each row of x, plus the products of the loaded columns."""
     # As wide as the weights: each warp then loads its own copy of x, and none goes through shared memory.
     lane = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (OUTPUTS, BLOCK))
@@ -127,7 +125,7 @@ def _vector_kernel(
     GATED: tl.constexpr,
 ):  # fmt: skip
     """OUTPUTS rows of weights times TOKENS rows of x, in fp32 without tensor cores; BLOCKS loads of BLOCK columns at a time."""
-    row = _stacked_rows(first_rows, OUTPUTS, GATED)
+    row = stacked_rows(first_rows, OUTPUTS, GATED)
     local = _row_of_matrix(row, first_rows, second_rows, second_ptr, third_ptr)
     present = row < first_rows + second_rows + third_rows
     weight_ptr = _of_matrix(row, first_rows, second_rows, first_ptr, second_ptr, third_ptr) + local.to(tl.int64) * width
@@ -135,15 +133,15 @@ def _vector_kernel(
     for _ in tl.static_range(TOKENS):
         sums = sums + (tl.zeros((OUTPUTS, BLOCK // 8), tl.float32),)  # type: ignore[assignment]
     for begin in range(0, width, BLOCK * BLOCKS):
-        weights = _load_weights(weight_ptr, present, begin, width, BLOCK, BLOCKS, WHOLE)
-        sums = _add_products(sums, weights, x_ptr, x_stride, begin, width, OUTPUTS, BLOCK, WHOLE)
+        weights = load_weights(weight_ptr, present, begin, width, BLOCK, BLOCKS, WHOLE)
+        sums = add_products(sums, weights, x_ptr, x_stride, begin, width, OUTPUTS, BLOCK, WHOLE)
 
     for token in tl.static_range(TOKENS):
         total = tl.sum(sums[token], axis=1)
         if GATED:
             gate, up = tl.split(tl.trans(tl.reshape(total, (2, OUTPUTS // 2))))
             output = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
-            value = _gated(gate, up, first_out_ptr.dtype.element_ty)
+            value = gated_product(gate, up, first_out_ptr.dtype.element_ty)
             tl.store(first_out_ptr + token * first_rows + output, value, output < first_rows)
         else:
             second = None if second_out_ptr is None else second_out_ptr + token * second_rows
@@ -160,7 +158,7 @@ def _dot_kernel(
     GATED: tl.constexpr,
 ):  # fmt: skip
     """As _vector_kernel, with tensor cores. SLICES > 1: each warp takes every SLICES-th block of columns of the same rows."""
-    row = _stacked_rows(first_rows, OUTPUTS, GATED)
+    row = stacked_rows(first_rows, OUTPUTS, GATED)
     local = _row_of_matrix(row, first_rows, second_rows, second_ptr, third_ptr)
     present = row < first_rows + second_rows + third_rows
     weight_ptr = _of_matrix(row, first_rows, second_rows, first_ptr, second_ptr, third_ptr) + local.to(tl.int64) * width
@@ -192,7 +190,7 @@ def _dot_kernel(
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(total, (2, OUTPUTS // 2, TOKENS)), (1, 2, 0)))
         output = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
-        value = _gated(gate, up, first_out_ptr.dtype.element_ty)
+        value = gated_product(gate, up, first_out_ptr.dtype.element_ty)
         mask = (output < first_rows)[:, None] & (token < tokens)[None, :]
         tl.store(first_out_ptr + token[None, :] * first_rows + output[:, None], value, mask)
     else:

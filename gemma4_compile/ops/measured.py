@@ -1,7 +1,8 @@
 """Where each fusion pays: plain data, measured, for the passes to read. Nothing here is computed at run time.
 
 The numbers are of one run of `python scripts/bench_ops.py --out benchmarks/ops-h200.json` on an H200, those of the products
-of `python scripts/bench_linear.py --out benchmarks/linear-h200.json`; docs/fusions.md prints them, and
+of `python scripts/bench_linear.py --out benchmarks/linear-h200.json`, those of the experts of `python scripts/bench_experts.py
+--out benchmarks/experts-h200.json`; docs/fusions.md prints them, and
 tests/ops/test_measured.py holds this file to them. A range of token counts is inclusive, None is no upper end; within it no
 measured model was more than 3% slower than Inductor's own code for the same subgraph.
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 BENCHMARK = "benchmarks/ops-h200.json"
 PRODUCTS_BENCHMARK = "benchmarks/linear-h200.json"
+EXPERTS_BENCHMARK = "benchmarks/experts-h200.json"
 Ranges = tuple[tuple[int, int | None], ...]
 ALWAYS: Ranges = ((1, None),)
 
@@ -38,6 +40,8 @@ FUSIONS: dict[str, Measured] = {
     "ple_tail": Measured(True, {"ple_tail": ALWAYS, "ple_tail_norm": ALWAYS}),
     "ple_inputs": Measured(True, {"ple_inputs": ALWAYS, "ple_combine": ALWAYS}),
     "route": Measured(True, {"route": ALWAYS}),
+    # With more tokens than pay (experts_plan), the products are torch's grouped ones, as Inductor's are.
+    "experts": Measured(True, {"experts": ALWAYS}),
     # Queries alone: as fast as Inductor up to 64 tokens (it has one kernel there too), faster from 128 on.
     "qkv_norm_rope": Measured(True, {"qkv_norm_rope": ALWAYS, "q_norm_rope": ((128, None),)}),
     # Without ranges: Inductor has no code for it, so it is measured against the two ops that it replaces, qkv_norm_rope and

@@ -120,3 +120,52 @@ def _vector_plan(outputs: int, width: int, gated: bool) -> VectorPlan:
     if outputs >= 4096 and width % 1536 == 0:
         return VectorPlan(outputs=4, block=256, blocks=6, warps=2)
     return VectorPlan(outputs=2, block=512, blocks=4 if width % 2048 == 0 else 3, warps=4)
+
+
+class PairPlan(NamedTuple):
+    """Experts of few tokens: each pair of a token and an expert reads that expert's weights, without tensor cores.
+
+    up      gate and up rows a program
+    down    output elements a program, each the sum over all experts of a token
+    """
+
+    up: VectorPlan
+    down: VectorPlan
+
+
+class TilePlan(NamedTuple):
+    """A product of tiles of pairs with tensor cores: weight rows a program, columns a block."""
+
+    outputs: int
+    block: int
+    warps: int
+    stages: int
+
+
+class TiledPlan(NamedTuple):
+    """Experts of pairs sorted by expert: `rows` pairs of one expert are a tile, which reads that expert's weights once."""
+
+    rows: int
+    up: TilePlan
+    down: TilePlan
+
+
+def experts_plan(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> PairPlan | TiledPlan | None:
+    """By shapes alone, so that a CUDA graph can hold it. None: torch's grouped product between our sort and our sum.
+
+    Chosen with scripts/bench_experts.py.
+    """
+    if tokens <= 2 and top_k <= 16:
+        return PairPlan(
+            VectorPlan(outputs=4, block=256, blocks=11, warps=4), VectorPlan(outputs=2, block=64, blocks=11, warps=4)
+        )
+    if dtype == torch.float32:  # added without tensor cores: registers are what is scarce
+        return TiledPlan(16, TilePlan(32, 32, 4, 2), TilePlan(32, 32, 4, 2))
+    rows = tokens * top_k // experts  # of one expert, if they are spread evenly
+    if rows <= 8:
+        return TiledPlan(16, TilePlan(64, 128, 4, 4), TilePlan(64, 64, 4, 4))
+    if rows <= 16:
+        return TiledPlan(32, TilePlan(64, 128, 4, 4), TilePlan(64, 64, 4, 4))
+    if rows <= 64:
+        return TiledPlan(64, TilePlan(128, 64, 8, 4), TilePlan(128, 64, 8, 4))
+    return TiledPlan(128, TilePlan(128, 64, 8, 4), TilePlan(128, 64, 8, 4))

@@ -62,7 +62,7 @@ def test_every_layer_has_its_kernels(compared: Compared, kind: str) -> None:
     if kind == "e":  # q, k, v or q alone, o and down of each layer, the PLE projection, the head
         expected |= {"ple_tail": layers, "ple_inputs": 1, "qkv_norm_rope": 2, "linear": 3 * layers + 2}
     else:  # and the router
-        expected |= {"route": 3, "qkv_norm_rope": 3, "linear": 4 * layers + 1}
+        expected |= {"route": 3, "experts": 3, "qkv_norm_rope": 3, "linear": 4 * layers + 1}
     assert names == expected
     assert not any(kernel.kind == "ours" for kernel in found.plain.kernels)
 
@@ -126,9 +126,11 @@ def test_a_product_reads_its_weight_by_name(compared: Compared, kind: str) -> No
 def test_plain_and_ours_share_nodes(compared: Compared, kind: str) -> None:
     """What the page highlights: the softmax and topk of the plain graph are what our route op computes."""
     found, _ = compared(kind)
-    route = next(kernel for kernel in found.ours.kernels if kernel.fusion == "route" and kernel.layer == 0)
-    replaced = [kernel.name for kernel in found.plain.kernels if set(kernel.nodes) & set(route.nodes)]
-    assert any("softmax" in name for name in replaced) and any("topk" in name for name in replaced)
+    for layer in (0, 2):  # also behind experts, whose own nodes are others in either graph
+        route = next(kernel for kernel in found.ours.kernels if kernel.fusion == "route" and kernel.layer == layer)
+        replaced = [kernel for kernel in found.plain.kernels if set(kernel.nodes) & set(route.nodes)]
+        assert {kernel.layer for kernel in replaced} == {layer}
+        assert any("softmax" in kernel.name for kernel in replaced) and any("topk" in kernel.name for kernel in replaced)
 
 
 def test_layer_kinds_are_named() -> None:

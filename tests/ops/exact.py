@@ -35,6 +35,16 @@ def route(logits: Tensor, scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return values / values.sum(-1, keepdim=True) * scale[indices], indices
 
 
+def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for token, place in indices.new_ones(indices.shape).nonzero().tolist():
+        expert = int(indices[token, place])
+        if 0 <= expert < gate_up.shape[0]:
+            gate, up = (gate_up[expert] @ x[token]).chunk(2)
+            out[token] += weights[token, place] * (down[expert] @ (F.gelu(gate, approximate="tanh") * up))
+    return out
+
+
 def tail(x: Tensor, residual: Tensor, weight: Tensor, scalar: Tensor | None, eps: float) -> Tensor:
     hidden = residual + norm(x, weight, eps)
     return hidden if scalar is None else hidden * scalar
@@ -76,6 +86,7 @@ EXACT: dict[str, Callable[..., Any]] = {
     "linear_pair": lambda x, *weights: tuple(x @ weight.T for weight in weights),
     "linear_triple": lambda x, *weights: tuple(x @ weight.T for weight in weights),
     "route": route,
+    "experts": experts,
     "post_attention_norm": lambda x, r, w, nw, eps: then(r + norm(x, w, eps), nw, eps),
     "post_attention_norms": three_norms,
     "feed_forward_tail": tail,

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from gemma4_compile.ops import OPS
-from gemma4_compile.ops.examples import SMALL, example
+from gemma4_compile.ops.examples import SMALL, Sizes, example
+from gemma4_compile.ops.experts import run_plan, sorted_pairs
 from gemma4_compile.ops.linear import launch_products
-from gemma4_compile.ops.plans import DotPlan, VectorPlan
+from gemma4_compile.ops.plans import DotPlan, PairPlan, TiledPlan, TilePlan, VectorPlan
 from tests.ops.accuracy import assert_as_accurate
 from tests.ops.exact import exact
 
@@ -102,6 +103,55 @@ def products(device: str) -> None:
                 assert_as_accurate(a, e, x64)
 
 
+def expert_plans(device: str) -> None:
+    """Each kind of plan of the experts, with sizes that fill no block: odd top_k, experts that no token asks for, all tokens on
+    one expert, experts that are elsewhere, routing weights of the input's dtype."""
+    plans: tuple[PairPlan | TiledPlan, ...] = (
+        PairPlan(VectorPlan(4, 16, 2, 1), VectorPlan(8, 8, 3, 1)),
+        TiledPlan(16, TilePlan(32, 16, 4, 2), TilePlan(16, 32, 4, 2)),
+        TiledPlan(32, TilePlan(64, 32, 4, 3), TilePlan(64, 16, 4, 3)),
+    )
+    sizes = Sizes(hidden=24, q_heads=1, kv_heads=1, head_dim=16, expert_intermediate=13, experts=6, top_k=3)
+    x, indices, weights, *matrices = example("experts", sizes, 5, torch.bfloat16, device)
+    together = torch.tensor([[4, 1, 5]], device=device).expand(5, 3)
+    for routes, routing in (
+        (indices, weights),
+        (indices.int(), weights.bfloat16()),
+        (together, weights),
+        (torch.where(indices == 2, 6, indices), weights),
+        (indices.clamp(max=3), weights),  # one expert twice: nothing forbids it
+    ):
+        args: tuple = (x, routes, routing, *matrices)
+        eager, (wanted,) = OPS["experts"].reference(*args), exact("experts", args)
+        for plan in plans:
+            assert_as_accurate(run_plan(plan, *args), eager, wanted)
+
+
+def experts_by_vendor(device: str) -> None:
+    """torch's grouped products between our sort and our sum; it takes rows of multiples of 16 bytes."""
+    sizes = Sizes(hidden=24, q_heads=1, kv_heads=1, head_dim=16, expert_intermediate=16, experts=6, top_k=3)
+    x, indices, *rest = example("experts", sizes, 19, torch.bfloat16, device)
+    for routes in (indices, torch.where(indices == 2, 6, indices)):
+        args: tuple = (x, routes, *rest)
+        assert_as_accurate(run_plan(None, *args), OPS["experts"].reference(*args), exact("experts", args)[0])
+
+
+def pairs_sorted(device: str) -> None:
+    """Stable, with each pair once, and tiles that cover each expert's pairs and no others."""
+    for tokens, top_k, experts, rows in ((1, 1, 1, 16), (19, 3, 6, 16), (700, 2, 5, 32), (2200, 4, 130, 16)):
+        indices = torch.randint(-1, experts + 1, (tokens, top_k), device=device)
+        order, place, ends, tiles = (t.cpu() for t in sorted_pairs(indices, experts, rows))
+        flat = indices.flatten().cpu()
+        here = (flat >= 0) & (flat < experts)
+        wanted = [pair for pair in flat.argsort(stable=True).tolist() if here[pair]]
+        assert order[: len(wanted)].tolist() == wanted
+        assert (place[~here] == -1).all() and order[place[here].long()].tolist() == here.nonzero().flatten().tolist()
+        assert ends.tolist() == torch.bincount(flat[here], minlength=experts).cumsum(0).tolist()
+        begins = [0, *ends.tolist()]
+        covered = [(e, first) for e in range(experts) for first in range(begins[e], begins[e + 1], rows)]
+        assert [tuple(tile) for tile in tiles.T.tolist() if tile[0] >= 0] == covered
+
+
 CASES: dict[str, Callable[[str], None]] = {
     "ties": ties,
     "strides": strides,
@@ -109,4 +159,7 @@ CASES: dict[str, Callable[[str], None]] = {
     "shared k and v": shared_k_and_v,
     "wide rows": wide_rows,
     "products": products,
+    "expert plans": expert_plans,
+    "experts by vendor": experts_by_vendor,
+    "pairs sorted": pairs_sorted,
 }

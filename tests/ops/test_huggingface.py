@@ -108,6 +108,24 @@ def test_route(dtype: torch.dtype):
     equal(indices, wanted_indices)
 
 
+@both
+@pytest.mark.parametrize("implementation", ("grouped_mm", "batched_mm"))
+def test_experts(dtype: torch.dtype, implementation: str):
+    """To the bit in fp32 and bf16 where rows are grouped alike; batched_mm adds its products in another order."""
+    config = text_config(enable_moe_block=True, num_experts=E, top_k_experts=K, moe_intermediate_size=24)
+    config._experts_implementation = implementation
+    module = modeling.Gemma4TextExperts(config).to(dtype)
+    for weight in (module.gate_up_proj, module.down_proj):
+        weight.copy_(0.2 * torch.randn_like(weight))
+    x, weights = draw(7, H, dtype=dtype), torch.rand(7, K).softmax(-1)
+    indices = torch.rand(7, E).argsort(-1)[:, :K]
+    wanted = module(x, indices, weights)
+    actual = ops.experts(x, indices, weights, module.gate_up_proj, module.down_proj)
+    if implementation == "grouped_mm":
+        equal(actual, wanted)
+    torch.testing.assert_close(actual, wanted, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
 class Attention(nn.Module):
     """Stands in for self_attn: the layer's norms and sums are what is compared here."""
 

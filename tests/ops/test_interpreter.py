@@ -6,6 +6,7 @@ import pytest
 
 from gemma4_compile.ops import OPS
 from tests.ops.interpreted import interpreted
+from tests.ops.kernel_cases import CASES
 
 pytest.importorskip("triton", reason="the interpreter is Triton's own")
 
@@ -21,6 +22,6 @@ def test_kernel_is_as_accurate_as_eager(name: str, report: dict[str, str]):
     assert report.get(name) == "ok"
 
 
-@pytest.mark.parametrize("case", ("ties", "strides", "no tokens", "shared k and v", "wide rows", "products"))
+@pytest.mark.parametrize("case", CASES)
 def test_kernel_special_case(case: str, report: dict[str, str]):
     assert report.get(case) == "ok"

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from gemma4_compile.ops import OPS
-from gemma4_compile.ops.measured import BENCHMARK, FUSIONS, PRODUCTS_BENCHMARK, pays
+from gemma4_compile.ops.measured import BENCHMARK, EXPERTS_BENCHMARK, FUSIONS, PRODUCTS_BENCHMARK, pays
+from scripts import bench_experts
 from scripts.bench_linear import chosen
 
 ROOT = Path(__file__).parents[2]
 ROWS = json.loads((ROOT / BENCHMARK).read_text())["rows"]
 PRODUCTS = json.loads((ROOT / PRODUCTS_BENCHMARK).read_text())["rows"]
+EXPERTS = json.loads((ROOT / EXPERTS_BENCHMARK).read_text())["rows"]
 OF_FUSIONS = [op for fusion in FUSIONS.values() for op in fusion.pays]
 
 
@@ -23,7 +25,7 @@ def test_each_op_belongs_to_one_fusion_and_was_measured():
     matrices = {
         "gate_up" if row["gated"] else ("linear", "linear_pair", "linear_triple")[len(row["matrices"]) - 1] for row in PRODUCTS
     }
-    assert set(OF_FUSIONS) <= {row["op"] for row in ROWS} | matrices
+    assert set(OF_FUSIONS) <= {row["op"] for row in ROWS} | matrices | {"experts"}
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r["op"] in OF_FUSIONS], ids="{0[op]}-{0[model]}-{0[tokens]}".format)
@@ -36,6 +38,11 @@ def test_where_it_is_said_to_pay_it_does(row: dict):
 @pytest.mark.parametrize("row", PRODUCTS, ids="{0[model]}-{0[product]}-{0[rows]}".format)
 def test_the_plan_of_a_product_was_measured_and_is_no_slower_than_cublas(row: dict):
     assert row["cublas_us"] / chosen(row) >= 0.97
+
+
+@pytest.mark.parametrize("row", EXPERTS, ids="{0[tokens]}".format)
+def test_the_plan_of_the_experts_was_measured_and_is_no_slower_than_grouped_mm(row: dict):
+    assert row["grouped_mm_us"] / bench_experts.chosen(row) >= 0.97
 
 
 @pytest.mark.parametrize("op", OF_FUSIONS)

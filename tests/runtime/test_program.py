@@ -15,7 +15,7 @@ from gemma4_compile import OptimizeConfig, optimize, program, report
 from gemma4_compile.backend import Backend
 from gemma4_compile.geometry import geometry
 from gemma4_compile.loading import random_model
-from gemma4_compile.program import Program, compile_program, load
+from gemma4_compile.program import Program, compile_program, fingerprint, load
 from gemma4_compile.runtime.attention import NAME
 from gemma4_compile.runtime.batch import Request
 from gemma4_compile.runtime.model import PackedModel
@@ -47,6 +47,8 @@ def test_unique_pieces_of_the_released_models(name: str, monkeypatch: pytest.Mon
     owners = sum(not layer.shares_kv for layer in geometry(model.config).layers)
     assert ops == Counter(attention_qkv=owners, attention=pieces - 1 - owners)
     assert not any(call.host for call in made.plan.calls)
+    assert len(made.plan.record.matched("experts")) == (30 if model.config.enable_moe_block else 0)
+    assert made.plan.model == fingerprint(model), "the switches of the trace are no choice of the user's"
 
 
 def test_equal_layers_share_their_piece() -> None:
