@@ -1,10 +1,11 @@
 """Time the attention kernel over launch plans at the shapes of the released models: attention_plan's tables come from here.
 
-    python scripts/bench_attention.py [--out FILE]
+    python scripts/bench_attention.py [--only "E2B full, decode 80|26B-A4B"] [--out FILE]
 
-Each shape is one class of the plan: a prefill of one request of 8192 tokens, decode of 1 and 32 requests behind 1024 and 8000
-keys. Microseconds, median of 20 launches, each plan beside the one that attention_plan picks. The floor of a decode is the
-bytes of its keys and values over the copy bandwidth, that of a prefill its FLOPs over the rate of a large product.
+Each shape is one class of the plan: a prefill of one request of 8192 tokens, decode of 1 to 80 requests behind 1024 to 8000
+keys, verification of three drafts. Microseconds, median of 20 launches, each plan beside the one that attention_plan picks.
+The floor of a decode is the bytes of its keys and values over the copy bandwidth, that of a prefill its FLOPs over the rate of
+a large product. Most of the time goes to compiling: `--compile` does that alone, so that several processes can, shape by shape.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ LAYERS = {
     "E2B full": (8, 1, 512, 0),
     "26B-A4B sliding": (16, 8, 256, 1024),
     "26B-A4B full": (16, 2, 512, 0),
+    "31B full": (32, 4, 512, 0),
 }
-BATCHES = {"prefill 8192": (1, 8192, 0), "decode 1": (1, 1, 1024), "decode 32": (32, 1, 1024), "decode 32 long": (32, 1, 8000)}
+BATCHES = {
+    "prefill 8192": (1, 8192, 0), "decode 1": (1, 1, 1024), "decode 32": (32, 1, 1024), "decode 32 long": (32, 1, 8000),
+    "decode 80": (80, 1, 1500), "verify 1": (1, 4, 1024), "verify 32": (32, 4, 1024),
+}  # fmt: skip
 SHAPES = [Shape(f"{layer}, {batch}", *BATCHES[batch], *LAYERS[layer]) for layer in LAYERS for batch in BATCHES]
 
 
@@ -59,11 +64,13 @@ def inputs_of(shape: Shape) -> tuple[Any, ...]:
     return torch.empty_like(new[0]), new[0], None, None, keys, values, slots, table, positions, starts, shape.window, 1.0
 
 
-def microseconds(arguments: tuple[Any, ...], plan: AttentionPlan) -> float | None:
+def microseconds(arguments: tuple[Any, ...], plan: AttentionPlan, compiles_alone: bool = False) -> float | None:
     """Of launches in a CUDA graph, eight at a time; None if the plan does not fit the GPU."""
     try:
         launch_planned(*(*arguments, plan))
         torch.cuda.synchronize()
+        if compiles_alone:
+            return None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(8):
@@ -81,18 +88,28 @@ def candidates(shape: Shape) -> list[AttentionPlan]:
         sizes = ((64, 128), (32, 64, 128)) if shape.dim <= 256 else ((32, 64), (16, 32, 64))
         grid = itertools.product(*sizes, (1,), (4, 8), (1, 2) if shape.dim > 256 else (2,))
     else:
-        grid = itertools.product((16,), (32, 64), (8, 16, 32, 64), (2, 4), (2,))
+        rows = (16,) if shape.rows * group <= 16 else (16, 32)
+        splits = (8, 16, 32, 64) if shape.requests == 1 else (1, 2, 4, 8, 16)
+        grid = itertools.product(rows, (32, 64), splits, (2, 4, 8) if shape.requests > 1 else (2, 4), (2,))
     return [AttentionPlan(max(1, m // group), n, splits, warps, stages) for m, n, splits, warps, stages in grid]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument("--only", default="", help="shapes whose name contains one of these, parted by |")
+    parser.add_argument("--compile", action="store_true", help="compile the plans, time nothing")
     arguments = parser.parse_args()
+    shapes = [shape for shape in SHAPES if any(part in shape.name for part in arguments.only.split("|"))]
+    if arguments.compile:
+        for shape in shapes:
+            given = inputs_of(shape)
+            for plan in candidates(shape):
+                microseconds(given, plan, compiles_alone=True)
+        return
     bandwidth, rate = copy_bandwidth(), product_rate()
     rows = []
-    for shape in (s for s in SHAPES if arguments.only in s.name):
+    for shape in shapes:
         given = inputs_of(shape)
         most = shape.rows + shape.seen
         chosen = attention_plan(

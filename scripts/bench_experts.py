@@ -1,7 +1,7 @@
 """Time the routed experts of 26B-A4B by each plan against Hugging Face's grouped_mm, compiled by Inductor.
 
     python scripts/bench_experts.py [--tokens 1,8,80] [--out FILE]
-    python scripts/bench_experts.py --table benchmarks/experts-h200.json
+    python scripts/bench_experts.py --table benchmarks/experts-h100.json
     TRITON_INTERPRET=1 python scripts/bench_experts.py --small        the script itself, at tiny sizes on the CPU
 
 For each token count first the error against fp64, ours and Hugging Face's; then medians over replays of CUDA graphs, which
@@ -65,7 +65,7 @@ def choices(tokens: int) -> list[tuple[Callable[..., Any], list[Any], list[Any]]
 
 
 def varied(tokens: int) -> list[Plan]:
-    plans: list[Plan] = [experts_plan(tokens, TOP_K, EXPERTS, DTYPE)]
+    plans: list[Plan] = [experts_plan(tokens, TOP_K, EXPERTS, DTYPE, HIDDEN, INNER)]
     for make, ups, downs in choices(tokens):
         plans += [make(up, downs[0]) for up in ups] + [make(ups[0], down) for down in downs[1:]]
     if tokens >= 64 and not SMALL:
@@ -196,7 +196,7 @@ def compiles(plan: Plan, layer: tuple[Tensor, Tensor]) -> bool:
 
 def chosen(row: dict[str, Any]) -> float:
     """What experts_plan's choice took; KeyError if it was not measured."""
-    return row["plans_us"][name(experts_plan(row["tokens"], TOP_K, EXPERTS, DTYPE))]
+    return row["plans_us"][name(experts_plan(row["tokens"], TOP_K, EXPERTS, DTYPE, HIDDEN, INNER))]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -150,22 +150,26 @@ class TiledPlan(NamedTuple):
     down: TilePlan
 
 
-def experts_plan(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> PairPlan | TiledPlan | None:
+def experts_plan(
+    tokens: int, top_k: int, experts: int, dtype: torch.dtype, hidden: int, inner: int
+) -> PairPlan | TiledPlan | None:
     """By shapes alone, so that a CUDA graph can hold it. None: torch's grouped product between our sort and our sum.
 
     Chosen with scripts/bench_experts.py.
     """
-    if tokens <= 2 and top_k <= 16:
+    if tokens <= 4 and top_k <= 16:
         return PairPlan(
-            VectorPlan(outputs=4, block=256, blocks=11, warps=4), VectorPlan(outputs=2, block=64, blocks=11, warps=4)
+            VectorPlan(outputs=2, block=512, blocks=6, warps=4), VectorPlan(outputs=2, block=64, blocks=11, warps=4)
         )
     if dtype == torch.float32:  # added without tensor cores: registers are what is scarce
         return TiledPlan(16, TilePlan(32, 32, 4, 2), TilePlan(32, 32, 4, 2))
     rows = tokens * top_k // experts  # of one expert, if they are spread evenly
     if rows <= 8:
-        return TiledPlan(16, TilePlan(64, 128, 4, 4), TilePlan(64, 64, 4, 4))
+        return TiledPlan(16, TilePlan(64, 128, 4, 4), TilePlan(128, 128, 8, 3))
     if rows <= 16:
-        return TiledPlan(32, TilePlan(64, 128, 4, 4), TilePlan(64, 64, 4, 4))
+        return TiledPlan(32, TilePlan(64, 128, 4, 4), TilePlan(128, 64, 8, 4))
     if rows <= 64:
-        return TiledPlan(64, TilePlan(128, 64, 8, 4), TilePlan(128, 64, 8, 4))
-    return TiledPlan(128, TilePlan(128, 64, 8, 4), TilePlan(128, 64, 8, 4))
+        return TiledPlan(64, TilePlan(256, 64, 8, 3), TilePlan(256, 64, 8, 3))
+    if dtype == torch.bfloat16 and hidden % 8 == inner % 8 == 0:  # what it takes: rows that are multiples of 16 bytes
+        return None
+    return TiledPlan(128, TilePlan(256, 64, 8, 3), TilePlan(256, 64, 8, 3))
