@@ -356,23 +356,30 @@ def attention_plan(
     if itemsize == 4:  # no tensor cores: products in registers
         block_m, block_n, warps, stages = 16, 16, 4, 1
     elif few:
-        block_m, block_n, stages = min(max(16, average * group_block), 32), 32, 2
-        warps = 4 if requests * kv_heads < 32 else 2
+        idle = requests * kv_heads < 32  # smaller tiles then, as there are processors for more of them
+        block_m = 16 if dim_block <= 256 or idle else min(max(16, average * group_block), 32)
+        block_n, warps, stages = 64, 4 if dim_block > 256 or idle else 2, 2
     elif dim_block <= 256:
         block_m, block_n, warps, stages = 128, 64, 8, 2
     else:
         block_m, block_n, warps, stages = 64, 32, 8, 2
     block_q = max(1, power_of_two(block_m) // group_block)
 
-    tiles = requests * -(-average // block_q)
+    tiles = requests * -(-average // block_q) * kv_heads
     # Partial results are fp32 rows of each split: what many rows would write costs more than idle processors.
-    programs = 16 * PROCESSORS if few else PROCESSORS if rows <= 512 else 0
+    if few:
+        # Programs for all warps of the GPU, while what they write and read again is an eighth of the keys and values; of those
+        # a plan knows the window, or that there can be more than 2048. Two programs a processor in any case.
+        keys = min(window or max_keys, 2048)
+        bearable = _power_of_two_within(min(32 * PROCESSORS // warps // tiles, keys // (16 * average * group)))
+        splits = max(bearable, _power_of_two_within(2 * PROCESSORS // tiles))
+    else:
+        splits = _power_of_two_within((PROCESSORS if rows <= 512 else 0) // max(tiles, 1))
     if window and window < max_keys:
         most = power_of_two(-(-window // 32) + 1)  # one more: a window may begin within a block
     else:
         most = _power_of_two_within(max_keys // (64 if dim_block > 256 and requests * kv_heads >= 32 else 32))
-    splits = min(_power_of_two_within(programs // max(tiles * kv_heads, 1)), most, 64)
-    return AttentionPlan(block_q, block_n, splits, warps, stages)
+    return AttentionPlan(block_q, block_n, min(splits, most, 64), warps, stages)
 
 
 def _power_of_two_within(n: int) -> int:

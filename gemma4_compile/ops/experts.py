@@ -186,7 +186,7 @@ def _tile_kernel(
     x_ptr, weight_ptr, out_ptr, order_ptr, ends_ptr, tiles_ptr, bound, x_stride,
     TOP_K: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
-    PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """out[position] for a tile of positions, OUTPUTS rows of the tile's expert a program.
 
@@ -223,10 +223,10 @@ def _tile_kernel(
         else:
             weight = tl.load(weight_ptr + column[None, :], (column < WIDTH)[None, :], other=0.0)
             x = tl.load(x_ptr + column[:, None], (column < WIDTH)[:, None], other=0.0)
-        if PRECISION == "ieee":  # added in two steps, as without tensor cores one chain of WIDTH sums is five times less exact
-            total += tl.dot(weight, x, input_precision=PRECISION)
+        if x.dtype == tl.float32:  # as a dot, one chain of WIDTH additions, five times less exact than eager's
+            total += tl.sum(weight[:, :, None] * x[None, :, :], axis=1)
         else:
-            total = tl.dot(weight, x, total, input_precision=PRECISION)
+            total = tl.dot(weight, x, total)
 
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(total, (2, OUTPUTS // 2, ROWS)), (1, 2, 0)))
@@ -318,7 +318,7 @@ def _launch_tiles(
     bound, (count, width), chained = tiles.shape[1], weight.shape[1:], can_chain()
     _tile_kernel[(-(-count // plan.outputs), bound)](
         x, weight, out, order, ends, tiles, bound, x.stride(0), top_k, out.shape[1], width,
-        rows, plan.outputs, plan.block, width % plan.block == 0, gated, "ieee" if x.dtype == torch.float32 else "tf32", chained,
+        rows, plan.outputs, plan.block, width % plan.block == 0, gated, chained,
         num_warps=plan.warps, num_stages=plan.stages, **_after(chained),
     )  # fmt: skip
 

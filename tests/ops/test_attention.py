@@ -147,7 +147,8 @@ def test_plans_fit_the_machine(itemsize: int):
         for size in (plan.block_q, plan.block_n, plan.splits, plan.warps):
             assert size & (size - 1) == 0
         assert plan.block_n >= 16
-        assert (block_m + 2 * plan.stages * plan.block_n) * dim * itemsize <= SHARED_MEMORY
+        # Of two stages one lies in shared memory: 64 keys of 512 columns in two stages ran on an H100.
+        assert (block_m + 2 * max(plan.stages - 1, 1) * plan.block_n) * dim * itemsize <= SHARED_MEMORY
         seen = min(window, max_keys) if window else max_keys
         assert plan.splits <= min(64, 2 * -(-seen // 32))
         programs = requests * -(-rows // requests // plan.block_q) * kv_heads * plan.splits
@@ -160,8 +161,9 @@ def test_plans_by_shape_class():
     assert attention_plan(1, 1, 1, 8, 256, 131072, 512).splits == 32  # 17 blocks: a window may begin within one
     assert attention_plan(1, 1, 1, 8, 256, 512).splits == 16
     assert attention_plan(32, 32, 8, 2, 256, 131072, 1024).splits == 8
-    assert attention_plan(32, 32, 1, 8, 512, 1040).splits == 16
-    assert attention_plan(32, 32, 1, 8, 512, 8000).splits == 64
+    assert attention_plan(32, 32, 1, 8, 512, 1040).splits == 8
+    assert attention_plan(32, 32, 1, 8, 512, 8000).splits == 16
+    assert attention_plan(128, 32, 4, 8, 512, 8000)[:3] == (4, 64, 4)  # verification: what splits write counts
     assert attention_plan(3000, 1, 1, 8, 256, 131072)[:3] == (16, 64, 1)
     assert attention_plan(3000, 1, 2, 8, 512, 131072)[:3] == (8, 32, 1)
     assert attention_plan(100, 1, 1, 8, 512, 131072).splits == 8  # few tiles, and perhaps a long past
