@@ -28,7 +28,7 @@ from .geometry import Geometry, geometry
 from .passes import prepare
 from .program import Program
 from .progress import compiling
-from .step_cache import GROW, Step, StepCache, UnsupportedCache, commit, plan
+from .step_cache import CACHE, GROW, Step, StepCache, UnsupportedCache, commit, plan, take_cache
 
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 _MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -168,11 +168,11 @@ class CompiledModel:
         if self._asked(inputs, "output_attentions") and module.config._attn_implementation == "sdpa":
             self._warn_eager("SDPA gives no attentions; call model.set_attn_implementation('eager') to get them")
             return module._call_impl(*args, **kwargs)
-        cache = inputs.pop("past_key_values", None)
-        use_cache = inputs.get("use_cache")
-        if cache is None and (module.config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache(config=module.config)
         try:
+            cache = take_cache(inputs, self.signature.parameters)
+            use_cache = inputs.get("use_cache")
+            if cache is None and (module.config.use_cache if use_cache is None else use_cache):
+                cache = DynamicCache(config=module.config)
             steps = self._plan(cache, tokens)
         except UnsupportedCache as error:
             self._warn_eager(f"it does not know {error}")
@@ -203,7 +203,7 @@ class CompiledModel:
                 self._warn_eager(
                     f"max_graphs={self.backend.config.max_graphs} are in use; raise it, or call with fewer kinds of inputs"
                 )
-                output = self._module_ref._call_impl(**inputs, past_key_values=cache)
+                output = self._module_ref._call_impl(**inputs, **{CACHE: cache})
                 return output if return_dict else output.to_tuple()
         if graphed:  # the next replay writes to the same memory, and the caller may hold this step's logits
             for name in list(output):
@@ -211,7 +211,7 @@ class CompiledModel:
         if cache is not None:
             assert steps is not None
             commit(cache, steps, new, tokens.shape[1])
-            output.past_key_values = cache
+            setattr(output, CACHE, cache)
         return output if return_dict else output.to_tuple()
 
     def _asked(self, inputs: dict[str, Any], output: str) -> bool:
@@ -244,7 +244,7 @@ class CompiledModel:
             "config": self._module_ref.config,
             "inputs_embeds": embeds,
             "attention_mask": padding,
-            "past_key_values": cache,
+            CACHE: cache,
             "position_ids": inputs["position_ids"],
             "allow_is_causal_skip": False,
         }
@@ -284,8 +284,8 @@ def _make_step(module: nn.Module) -> Callable[..., Any]:
         if steps is None:
             return module._call_impl(**inputs), []
         cache = StepCache(steps)
-        output = module._call_impl(**inputs, past_key_values=cache)
-        output.past_key_values = None
+        output = module._call_impl(**inputs, **{CACHE: cache})
+        setattr(output, CACHE, None)
         return output, cache.new
 
     return step

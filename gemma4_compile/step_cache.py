@@ -7,9 +7,12 @@ whenever a length crosses one. Here the host reads the integers and picks a mode
     StepCache(steps)                      inside the graph: stands in for the cache
     commit(cache, steps, new, tokens)     host: the new rows go into the user's cache
 
-Owns the meaning of transformers' four attention cache layers. Other kinds (quantized, offloaded) are not compiled: see `plan`.
+Owns the name that transformers gives the cache, and the meaning of its four attention cache layers. Other kinds (quantized,
+offloaded) are not compiled: see `plan`.
 """
 
+import inspect
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +25,15 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
 from .dynamo import dense
 from .geometry import Geometry
+
+# Of forward()'s parameter and of its output's field, the newest first. A forward that was renamed takes older names too.
+_NAMES = ("cache", "past_key_values")
+_PARAMETERS = inspect.signature(Gemma4TextModel.forward).parameters
+CACHE = next((name for name in _NAMES if name in _PARAMETERS), _NAMES[0])
 
 GROW = "grow"  # dynamic: past and new, concatenated
 WRITE = "write"  # static: new rows written behind the past ones
@@ -53,12 +62,38 @@ class UnsupportedCache(Exception):
     """What the cache has to do in this step is not known here; the step runs as Hugging Face wrote it."""
 
 
+def take_cache(inputs: dict[str, Any], parameters: Container[str]) -> Any:
+    """The cache of a call, taken out of its arguments; None without one.
+
+    parameters   names that forward() has; what else a call names, forward() passes on without reading it
+
+    Raises UnsupportedCache where transformers names the cache as no release known here does, TypeError for a cache under a
+    name that forward() does not read: both would decode without the cache, and nobody would see it."""
+    accepted = _NAMES[_NAMES.index(CACHE) :]
+    given = [name for name in accepted if inputs.get(name) is not None]
+    other = next((name for name, value in inputs.items() if name not in accepted and isinstance(value, Cache)), None)
+    if CACHE not in parameters:
+        raise UnsupportedCache(f"a forward() without a parameter {' or '.join(_NAMES)}")
+    if other is not None and other not in parameters:
+        raise TypeError(
+            f"the cache must be given as {CACHE!r} with this transformers, got {other!r}; call model(..., {CACHE}=...)"
+        )
+    if other is not None:
+        raise UnsupportedCache(f"the argument {other}, which holds a cache")
+    if len(given) > 1:
+        raise UnsupportedCache(f"which of {' and '.join(given)} is meant")
+    caches = [inputs.pop(name, None) for name in accepted]
+    return next((cache for cache in caches if cache is not None), None)
+
+
 def plan(
     cache: Cache, model_geometry: Geometry, tokens: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> list[Step]:
     """The steps of all layers that own KV, in order. Static layers are allocated here, so that the graph only writes.
 
     Raises UnsupportedCache for any other kind of layer, and for a sliding layer that records its past."""
+    if not isinstance(cache, Cache):
+        raise UnsupportedCache(f"a cache of type {type(cache).__name__}")
     if getattr(cache, "offloading", False):
         raise UnsupportedCache("an offloaded cache")
     owners = [layer for layer in model_geometry.layers if not layer.shares_kv]
@@ -99,11 +134,19 @@ def _static_step(layer: Any, tokens: int) -> Step:
     return Step(WRITE, window, layer.keys, layer.values, layer.cumulative_length)
 
 
-def commit(cache: Cache, steps: list[Step], new: list[tuple[Tensor, Tensor] | None], tokens: int) -> None:
-    """Give the user's cache the new rows. Static tensors were written inside the graph."""
+def commit(cache: Cache, steps: list[Step], new: list[tuple[Tensor, ...] | None], tokens: int) -> None:
+    """Give the user's cache the new rows. Static tensors were written inside the graph.
+
+    Raises RuntimeError, before anything is written, if the model did not use the cache that it was given."""
+    unused = [index for index, rows in enumerate(new) if rows is None]
+    if unused:
+        raise RuntimeError(
+            f"each layer must write to its cache, got nothing from layers {unused}: this transformers does not read the "
+            f"cache from {CACHE!r}; call restore(model), or install a release that the README names"
+        )
     layers: list[Any] = cache.layers
     for layer, rows in zip(layers, new, strict=False):
-        if rows is not None:
+        if rows:
             layer.update(*rows)
         elif isinstance(layer, StaticSlidingWindowLayer):
             layer.cumulative_length_int += tokens
@@ -115,7 +158,7 @@ class StepCache(Cache):
     def __init__(self, steps: list[Step]):
         # Not Cache.__init__, which asks for layers: there are none here.
         self.steps = steps
-        self.new: list[tuple[Tensor, Tensor] | None] = [None] * len(steps)
+        self.new: list[tuple[Tensor, ...] | None] = [None] * len(steps)  # (): written in place; None: update() was not called
         self.layers = []
         self.layer_class_to_replicate = None
         self.offloading = False
@@ -131,6 +174,7 @@ class StepCache(Cache):
             if keys is None or values is None:
                 return key_states, value_states
             return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        self.new[layer_idx] = ()
         assert keys is not None and values is not None, "static layers are allocated by plan()"
         if step.mode == WRITE:
             assert step.length is not None

@@ -50,6 +50,7 @@ from gemma4_compile.fusions import FUSIONS
 from gemma4_compile.loading import random_model
 from gemma4_compile.optimize import state_of
 from gemma4_compile.passes import pipeline, prepare, run
+from gemma4_compile.step_cache import CACHE
 from scripts._bandwidth import copy_bandwidth, gpu_events
 
 VARIANTS: dict[str, OptimizeConfig | None] = {
@@ -96,7 +97,7 @@ class Decode:
         return self._call(self.model._call_impl)
 
     def _call(self, call: Callable[..., Any]) -> Tensor:
-        return call(input_ids=self.tokens, past_key_values=self.cache, position_ids=self.positions, use_cache=True).logits
+        return call(input_ids=self.tokens, position_ids=self.positions, use_cache=True, **{CACHE: self.cache}).logits
 
     def weight_bytes(self) -> tuple[int, float]:
         """Bytes of weights of one step, and how many distinct experts a layer chose on average (0 without experts)."""

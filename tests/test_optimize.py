@@ -1,15 +1,17 @@
 """optimize: the same tokens as the plain model, graphs that do not multiply, and errors that leave the model alone."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma4Config, Gemma4ForConditionalGeneration, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, Gemma4Config, Gemma4ForConditionalGeneration, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from gemma4_compile import OptimizeConfig, optimize, report, restore
 from gemma4_compile.optimize import state_of
+from gemma4_compile.step_cache import CACHE
 from tests.models import CONFIGS, prompt, tiny
 
 
@@ -83,8 +85,8 @@ def test_static_cache_in_chunks() -> None:
     caches = [StaticCache(config=plain.config, max_cache_len=40) for _ in range(2)]
     for tokens in (prompt(1, 12), prompt(1, 5, seed=2), prompt(1, 1, seed=3)):
         with torch.no_grad():
-            expected = plain(tokens, past_key_values=caches[0]).logits
-            actual = model(tokens, past_key_values=caches[1]).logits
+            expected = plain(tokens, **{CACHE: caches[0]}).logits
+            actual = model(tokens, **{CACHE: caches[1]}).logits
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -93,10 +95,10 @@ def test_continues_a_dynamic_cache_of_the_plain_model() -> None:
     plain, model = tiny("e"), passes_only(tiny("e"))
     first, second = prompt(2, 11), prompt(2, 3, seed=2)
     with torch.no_grad():
-        cache = plain(first).past_key_values
+        cache = plain(first)[CACHE]
         whole = plain(torch.cat([first, second], 1)).logits[:, -3:]
-        output = model(second, past_key_values=cache)
-    assert output.past_key_values is cache and cache.get_seq_length() == 14
+        output = model(second, **{CACHE: cache})
+    assert output[CACHE] is cache and cache.get_seq_length() == 14
     torch.testing.assert_close(output.logits, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -190,22 +192,107 @@ def test_an_unknown_cache_runs_uncompiled_and_says_so() -> None:
     cache = StaticCache(config=plain.config, max_cache_len=8)
     cache.layers[0] = Odd(max_cache_len=8, sliding_window=8)
     with torch.no_grad(), pytest.warns(UserWarning, match="does not know Odd layers"):
-        actual = model(prompt(2, 5), past_key_values=cache).logits
+        actual = model(prompt(2, 5), **{CACHE: cache}).logits
     with torch.no_grad():
         torch.testing.assert_close(actual, plain(prompt(2, 5)).logits, rtol=1e-5, atol=1e-5)
     assert "Odd" in str(report(model))
+
+
+def test_a_cache_by_its_older_name() -> None:
+    """A release that renamed the argument takes both names, and so does the optimized model, in the same graphs."""
+    plain, model = tiny("e"), passes_only(tiny("e"))
+    whole, cache = prompt(2, 8), DynamicCache(config=plain.config)
+    with torch.no_grad():
+        model(whole[:, :5], past_key_values=cache)
+        output = model(whole[:, 5:], past_key_values=cache)
+        torch.testing.assert_close(output.logits, plain(whole).logits[:, 5:], rtol=1e-5, atol=1e-5)
+        model(prompt(2, 3), **{CACHE: cache})
+    assert output[CACHE] is cache and cache.get_seq_length() == 11 and graphs(model) == 2
+
+
+def test_a_cache_in_an_argument_that_forward_lacks_is_an_error() -> None:
+    """forward() would swallow it among its keyword arguments, and decode as if there were no cache."""
+    model = passes_only(tiny("dense"))
+    with torch.no_grad(), pytest.raises(TypeError, match=f"must be given as '{CACHE}' .*, got 'kv_store'"):
+        model(prompt(2, 5), kv_store=DynamicCache(config=model.config))
+
+
+def test_a_renamed_cache_argument_runs_uncompiled_and_says_so() -> None:
+    """A future transformers: the cache comes under a name that no release known here has, and must not get lost."""
+    plain, model = tiny("dense"), tiny("dense")
+
+    def forward(input_ids: Any = None, kv_store: Any = None, **kwargs: Any) -> Any:
+        return type(model).forward(model, input_ids, **{CACHE: kv_store}, **kwargs)
+
+    model.forward = forward
+    passes_only(model)
+    whole, cache = prompt(2, 6), DynamicCache(config=plain.config)
+    with torch.no_grad(), pytest.warns(UserWarning, match="uncompiled: it does not know a forward.. without a parameter cache"):
+        model(whole[:, :5], kv_store=cache)
+        actual = model(whole[:, 5:], kv_store=cache).logits
+    with torch.no_grad():
+        torch.testing.assert_close(actual, plain(whole).logits[:, 5:], rtol=1e-5, atol=1e-5)
+    assert graphs(model) == 0
+
+
+def test_a_second_argument_with_a_cache_runs_uncompiled_and_says_so() -> None:
+    """Also a rename: forward() keeps the old parameter beside the new one."""
+    plain, model = tiny("dense"), tiny("dense")
+
+    def forward(input_ids: Any = None, kv_store: Any = None, **kwargs: Any) -> Any:
+        return type(model).forward(model, input_ids, **{CACHE: kv_store}, **kwargs)
+
+    own = inspect.Parameter(CACHE, inspect.Parameter.KEYWORD_ONLY, default=None)
+    signature = inspect.signature(forward)
+    *others, kwargs = signature.parameters.values()
+    forward.__signature__ = signature.replace(parameters=[*others, own, kwargs])  # type: ignore[attr-defined]
+    model.forward = forward
+    passes_only(model)
+    whole, cache = prompt(2, 6), DynamicCache(config=plain.config)
+    with torch.no_grad(), pytest.warns(UserWarning, match="does not know the argument kv_store, which holds a cache"):
+        model(whole[:, :5], kv_store=cache)
+        actual = model(whole[:, 5:], kv_store=cache).logits
+    with torch.no_grad():
+        torch.testing.assert_close(actual, plain(whole).logits[:, 5:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_model_that_leaves_its_cache_unused_is_an_error(static: bool) -> None:
+    """Whatever the names are: a compiled step that wrote no keys and values must not pass for one that did."""
+    model = tiny("dense")
+    plain_forward = model.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kwargs[CACHE] = None
+        return plain_forward(*args, **kwargs)
+
+    model.model.forward = forward
+    passes_only(model)
+    cache: Any = StaticCache(config=model.config, max_cache_len=5) if static else DynamicCache(config=model.config)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"does not read the cache from '{CACHE}'"):
+        model(prompt(2, 5), **{CACHE: cache})
+    assert cache.get_seq_length() == 0
+
+
+def test_no_deprecated_names_of_ours() -> None:
+    """transformers warns of its older names: none of these warnings may come from here."""
+    model = passes_only(tiny("e"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for cache in ("dynamic", "static"):
+            generate(model, prompt(2, 5), cache_implementation=cache)
 
 
 def test_too_many_kinds_of_calls_run_uncompiled() -> None:
     """At max_graphs the model goes on, uncompiled, and says what to do; what is compiled stays in use."""
     plain, model = tiny("dense"), passes_only(tiny("dense"), OptimizeConfig(max_graphs=2))
     with torch.no_grad():
-        cache = model(prompt(2, 5)).past_key_values
-        model(prompt(2, 1), past_key_values=cache)
+        cache = model(prompt(2, 5))[CACHE]
+        model(prompt(2, 1), **{CACHE: cache})
         with pytest.warns(UserWarning, match="max_graphs=2 are in use; raise it"):
             output = model(prompt(1, 5))
         torch.testing.assert_close(output.logits, plain(prompt(1, 5)).logits, rtol=1e-5, atol=1e-5)
-        assert output.past_key_values.get_seq_length() == 5
+        assert output[CACHE].get_seq_length() == 5
         torch.testing.assert_close(model(prompt(2, 7)).logits, plain(prompt(2, 7)).logits, rtol=1e-5, atol=1e-5)
     assert graphs(model) == 2
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from gemma4_compile.demo.corpus import held_out_files
+from gemma4_compile.step_cache import CACHE
 
 
 def final_states(target: Any, ids: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
@@ -26,7 +27,7 @@ def final_states(target: Any, ids: Tensor) -> tuple[Tensor, dict[str, tuple[Tens
     """
     config = target.config
     cache: Any = DynamicCache()
-    hidden = target.model(ids, past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = target.model(ids, **{CACHE: cache}, use_cache=True).last_hidden_state
     storing = config.layer_types[: config.num_hidden_layers - config.num_kv_shared_layers]
     return hidden, {kind: (cache.layers[i].keys, cache.layers[i].values) for i, kind in enumerate(storing)}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from gemma4_compile.geometry import Geometry
+from gemma4_compile.step_cache import CACHE
 
 STEPS = ("decode", "prefill")
 _ROOM = 64  # further tokens in a static cache
@@ -50,7 +51,7 @@ def default_step(
     tokens = torch.randint(0, config.vocab_size, (batch, length), device=device, generator=generator)
     described = f"{kind}, batch {batch}, context {context}, {str(dtype).removeprefix('torch.')}"
     if kind == "prefill":
-        return Step(described, {"input_ids": tokens, "past_key_values": DynamicCache(config=config)})
+        return Step(described, {"input_ids": tokens, CACHE: DynamicCache(config=config)})
     cache: Any = StaticCache(config=config, max_cache_len=context + _ROOM) if static_cache else DynamicCache(config=config)
     for layer in geometry.layers:
         if not layer.shares_kv:
@@ -58,7 +59,7 @@ def default_step(
             rows = [torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(2)]
             cache.update(*rows, layer.index)
     described += ", static cache" if static_cache else ", dynamic cache"
-    return Step(described, {"input_ids": tokens, "past_key_values": cache})
+    return Step(described, {"input_ids": tokens, CACHE: cache})
 
 
 def given_step(example_inputs: Any) -> Step:

@@ -9,6 +9,7 @@ from transformers import StaticCache
 from gemma4_compile import OptimizeConfig, demo_checkpoint, optimize
 from gemma4_compile.demo import held_out_prompts
 from gemma4_compile.loading import load
+from gemma4_compile.step_cache import CACHE
 
 FOLDER = demo_checkpoint("e") / "target"
 
@@ -30,10 +31,10 @@ def test_logits_outlive_the_next_step() -> None:
     model: Any = optimize(load(FOLDER, "cuda")[0])
     cache = StaticCache(config=model.config, max_cache_len=64)
     with torch.inference_mode():
-        model(torch.tensor([[2, 50, 60, 70]], device="cuda"), past_key_values=cache)
-        steps = [model(torch.tensor([[token]], device="cuda"), past_key_values=cache).logits for token in (80, 90, 100, 110)]
+        model(torch.tensor([[2, 50, 60, 70]], device="cuda"), **{CACHE: cache})
+        steps = [model(torch.tensor([[token]], device="cuda"), **{CACHE: cache}).logits for token in (80, 90, 100, 110)]
         kept = [logits.clone() for logits in steps]
-        model(torch.tensor([[120]], device="cuda"), past_key_values=cache)
+        model(torch.tensor([[120]], device="cuda"), **{CACHE: cache})
     for logits, copy in zip(steps, kept, strict=True):
         assert torch.equal(logits, copy)
     assert not torch.equal(steps[0], steps[3])

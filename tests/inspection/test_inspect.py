@@ -23,6 +23,7 @@ from gemma4_compile.inspection.catalogue import layers_of
 from gemma4_compile.inspection.files import ENTRIES, whole_or_nothing
 from gemma4_compile.patterns import post_attention_norms
 from gemma4_compile.patterns.rewrite import Rewrite
+from gemma4_compile.step_cache import CACHE
 from scripts import dump_inductor
 from tests.models import CONFIGS, prompt, tiny
 
@@ -212,7 +213,7 @@ def test_the_callers_cache_is_not_touched() -> None:
     cache: Any = DynamicCache(config=model.config)
     for layer, (heads, dim) in enumerate(((2, 16), (1, 32))):
         cache.update(torch.randn(1, heads, 3, dim), torch.randn(1, heads, 3, dim), layer)
-    found = inspect(model, {"input_ids": prompt(1, 6), "past_key_values": cache}, compare="plain")
+    found = inspect(model, {"input_ids": prompt(1, 6), CACHE: cache}, compare="plain")
     assert cache.get_seq_length() == 3
     assert [layer.keys.shape[2] for layer in cache.layers] == [3, 3]
     for variant in found.variants:
@@ -270,7 +271,7 @@ def test_a_step_that_runs_uncompiled_is_refused(tmp_path: Path) -> None:
     cache: Any = DynamicCache(config=model.config)
     cache.layers[0].record_past = True
     with pytest.raises(ValueError, match="must compile, but it ran as Hugging Face wrote it.*DynamicSlidingWindowLayer"):
-        inspect(model, {"input_ids": prompt(1, 4), "past_key_values": cache}, tmp_path / "out")
+        inspect(model, {"input_ids": prompt(1, 4), CACHE: cache}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
