@@ -2,8 +2,9 @@
 
     python scripts/bench_flashinfer.py [--out FILE]
 
-Needs flashinfer-python, which compiles a module a head size at its first use. Milliseconds, medians of `do_bench`. FlashInfer's
-`plan()` runs on the host for each step; it is timed apart, and is why a captured decode step cannot hold the wrapper.
+Needs flashinfer-python, which compiles a module a head size at its first use. Milliseconds, medians over replays of a CUDA graph
+of eight calls, for both. FlashInfer's `plan()` runs on the host for each step; it is timed apart: what a graph has captured of
+it is the plan of one step's lengths, which is why a decode step of the engine cannot hold the wrapper.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 from gemma4_compile.ops.attention import launch_planned
+from scripts._bandwidth import median_seconds
 from scripts.bench_attention import LAYERS
 
 PAGE = 64
@@ -88,7 +89,12 @@ def compare(step: Step) -> dict[str, float]:
     difference = (step.out[0].double() - theirs.double()).norm() / step.out.double().norm()
     found = {"difference": difference.item(), "plan_ms": 1e3 * planned}
     for name, function in (("ours_ms", attend), ("flashinfer_ms", attend_by_flashinfer)):
-        found[name] = do_bench(function, warmup=20, rep=100, return_mode="median")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(8):
+                function()
+        found[name] = median_seconds(graph.replay, 20) * 1e3 / 8
     return found
 
 
