@@ -2,7 +2,7 @@
 
     python scripts/bench_flashinfer.py [--out FILE]
 
-Needs flashinfer-python, which compiles a module a head size at its first use. Milliseconds, medians over replays of a CUDA graph
+Needs flashinfer-python, which compiles a module a head size at its first use. Milliseconds, medians over replays of a graph
 of eight calls, for both. FlashInfer's `plan()` runs on the host for each step; it is timed apart: what a graph has captured of
 it is the plan of one step's lengths, which is why a decode step of the engine cannot hold the wrapper.
 """
