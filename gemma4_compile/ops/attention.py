@@ -358,28 +358,25 @@ def attention_plan(
     elif few:
         idle = requests * kv_heads < 32  # smaller tiles then, as there are processors for more of them
         block_m = 16 if dim_block <= 256 or idle else min(max(16, average * group_block), 32)
-        block_n, warps, stages = 64, 4 if dim_block > 256 or idle else 2, 2
+        block_n, warps, stages = 64, 4, 2
     elif dim_block <= 256:
         block_m, block_n, warps, stages = 128, 64, 8, 2
     else:
         block_m, block_n, warps, stages = 64, 32, 8, 2
     block_q = max(1, power_of_two(block_m) // group_block)
 
-    tiles = requests * -(-average // block_q) * kv_heads
+    tiles = max(requests * -(-average // block_q) * kv_heads, 1)
     # Partial results are fp32 rows of each split: what many rows would write costs more than idle processors.
-    if few:
-        # Programs for all warps of the GPU, while what they write and read again is an eighth of the keys and values; of those
-        # a plan knows the window, or that there can be more than 2048. Two programs a processor in any case.
-        keys = min(window or max_keys, 2048)
-        bearable = _power_of_two_within(min(32 * PROCESSORS // warps // tiles, keys // (16 * average * group)))
-        splits = max(bearable, _power_of_two_within(2 * PROCESSORS // tiles))
+    if few:  # two programs a processor, and never one alone for a request's keys
+        splits = max(2, power_of_two(-(-_power_of_two_within(2 * PROCESSORS) // tiles)))
     else:
-        splits = _power_of_two_within((PROCESSORS if rows <= 512 else 0) // max(tiles, 1))
+        splits = _power_of_two_within((PROCESSORS if rows <= 512 else 0) // tiles)
     if window and window < max_keys:
         most = power_of_two(-(-window // 32) + 1)  # one more: a window may begin within a block
     else:
         most = _power_of_two_within(max_keys // (64 if dim_block > 256 and requests * kv_heads >= 32 else 32))
-    return AttentionPlan(block_q, block_n, min(splits, most, 64), warps, stages)
+    # _combine_kernel holds all splits of a row in registers: 64 of 512 columns took 10 us longer than 32.
+    return AttentionPlan(block_q, block_n, min(splits, most, 64 if dim_block <= 256 else 32), warps, stages)
 
 
 def _power_of_two_within(n: int) -> int:
