@@ -131,9 +131,11 @@ class ModelRunner:
             except torch.cuda.OutOfMemoryError:
                 tokens //= 2
         if fitting < config.max_batched_tokens:
+            # Half of what fits, as the pools want memory too.
+            remedy = f"lower max_batched_tokens to {fitting // 2}" if fitting else "free memory or take a larger GPU"
             raise ValueError(
                 f"a step of max_batched_tokens={config.max_batched_tokens} must fit into the GPU's memory beside the weights, "
-                f"got out of memory; lower max_batched_tokens to {fitting // 2}"
+                f"got out of memory; {remedy}"
             )
         used = torch.cuda.max_memory_allocated(self.device) - before
         return used * (2 if graphs else 1)

@@ -413,3 +413,21 @@ print(json.dumps([text, engine.metrics.requests]))
     assert done.returncode == 0, done.stderr[-2000:]
     text, requests = json.loads(done.stdout.strip().splitlines()[-1])
     assert text and requests == 2
+
+
+@pytest.mark.parametrize(
+    ("fitting", "remedy"), [(100, "lower max_batched_tokens to 32"), (8, "free memory or take a larger GPU")]
+)
+def test_a_step_too_large_for_the_gpu_says_what_to_lower(monkeypatch: pytest.MonkeyPatch, fitting: int, remedy: str) -> None:
+    runner = serve("e").runner
+    for name in ("empty_cache", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+
+    def packed(inputs: dict[str, torch.Tensor]) -> None:
+        if inputs["positions"].shape[0] > fitting:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+
+    packed.geometry = runner.packed.geometry  # type: ignore[attr-defined]
+    monkeypatch.setattr(runner, "packed", packed)
+    with pytest.raises(ValueError, match=f"got out of memory; {remedy}"):
+        runner._measure_step(graphs=True)
