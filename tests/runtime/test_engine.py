@@ -416,7 +416,7 @@ print(json.dumps([text, engine.metrics.requests]))
 
 
 @pytest.mark.parametrize(
-    ("fitting", "remedy"), [(100, "lower max_batched_tokens to 32"), (8, "free memory or take a larger GPU")]
+    ("fitting", "remedy"), [(40, "lower max_batched_tokens to 16"), (8, "free memory or take a larger GPU")]
 )
 def test_a_step_too_large_for_the_gpu_says_what_to_lower(monkeypatch: pytest.MonkeyPatch, fitting: int, remedy: str) -> None:
     runner = serve("e").runner
