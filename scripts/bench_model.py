@@ -82,6 +82,8 @@ class Decode:
         self.eager()  # Hugging Face allocates the layers at their first use
         layer: Any
         for layer in self.cache.layers:
+            if layer.keys is None:  # of a layer that shares KV: transformers 5.23 and later have one for it too
+                continue
             layer.keys.normal_()
             layer.values.normal_()
             layer.cumulative_length.fill_(self.context)

@@ -1,8 +1,8 @@
 """Where each fusion pays: plain data, measured, for the passes to read. Nothing here is computed at run time.
 
 The numbers are of one run of `python scripts/bench_ops.py --out benchmarks/ops-h200.json` on an H200, those of the products
-of `python scripts/bench_linear.py --out benchmarks/linear-h200.json`, those of the experts of `python scripts/bench_experts.py
---out benchmarks/experts-h100.json`; docs/fusions.md prints them, and
+of `python scripts/bench_linear.py --out benchmarks/linear-h200.json`, those of the experts and of attention_qkv of
+`scripts/bench_experts.py` and `scripts/bench_attention_qkv.py` on an H100; docs/fusions.md prints them, and
 tests/ops/test_measured.py holds this file to them. A range of token counts is inclusive, None is no upper end; within it no
 measured model was more than 3% slower than Inductor's own code for the same subgraph.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 BENCHMARK = "benchmarks/ops-h200.json"
 PRODUCTS_BENCHMARK = "benchmarks/linear-h200.json"
+ATTENTION_QKV_BENCHMARK = "benchmarks/attention-qkv-h100.json"
 EXPERTS_BENCHMARK = "benchmarks/experts-h100.json"
 Ranges = tuple[tuple[int, int | None], ...]
 ALWAYS: Ranges = ((1, None),)

@@ -10,6 +10,8 @@ import torch
 from gemma4_compile import ops
 from gemma4_compile.ops.attention import attention_into
 from gemma4_compile.ops.attention_qkv import attention_qkv_into
+from scripts import bench_flashinfer
+from scripts.bench_attention import LAYERS
 from tests.ops.attention_cases import Request, Step, check_cache, check_same, check_steps, raw, step
 
 HEADS = {  # heads, KV heads, head size
@@ -47,6 +49,14 @@ def test_as_accurate_as_eager_bf16(batch: str, heads: str, window: int):
     for page, padding in ((16, 3), (None, 0)):
         made = cuda_step(heads, BATCHES[batch], page=page, window=window, dtype=torch.bfloat16, padding=padding)
         check_steps([(made, None)])
+
+
+@pytest.mark.parametrize("batch", bench_flashinfer.BATCHES)
+@pytest.mark.parametrize("layer", ("E2B sliding", "E2B full", "26B-A4B sliding", "26B-A4B full"))
+def test_flashinfer_computes_the_same(layer: str, batch: str):
+    pytest.importorskip("flashinfer", reason="FlashInfer is not installed: NOT compared with it")
+    found = bench_flashinfer.compare(bench_flashinfer.step_of(*bench_flashinfer.BATCHES[batch], *LAYERS[layer]))
+    assert found["difference"] <= 5e-3  # both in bf16, which has 2^-9
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)

@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 
 from gemma4_compile.ops import OPS
-from gemma4_compile.ops.measured import BENCHMARK, EXPERTS_BENCHMARK, FUSIONS, PRODUCTS_BENCHMARK, pays
+from gemma4_compile.ops.measured import (
+    ATTENTION_QKV_BENCHMARK,
+    BENCHMARK,
+    EXPERTS_BENCHMARK,
+    FUSIONS,
+    PRODUCTS_BENCHMARK,
+    pays,
+)
 from scripts import bench_experts
 from scripts.bench_linear import chosen
 
 ROOT = Path(__file__).parents[2]
 ROWS = json.loads((ROOT / BENCHMARK).read_text())["rows"]
 PRODUCTS = json.loads((ROOT / PRODUCTS_BENCHMARK).read_text())["rows"]
+INTO_PAGES = json.loads((ROOT / ATTENTION_QKV_BENCHMARK).read_text())["rows"]
 EXPERTS = json.loads((ROOT / EXPERTS_BENCHMARK).read_text())["rows"]
 OF_FUSIONS = [op for fusion in FUSIONS.values() for op in fusion.pays]
 
@@ -43,6 +51,12 @@ def test_the_plan_of_a_product_was_measured_and_is_no_slower_than_cublas(row: di
 @pytest.mark.parametrize("row", EXPERTS, ids="{0[tokens]}".format)
 def test_the_plan_of_the_experts_was_measured_and_is_no_slower_than_grouped_mm(row: dict):
     assert row["grouped_mm_us"] / bench_experts.chosen(row) >= 0.97
+
+
+@pytest.mark.parametrize("row", INTO_PAGES, ids="{0[model]}-{0[tokens]}".format)
+def test_writing_into_pages_at_once_is_no_slower(row: dict):
+    assert row["norms_then_write_us"] / row["norms_with_write_us"] >= 0.97
+    assert row["apart_us"] / row["fused_us"] >= 0.97
 
 
 @pytest.mark.parametrize("op", OF_FUSIONS)
