@@ -271,19 +271,20 @@ def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> 
     kv = PlainKV(model_geometry, _TRACED_REQUESTS, _TRACED_TOKENS, module.dtype, module.device)
     inputs = kv.inputs([Request([0] * _TRACED_TOKENS)] * _TRACED_REQUESTS)
     step = _make_step(module, model_geometry)
-    return compile_step(module, step, inputs, STEP_INPUTS, backend, module.lm_head.weight)
+    return compile_step(module, step, inputs, STEP_INPUTS, backend, [module], module.lm_head.weight)
 
 
 def compile_step(
     module: Any, step: Callable[..., Any], inputs: dict[str, Tensor], varying: Iterable[str], backend: Backend,
-    head: Tensor | None = None, check: Check = check_inputs,
+    attending: Sequence[Any], head: Tensor | None = None, check: Check = check_inputs,
 ) -> Program:  # fmt: skip
     """Trace any packed step and compile its unique pieces.
 
-    module      holds every weight that the step reads; its `text_models()` are what calls attention, itself without
+    module      holds every weight that the step reads, and a config
     step        of a dict of inputs: logits, whose `hidden` is what `head` multiplies; without `head` a pair (result, hidden)
     inputs      examples, with keys and values
     varying     names of those whose number of tokens, rows or requests varies
+    attending   the models that it calls, whose attention is ours for the time
     check       of the inputs of each run
     """
     prepare()
@@ -306,7 +307,7 @@ def compile_step(
         return lambda *args: (torch.empty(()),) * len(_outputs(gm))  # nothing runs: only the graph is wanted
 
     with ExitStack() as switches, torch.no_grad():
-        for part in module.text_models() if hasattr(module, "text_models") else (module,):
+        for part in attending:
             switches.enter_context(_attention(part))
             switches.enter_context(fused_experts(part.config, "experts" in backend.enabled))
         torch.compile(own_code(step), backend=compile_graph, fullgraph=True)(inputs)
@@ -413,9 +414,7 @@ def _add_hidden(gm: GraphModule, examples: Sequence[Any], head: Tensor) -> None:
     Raises ValueError for a graph that has not one such product."""
     placeholders = (node for node in gm.graph.nodes if node.op == "placeholder")
     weights = {node for node, example in zip(placeholders, examples, strict=True) if example is head}
-    products = [
-        node for node in gm.graph.nodes if node.target in _PRODUCTS and len(node.args) > 1 and node.args[1] in weights
-    ]
+    products = [node for node in gm.graph.nodes if node.target in _PRODUCTS and len(node.args) > 1 and node.args[1] in weights]
     if len(products) != 1:
         raise ValueError(f"a step must multiply by its head's weight once, got {len(products)} products; report the model")
     (output,) = (node for node in gm.graph.nodes if node.op == "output")

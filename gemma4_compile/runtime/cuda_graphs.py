@@ -229,10 +229,10 @@ class GraphRunner:
         self.full.send(bucket.tokens, {} if empty else arrays)
 
     def _bucket(self, tokens: int, wanted: int, requests: int) -> _Bucket | None:
-        size = _fitting(self.buckets.decode, tokens)
+        size = fitting(self.buckets.decode, tokens)
         if tokens == wanted and size and requests <= size:
             return _Bucket(size, size, size, full=True)
-        size, rows = _fitting(self.buckets.tokens, tokens), _fitting(self.buckets.rows, wanted)
+        size, rows = fitting(self.buckets.tokens, tokens), fitting(self.buckets.rows, wanted)
         return _Bucket(size, rows, self.requests) if size and rows and requests <= self.requests else None
 
     def _first(self, bucket: _Bucket, fill: Callable[..., None], wanted: int, requests: int) -> StepResult:
@@ -408,7 +408,7 @@ def _cut(result: StepResult, wanted: int) -> StepResult:
     return StepResult(result.logits[:, :wanted], result.hidden[:wanted])
 
 
-def _fitting(sizes: Sequence[int], wanted: int) -> int:
+def fitting(sizes: Sequence[int], wanted: int) -> int:
     """The smallest of the sizes that is enough; 0 if none is."""
     index = bisect_left(sizes, wanted)
     return sizes[index] if index < len(sizes) else 0
@@ -420,10 +420,15 @@ def _check_on_gpu(inputs: dict[str, Tensor]) -> None:
             raise CaptureRefused(f"a graph reads its inputs on the GPU, got {name} on {tensor.device}; move it there")
 
 
-def _check_pieces(program: Program) -> None:
+def check_host(program: Program) -> None:
+    """Raises CaptureRefused for a piece that works on the host."""
     for call in program.plan.calls:
         if call.host:
             raise CaptureRefused(f"a graph cannot hold {call.host}: the host decides it anew for each step; run without graphs")
+
+
+def _check_pieces(program: Program) -> None:
+    check_host(program)
     before = {index for step in program.steps[: program.boundary] for index in step.results}
     for step in program.steps[program.boundary + 1 :]:
         if before & set(step.arguments):

@@ -27,9 +27,10 @@ def runner(kind: str = "e", recorder: HostRecorder | None = None, buckets: Bucke
 
 
 def assert_same(graphs: GraphRunner, kv: PlainKV, other: PlainKV, batch: list[Request], kind: str = "e") -> None:
-    """Logits and everything in memory."""
-    actual, expected = graphs(kv.inputs(batch)), packed(kind)(other.inputs(batch))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+    """Logits, states and everything in memory."""
+    actual, expected = graphs.run(kv.inputs(batch)), packed(kind).run(other.inputs(batch))
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(actual.hidden, expected.hidden, rtol=0, atol=2e-5)
     for name, tensor in kv.tensors.items():
         torch.testing.assert_close(tensor, other.tensors[name], rtol=0, atol=2e-5)
 
