@@ -41,8 +41,8 @@ class Drafter:
     assistant           Gemma4AssistantForCausalLM in eval mode, or its folder
     speculative_tokens  K, the drafts of a round: 1 or more
     kv                  keys.N and values.N, [pages, page size, Hk, D], of the target's layers that own them; graphs keep them
-    rope_offset         RoPE position of the drafts less p, the last position whose key is stored: 0, as in vLLM and SGLang, or 1,
-                        as in transformers
+    rope_offset         RoPE position of the drafts less p, the last position whose key is stored: 0, as in vLLM and SGLang, or
+                        1, as in transformers
     recorder            captures the K steps of a bucket of requests as one graph, see cuda_graphs.py. Unless given, CUDA graphs
                         on a GPU, in a memory pool of their own, and none on a CPU
     width               pages that a request may have at most; as many as the model's context needs unless given
