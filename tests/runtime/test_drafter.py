@@ -1,11 +1,8 @@
 """The drafter equals Hugging Face's assistant, request by request, over pages scattered differently in each pool."""
 
 import copy
-import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
@@ -13,102 +10,18 @@ import torch
 from torch import Tensor
 from transformers import Gemma4AssistantConfig, Gemma4TextConfig
 
-from gemma4_compile import demo_checkpoint, optimize
-from gemma4_compile.assistant import assistant_class, load_assistant
+from gemma4_compile import optimize
+from gemma4_compile.assistant import assistant_class
 from gemma4_compile.demo import DEMO_NAMES
-from gemma4_compile.demo.evaluate import final_states
 from gemma4_compile.geometry import geometry
 from gemma4_compile.program import StepResult
 from gemma4_compile.runtime.batch import KINDS
 from gemma4_compile.runtime.drafter import Drafter, ordered_argmax
-from gemma4_compile.runtime.memory import allocate, owners
+from gemma4_compile.runtime.memory import allocate
 from tests.models import CONFIGS, tiny
 from tests.runtime.demo_models import demo
+from tests.runtime.drafted import DRAFTS, PAGE, drafter, expected, rounds, served
 from tests.runtime.host_recorder import HostRecorder
-
-PAGE = 16
-LENGTHS = (5, 16, 17, 100, 128, 129, 150, 300)  # tokens; the window is 128
-DRAFTS = 6
-PAGES = {"sliding_attention": 121, "full_attention": 131}
-
-
-@dataclass
-class Served:
-    """Requests of a demo checkpoint: what a drafter is given, and what Hugging Face drafts from it."""
-
-    target: Any
-    assistant: Any
-    kv: dict[str, Tensor]
-    inputs: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
-    hidden: list[Tensor]
-    keys: list[dict[str, tuple[Tensor, Tensor]]]
-
-
-@cache
-def served(name: str) -> Served:
-    """Keys and values by Hugging Face, put into pages at random, odd ones of the sliding pool and even ones of the other; whatever no
-    request owns is large, so that it shows."""
-    found = demo(name)
-    target, window = found.plain, found.plain.config.sliding_window
-    assistant = load_assistant(demo_checkpoint(name) / "assistant", dtype=torch.float32).eval().requires_grad_(False)
-    layout = geometry(target.config)
-    kv = {
-        name: tensor.fill_(50.0) for name, tensor in allocate(layout, PAGES, PAGE, torch.float32, torch.device("cpu")).items()
-    }
-    picks = {kind: random.Random(i).sample(range(1 + i, 121, 2), 60 - i) for i, kind in enumerate(KINDS)}
-    tables = {kind: torch.zeros((len(LENGTHS), -(-max(LENGTHS) // PAGE)), dtype=torch.int32) for kind in KINDS}
-    texts = found.prompts(len(LENGTHS), max(LENGTHS) + 1)
-    longest = max(texts, key=len)
-    tokens, positions, hidden, keys = [], [], [], []
-    for row, length in enumerate(LENGTHS):
-        text = longest[:length]
-        with torch.no_grad():
-            states, stored = final_states(target, torch.tensor([text]))
-            tokens.append(int(target(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
-        for kind in KINDS:
-            owner = owners(layout, kind)[-1].index
-            pages = [picks[kind].pop() for _ in range(-(-length // PAGE))]
-            tables[kind][row, : len(pages)] = torch.tensor(pages)
-            slots = torch.tensor([pages[i // PAGE] * PAGE + i % PAGE for i in range(length)])
-            for tensor, rows in zip(("keys", "values"), stored[kind], strict=True):
-                kv[f"{tensor}.{owner}"].flatten(0, 1)[slots] = rows[0].transpose(0, 1)
-        # transformers' own window lets one more key in than the target's, whose page may be gone: its cache has none either.
-        seen = {kind: length if kind == "full_attention" else window for kind in KINDS}
-        keys.append({kind: (k[:, :, -seen[kind] :], v[:, :, -seen[kind] :]) for kind, (k, v) in stored.items()})
-        positions.append(length - 1)
-        hidden.append(states[:, -1:])
-    inputs = torch.tensor(tokens), torch.cat(hidden)[:, 0], torch.tensor(positions), tables
-    return Served(target, assistant, kv, inputs, hidden, keys)
-
-
-@torch.no_grad()
-def expected(name: str, drafts: int, shift: int) -> tuple[Tensor, Tensor]:
-    """Drafts [R, K] and the states [R, K, H] that each step passes on, by Hugging Face, a request at a time."""
-    given = served(name)
-    chosen, passed = [], []
-    for row in range(len(LENGTHS)):
-        token, hidden = given.inputs[0][row].view(1, 1), given.hidden[row]
-        positions = given.inputs[2][row].view(1, 1) + shift
-        for _ in range(drafts):
-            embedded = given.target.model.embed_tokens(token)
-            out = given.assistant(
-                inputs_embeds=torch.cat([embedded, hidden], dim=-1), position_ids=positions, shared_kv_states=given.keys[row]
-            )
-            token, hidden = out.logits.argmax(-1), out.last_hidden_state
-            chosen.append(token)
-            passed.append(hidden)
-    count = len(LENGTHS)
-    return torch.cat(chosen).view(count, drafts), torch.cat(passed).view(count, drafts, -1)
-
-
-@cache
-def optimized(name: str) -> Any:
-    return optimize(demo(name).served.requires_grad_(False))
-
-
-def drafter(name: str, drafts: int = DRAFTS, **options: Any) -> Drafter:
-    given = served(name)
-    return Drafter(optimized(name), given.assistant, drafts, given.kv, **options)
 
 
 def recorded(made: Drafter, monkeypatch: pytest.MonkeyPatch) -> list[StepResult]:
@@ -185,6 +98,16 @@ def test_padding_reads_pages_that_exist_and_nothing_is_written() -> None:
     assert made.draft(tokens[:2], hidden[:2], positions[:2], short).tolist() == expected("e", 2, 0)[0][:2].tolist()
     assert all((made._static[f"table.{kind}"][2:] == 0).all() for kind in KINDS) and not made._static["positions"][2:].any()
     assert all(torch.equal(given.kv[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", DEMO_NAMES)
+def test_drafting_and_verification(name: str) -> None:
+    """Prefill, drafts, verification, all from graphs of the host: each step's states are what the next drafts begin with."""
+    models = demo(name)
+    prompts = models.prompts(5, 140)
+    texts, accepted = rounds(name, 3, prompts, 16, recorder=HostRecorder)
+    assert texts == [models.generate(prompt, 16) for prompt in prompts]
+    assert accepted > 0.5
 
 
 class Soup(HostRecorder):
