@@ -174,7 +174,8 @@ def tiny_drafter(assistant: Any, **options: Any) -> tuple[Drafter, dict[str, Ten
     kv = allocate(geometry(model.config), dict.fromkeys(KINDS, 3), PAGE, torch.float32, torch.device("cpu"))
     for tensor in kv.values():
         tensor.normal_(generator=torch.Generator().manual_seed(tensor.shape[-1]))
-    return Drafter(optimize(model), assistant, **{"speculative_tokens": 2, "kv": kv} | options), kv
+    settings: dict[str, Any] = {"speculative_tokens": 2, "kv": kv} | options
+    return Drafter(optimize(model), assistant, **settings), kv
 
 
 def test_a_layer_with_the_index_of_its_owner_writes_nothing() -> None:
