@@ -17,10 +17,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._inductor
@@ -39,10 +39,14 @@ from .runtime.batch import KINDS, STEP_INPUTS, PlainKV, Request, check_inputs, r
 
 # What the step is traced with. Sizes are symbols; these are the hints that Inductor and measured token counts go by.
 _TRACED_REQUESTS, _TRACED_TOKENS = 8, 32
-_FORMAT = 2
+_FORMAT = 3
 
+Check = Callable[[dict[str, Tensor]], None]  # raises ValueError for a step's inputs that do not fit
 # Where a value comes from: ["value", number], ["weight", name], ["input", name], ["size", input, dimension], ["constant", x].
 Reference = tuple[Any, ...]
+
+
+_PRODUCTS = (torch._C._nn.linear, torch.ops.gemma4.linear)  # of rows and a weight, as the passes leave them
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Plan:
 
     calls: list[Call]
     result: Reference
+    hidden: Reference  # [1, N, H]
     record: Record
     model: str = ""  # fingerprint of the model that it was made of
     limits: dict[str, int] = field(default_factory=dict)  # input -> the largest size of its rows that the code can index
@@ -77,6 +82,14 @@ class Plan:
         return len({call.piece for call in self.calls} - {""})
 
 
+class StepResult(NamedTuple):
+    """What a step gives of its N wanted rows: logits [1, N, vocabulary], and hidden [N, H], the states behind the last norm,
+    which the head multiplies. Of a draft step: draft tokens [N] int64, and the states that the next draft step takes."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
 class Program:
     """A plan with compiled pieces and a model's weights. Call it with a step's inputs, see runtime/batch.py.
 
@@ -84,11 +97,15 @@ class Program:
 
     compiled    unique pieces that were compiled for it; 0 if it was loaded
     steps       its calls, bound to weights
-    boundary    index of the first step that reads which rows are wanted: with YOCO, all behind it work on those rows
+    boundary    index of the first step that reads which rows are wanted: with YOCO, all behind it work on those rows. -1 for
+                a draft step, whose rows are all wanted
     """
 
-    def __init__(self, plan: Plan, pieces: Mapping[str, Callable[..., Any]], weights: dict[str, Tensor], compiled: int):
-        self.plan, self.compiled = plan, compiled
+    def __init__(
+        self, plan: Plan, pieces: Mapping[str, Callable[..., Any]], weights: dict[str, Tensor], compiled: int,
+        check: Check = check_inputs,
+    ):  # fmt: skip
+        self.plan, self.compiled, self._check_inputs = plan, compiled, check
         self._pieces = pieces
         self._folder: Path | None = None  # that it was loaded from: a loaded piece cannot be written again
         self._values: list[Any] = []
@@ -115,13 +132,14 @@ class Program:
             function = SPLIT_POINTS[call.op].op if call.op else pieces[call.piece]
             arguments = tuple(place(reference) for reference in call.arguments)
             self.steps.append(Step(function, call.op, arguments, tuple(place(("value", i)) for i in call.results)))
-        self._result = place(plan.result)
-        self.boundary = next(i for i, call in enumerate(plan.calls) if call.piece and ("input", "rows") in call.arguments)
+        self._result, self._hidden = place(plan.result), place(plan.hidden)
+        reads_rows = (i for i, call in enumerate(plan.calls) if call.piece and ("input", "rows") in call.arguments)
+        self.boundary = next(reads_rows, -1)
         self._free_after_use()
 
     def _free_after_use(self) -> None:
         made = {index for step in self.steps for index in step.results}
-        seen = {self._result}
+        seen = {self._result, self._hidden}
         for step in reversed(self.steps):
             used = {index for index in (*step.arguments, *step.results) if index in made}
             step.dead = tuple(used - seen)
@@ -143,24 +161,30 @@ class Program:
 
     def _check(self, inputs: dict[str, Tensor]) -> None:
         """What the code relies on, as far as the host can tell without waiting for the GPU."""
-        check_inputs(inputs)
+        self._check_inputs(inputs)
         require(inputs, (name for _, name in self._inputs))
         for name, most in self.plan.limits.items():
-            size = inputs[name].shape[-1]
+            size = inputs[name].shape[varying_dim(name)]
             if size > most:
                 raise ValueError(f"{name} must have at most {most} elements, as offsets are 32-bit, got {size}; split the step")
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [1, N, vocabulary] of the N wanted rows; keys and values are written in place."""
+        return self.run(inputs).logits
+
+    def run(self, inputs: dict[str, Tensor]) -> StepResult:
+        """Logits [1, N, vocabulary] and final-normed states [N, H] of the N wanted rows; keys and values are written in place.
+
+        Raises ValueError for inputs that are missing or do not fit."""
         values = self.bind(inputs)
         with torch.no_grad():
             for step in self.steps:
                 step.run(values)
         return self.result(values)
 
-    def result(self, values: list[Any]) -> Tensor:
-        """The logits, once all steps have run."""
-        return values[self._result]
+    def result(self, values: list[Any]) -> StepResult:
+        """What a run gives, once all steps have run."""
+        return StepResult(values[self._result], values[self._hidden][0])
 
     def save(self, folder: str | Path) -> None:
         """Write the program to a folder that does not exist yet; whole or not at all."""
@@ -205,7 +229,7 @@ class Step:
             values[index] = None
 
 
-def load(folder: str | Path, module: Any) -> Program:
+def load(folder: str | Path, module: Any, check: Check = check_inputs) -> Program:
     """A saved program with this model's weights. Compiles nothing.
 
     Raises ValueError for files that are missing, broken, of another torch, or of another model."""
@@ -227,10 +251,11 @@ def load(folder: str | Path, module: Any) -> Program:
             [Miss(**miss) for miss in saved["record"]["misses"]],
             saved["record"]["seconds"],
         )
-        plan = Plan(calls, tuple(saved["result"]), record, saved["model"], saved["limits"], saved["seconds"])
+        results = tuple(saved["result"]), tuple(saved["hidden"])
+        plan = Plan(calls, *results, record, saved["model"], saved["limits"], saved["seconds"])
         keys = {call.piece for call in calls} - {""}
         pieces = {key: CompiledArtifact.load(path=str(folder / f"{key}.piece"), format="binary") for key in keys}
-        program = Program(plan, pieces, weights_of(module), compiled=0)
+        program = Program(plan, pieces, weights_of(module), 0, check)
         program._folder = folder
         return program
     except Exception as error:  # of JSON, of the file system, and of torch's loader, which asserts
@@ -243,12 +268,29 @@ def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> 
     module      Gemma4ForCausalLM in eval mode
     backend     says which passes are enabled, and has Inductor's options
     """
+    kv = PlainKV(model_geometry, _TRACED_REQUESTS, _TRACED_TOKENS, module.dtype, module.device)
+    inputs = kv.inputs([Request([0] * _TRACED_TOKENS)] * _TRACED_REQUESTS)
+    step = _make_step(module, model_geometry)
+    return compile_step(module, step, inputs, STEP_INPUTS, backend, [module], module.lm_head.weight)
+
+
+def compile_step(
+    module: Any, step: Callable[..., Any], inputs: dict[str, Tensor], varying: Iterable[str], backend: Backend,
+    attending: Sequence[Any], head: Tensor | None = None, check: Check = check_inputs,
+) -> Program:  # fmt: skip
+    """Trace any packed step and compile its unique pieces.
+
+    module      holds every weight that the step reads, and a config
+    step        of a dict of inputs: logits, whose `hidden` is what `head` multiplies; without `head` a pair (result, hidden)
+    inputs      examples, with keys and values
+    varying     names of those whose number of tokens, rows or requests varies
+    attending   the models that it calls, whose attention is ours for the time
+    check       of the inputs of each run
+    """
     prepare()
     start = time.perf_counter()
-    kv = PlainKV(model_geometry, _TRACED_REQUESTS, _TRACED_TOKENS, module.dtype, module.device)
-    # Dynamo makes one input of a tensor that has two names.
-    inputs = {name: t.clone() for name, t in kv.inputs([Request([0] * _TRACED_TOKENS)] * _TRACED_REQUESTS).items()}
-    for name in STEP_INPUTS:
+    inputs = {name: t.clone() for name, t in inputs.items()}  # Dynamo makes one input of a tensor that has two names
+    for name in varying:
         torch._dynamo.mark_dynamic(inputs[name], varying_dim(name))
     weights = weights_of(module)
     names = {id(tensor): ("input", name) for name, tensor in inputs.items()}
@@ -258,14 +300,17 @@ def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> 
 
     def compile_graph(gm: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         traced = time.perf_counter() - start
-        program = _compile(gm, examples, names, backend, weights)
-        program.plan.seconds["trace"] = traced
-        program.plan.model = model
-        made.append(program)
-        return lambda *args: (torch.empty(()),)  # nothing runs: only the graph is wanted
+        plan, pieces = _compile(gm, examples, names, backend, head)
+        plan.seconds["trace"] = traced
+        plan.model = model
+        made.append(Program(plan, pieces, weights, len(pieces), check))
+        return lambda *args: (torch.empty(()),) * len(_outputs(gm))  # nothing runs: only the graph is wanted
 
-    with _attention(module), fused_experts(module.config, "experts" in backend.enabled), torch.no_grad():
-        torch.compile(own_code(_make_step(module, model_geometry)), backend=compile_graph, fullgraph=True)(inputs)
+    with ExitStack() as switches, torch.no_grad():
+        for part in attending:
+            switches.enter_context(_attention(part))
+            switches.enter_context(fused_experts(part.config, "experts" in backend.enabled))
+        torch.compile(own_code(step), backend=compile_graph, fullgraph=True)(inputs)
     (program,) = made
     return program
 
@@ -318,11 +363,14 @@ def weights_of(module: Any) -> dict[str, Tensor]:
 
 
 def _compile(
-    gm: GraphModule, examples: Sequence[Any], names: dict[int, Reference], backend: Backend, weights: dict[str, Tensor]
-) -> Program:
+    gm: GraphModule, examples: Sequence[Any], names: dict[int, Reference], backend: Backend, head: Tensor | None
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a graph and its unique pieces, compiled."""
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     record = run(pipeline(backend.enabled), gm.graph)
+    if head is not None:
+        _add_hidden(gm, examples, head)
     parts = split(gm.graph)
     seconds["passes"] = time.perf_counter() - start
     references = _references(gm, examples, names)
@@ -350,10 +398,27 @@ def _compile(
             calls.append(Call(part.key, "", arguments, results, _on_host(part)))
         else:
             calls.append(Call("", split_point_of(part), tuple(map(refer, part.args)), (refer(part)[1],)))
+    result, hidden = map(refer, _outputs(gm))
+    return Plan(calls, result, hidden, record, limits=_limits(unique.values(), references), seconds=seconds), compiled
+
+
+def _outputs(gm: GraphModule) -> tuple[Any, ...]:
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    (logits,) = output.args[0]
-    plan = Plan(calls, refer(logits), record, limits=_limits(unique.values(), references), seconds=seconds)
-    return Program(plan, compiled, weights, len(compiled))
+    return tuple(output.args[0])
+
+
+def _add_hidden(gm: GraphModule, examples: Sequence[Any], head: Tensor) -> None:
+    """Give the graph a second result, [1, N, H]: what its head multiplies. A tied weight is read by the embedding too, so what
+    counts is the product.
+
+    Raises ValueError for a graph that has not one such product."""
+    placeholders = (node for node in gm.graph.nodes if node.op == "placeholder")
+    weights = {node for node, example in zip(placeholders, examples, strict=True) if example is head}
+    products = [node for node in gm.graph.nodes if node.target in _PRODUCTS and len(node.args) > 1 and node.args[1] in weights]
+    if len(products) != 1:
+        raise ValueError(f"a step must multiply by its head's weight once, got {len(products)} products; report the model")
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    output.args = ((*output.args[0], products[0].args[0]),)
 
 
 def _references(gm: GraphModule, examples: Sequence[Any], names: dict[int, Reference]) -> dict[Node, Reference]:
@@ -417,14 +482,21 @@ def _compile_piece(piece: Piece, backend: Backend) -> Any:
 
 def open_program(module: Any, backend: Backend, model_geometry: Geometry, folder: Path | None) -> Program:
     """The program of `folder` if it is there, else a new one, which is then saved there."""
+    return open_step(module, backend, folder, lambda: compile_program(module, backend, model_geometry))
+
+
+def open_step(
+    module: Any, backend: Backend, folder: Path | None, compile_anew: Callable[[], Program], check: Check = check_inputs
+) -> Program:
+    """As open_program, of any packed step."""
     if folder is not None and folder.exists():
         try:
             with backend.progress("loading compiled pieces"):
-                return load(folder, module)
+                return load(folder, module, check)
         except ValueError as error:
             warnings.warn(f"gemma4_compile compiles anew: {error}", stacklevel=2)
             shutil.rmtree(folder, ignore_errors=True)
-    program = compile_program(module, backend, model_geometry)
+    program = compile_anew()
     if folder is not None:
         try:
             program.save(folder)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.pieces import SPLIT_POINTS
-from gemma4_compile.program import Program, Step
+from gemma4_compile.program import Program, Step, StepResult
 
 from .batch import KINDS, STEP_INPUTS, check_inputs, varying_dim
 from .full_graphs import FullGraphs, FullResult
@@ -160,34 +160,39 @@ class GraphRunner:
         self.static = {name: torch.zeros(size, dtype=inputs[name].dtype, device=device) for name, size in sizes.items()}
         self.refused: dict[str, str] = {}
         self.replays = 0  # steps that ran from graphs
-        self.full = FullGraphs(program, self.memory, self.buckets.decode, width, recorder, device, last)
+        self.full = FullGraphs(program.run, self.memory, self.buckets.decode, width, recorder, device, last)
         self._heads: dict[int, tuple[list[_Call], dict[int, list[_Call]]]] = {}  # tokens -> before the boundary, rows -> at it
-        self._tails: dict[int, tuple[list[_Call], Tensor]] = {}
+        self._tails: dict[int, tuple[list[_Call], StepResult]] = {}
         self._crossing: dict[int, list[Tensor]] = {}
         self._attended: dict[tuple[Any, ...], Tensor] = {}
         self._checked: set[_Bucket] = set()
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [1, N, vocabulary] of the N wanted rows. From a graph they are valid until the next step."""
+        return self.run(inputs).logits
+
+    def run(self, inputs: dict[str, Tensor]) -> StepResult:
+        """Logits [1, N, vocabulary] and final-normed states [N, H] of the N wanted rows. From a graph they are valid until the
+        next step."""
         check_inputs(inputs)
         self._check_memory(inputs)
         wanted, requests = inputs["rows"].shape[0], inputs["table.full_attention"].shape[0]
         bucket = self._bucket(inputs["input_ids"].shape[1], wanted, requests)
         if bucket is None or bucket.name in self.refused:
-            return self.program(inputs)
+            return self.program.run(inputs)
         if bucket.full:
             found = self._full_step(bucket, {name: inputs[name].cpu().numpy() for name in STEP_INPUTS})
-            return self.program(inputs) if found is None else found.logits
+            return self.program.run(inputs) if found is None else StepResult(found.logits, found.hidden)
         try:
             if bucket not in self._checked:
                 return self._first(bucket, partial(self._fill, inputs), wanted, requests)
             self._fill(inputs, bucket)
-            logits = self._run_pieces(bucket, requests)
+            result = self._run_pieces(bucket, requests)
         except (RuntimeError, CaptureRefused) as error:
             self._give_up(bucket, f"its capture failed: {error}")
-            return self.program(inputs)
+            return self.program.run(inputs)
         self.replays += 1
-        return logits[:, :wanted]
+        return _cut(result, wanted)
 
     def decode(self, arrays: Mapping[str, np.ndarray]) -> FullResult | None:
         """A FULL step from the host's own arrays, by StepArrays' names, in one copy; None if no graph holds it.
@@ -217,20 +222,20 @@ class GraphRunner:
         except (RuntimeError, CaptureRefused) as error:
             self._give_up(bucket, f"its capture failed: {error}")
             return None
-        logits, tokens = self.full.result(bucket.tokens)
-        return FullResult(logits[:, :wanted], None if tokens is None else tokens[:wanted])
+        logits, tokens, hidden = self.full.result(bucket.tokens)
+        return FullResult(logits[:, :wanted], None if tokens is None else tokens[:wanted], hidden[:wanted])
 
     def _send(self, arrays: Mapping[str, np.ndarray], bucket: _Bucket, empty: bool = False) -> None:
         self.full.send(bucket.tokens, {} if empty else arrays)
 
     def _bucket(self, tokens: int, wanted: int, requests: int) -> _Bucket | None:
-        size = _fitting(self.buckets.decode, tokens)
+        size = fitting(self.buckets.decode, tokens)
         if tokens == wanted and size and requests <= size:
             return _Bucket(size, size, size, full=True)
-        size, rows = _fitting(self.buckets.tokens, tokens), _fitting(self.buckets.rows, wanted)
+        size, rows = fitting(self.buckets.tokens, tokens), fitting(self.buckets.rows, wanted)
         return _Bucket(size, rows, self.requests) if size and rows and requests <= self.requests else None
 
-    def _first(self, bucket: _Bucket, fill: Callable[..., None], wanted: int, requests: int) -> Tensor:
+    def _first(self, bucket: _Bucket, fill: Callable[..., None], wanted: int, requests: int) -> StepResult:
         """Capture over padding alone, then replay the step and compare it with the program: whatever a graph kept shows."""
         fill(bucket, empty=True)
         if bucket.full:
@@ -240,13 +245,13 @@ class GraphRunner:
         fill(bucket)
         # Replay first: where it fails to store keys, its logits must not come from those that the program stored.
         if bucket.full:
-            actual, expected = (logits[:, :wanted] for logits in self.full.compare(bucket.tokens))
+            actual, expected = (_cut(result, wanted) for result in self.full.compare(bucket.tokens))
         else:
-            actual = self._run_pieces(bucket, requests)[:, :wanted]
+            actual = _cut(self._run_pieces(bucket, requests), wanted)
             # Attention as in the replay: with another number of requests it may sum in another order.
-            expected = self.program(self._views(replace(bucket, requests=requests)))[:, :wanted]
-        difference = (actual.float() - expected.float()).square().mean().sqrt()
-        scale = expected.float().square().mean().sqrt()
+            expected = _cut(self.program.run(self._views(replace(bucket, requests=requests))), wanted)
+        difference = (actual.logits.float() - expected.logits.float()).square().mean().sqrt()
+        scale = expected.logits.float().square().mean().sqrt()
         if not difference <= 1e-2 * scale:  # also if either is not a number
             self._give_up(bucket, f"a replay gave other logits than the program (rms {difference:.3g} of {scale:.3g})")
             return expected
@@ -309,17 +314,17 @@ class GraphRunner:
 
     # PIECEWISE
 
-    def _run_pieces(self, bucket: _Bucket, requests: int) -> Tensor:
+    def _run_pieces(self, bucket: _Bucket, requests: int) -> StepResult:
         if bucket.rows not in self._tails:
             self._capture_tail(bucket)
         if bucket.tokens not in self._heads or bucket.rows not in self._heads[bucket.tokens][1]:
             self._capture_head(bucket)
         head, boundaries = self._heads[bucket.tokens]
-        tail, logits = self._tails[bucket.rows]
+        tail, result = self._tails[bucket.rows]
         for part in (head, boundaries[bucket.rows], tail):
             for call in part:
                 call(requests)
-        return logits
+        return result
 
     def _capture_head(self, bucket: _Bucket) -> None:
         """Everything before the boundary, and its piece for each row bucket in use: now, while what it reads is alive."""
@@ -359,7 +364,7 @@ class GraphRunner:
         self.recorder.warm_up(lambda: self.program(self._views(bucket)))
         tail = self._capture(steps[boundary + 1 :], values)
         self._crossing[bucket.rows] = buffers
-        self._tails[bucket.rows] = tail, self.recorder.borrow(self.program.result(values))
+        self._tails[bucket.rows] = tail, StepResult(*map(self.recorder.borrow, self.program.result(values)))
 
     def _capture(self, steps: Sequence[Step], values: list[Any]) -> list[_Call]:
         calls: list[_Call] = []
@@ -398,7 +403,12 @@ class GraphRunner:
         return call
 
 
-def _fitting(sizes: Sequence[int], wanted: int) -> int:
+def _cut(result: StepResult, wanted: int) -> StepResult:
+    """Without the rows of padding."""
+    return StepResult(result.logits[:, :wanted], result.hidden[:wanted])
+
+
+def fitting(sizes: Sequence[int], wanted: int) -> int:
     """The smallest of the sizes that is enough; 0 if none is."""
     index = bisect_left(sizes, wanted)
     return sizes[index] if index < len(sizes) else 0
@@ -410,10 +420,15 @@ def _check_on_gpu(inputs: dict[str, Tensor]) -> None:
             raise CaptureRefused(f"a graph reads its inputs on the GPU, got {name} on {tensor.device}; move it there")
 
 
-def _check_pieces(program: Program) -> None:
+def check_host(program: Program) -> None:
+    """Raises CaptureRefused for a piece that works on the host."""
     for call in program.plan.calls:
         if call.host:
             raise CaptureRefused(f"a graph cannot hold {call.host}: the host decides it anew for each step; run without graphs")
+
+
+def _check_pieces(program: Program) -> None:
+    check_host(program)
     before = {index for step in program.steps[: program.boundary] for index in step.results}
     for step in program.steps[program.boundary + 1 :]:
         if before & set(step.arguments):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from gemma4_compile.assistant import load_assistant
 from gemma4_compile.config import EngineConfig
 from gemma4_compile.loading import load, text_part, tokenizer_of
 from gemma4_compile.optimize import existing_state, optimize
@@ -59,20 +60,31 @@ class Engine:
                is not optimized yet is, in place
     config     EngineConfig
     tokenizer  of text prompts; None: the checkpoint's, if there is one
+    assistant  drafts for it (multi-token prediction): Gemma4AssistantForCausalLM, a folder or hub id. The same tokens in fewer
+               steps. Each step is read before the next one is planned then: there is no overlap yet
+    speculative_tokens   drafts of a request that a step verifies, at most
 
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
 
     Raises ValueError for a checkpoint that cannot be loaded, a configuration that the model or the memory cannot hold.
     """
 
-    def __init__(self, model: nn.Module | str | Path, config: EngineConfig | None = None, tokenizer: Any = None):
+    def __init__(
+        self, model: nn.Module | str | Path, config: EngineConfig | None = None, tokenizer: Any = None, *,
+        assistant: nn.Module | str | Path | None = None, speculative_tokens: int = 3,
+    ):  # fmt: skip
         self.config = config = config or EngineConfig()
+        if assistant is not None:
+            _check_speculation(config, speculative_tokens)
         self.model, self.tokenizer = _model_of(model, config, tokenizer)
+        self.assistant = _assistant_of(assistant, self.model)
         self._stop_tokens = frozenset(i for i in _stop_tokens(self.model) if i < self.model.config.vocab_size)
-        self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens)
+        self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens, self.assistant, speculative_tokens)
         self.scheduler = Scheduler(self.runner.pages, config.max_batched_tokens, reuse=config.prefix_reuse)
         self.max_model_len = self.runner.max_model_len
         self._overlap = self.runner.on_gpu if config.overlap is None else config.overlap
+        if self.assistant is not None:
+            self._overlap = False  # how far a request has come is known only when its drafts have been verified
         self._requests: dict[str, _Request] = {}
         self._numbers = itertools.count()
         self._seeds = random.Random(config.seed)
@@ -156,6 +168,8 @@ class Engine:
         for index in range(params.n):
             sequence = Sequence(next(self._numbers), list(ids), params, limit, (seed + index) % 2**63, request, stops)
             sequence.plain = plain
+            # Counts of tokens that a penalty needs would hold drafts too; a prompt's log probabilities have rows of their own.
+            sequence.speculates = self.assistant is not None and not params.penalizes and params.prompt_logprobs is None
             text = None
             if self.tokenizer is not None and (stream or params.stop):
                 text = TextStream(self.tokenizer, params.stop, params.skip_special_tokens)
@@ -283,7 +297,8 @@ class Engine:
         if isinstance(work, Decodes) and work.plain:
             return self._decoded(work, tokens, results, now)
         chunks: list[Chunk] = []
-        row = prompt_row = 0
+        row = prompt_row = round_row = 0
+        accepted, drafts = (results[name].tolist() if name in results else [] for name in ("accepted", "drafts"))
         for w in work:
             sequence = w.sequence
             request = sequence.request
@@ -296,11 +311,19 @@ class Engine:
                 prompt_row += w.prompt
             if not w.samples:
                 continue
+            count, following = 1, []
+            if sequence.speculates:
+                count, following = 1 + accepted[round_row], drafts[round_row]
+                round_row += 1
             if sequence.finish_reason is None:
-                chunk = self._token(request, sequence, tokens[row], results, row, now)
+                if w.drafts:
+                    self._metrics.observe_round(w.drafts, count - 1)
+                    request.metrics.drafted_tokens += w.drafts
+                    request.metrics.accepted_tokens += count - 1
+                chunk = self._add_tokens(request, sequence, tokens[row : row + count], results, row, now, following)
                 if chunk is not None:
                     chunks += self._deliver(request, chunk)
-            row += 1
+            row += w.sampled
         return chunks
 
     def _decoded(self, work: Decodes, tokens: list[int], results: dict[str, Any], now: float) -> list[Chunk]:
@@ -318,7 +341,7 @@ class Engine:
                 sequence.pending -= 1
                 self._metrics.output_tokens += 1
                 continue
-            chunk = self._token(sequence.request, sequence, token, results, row, now)
+            chunk = self._add_tokens(sequence.request, sequence, [token], results, row, now)
             if chunk is not None:
                 chunks += self._deliver(sequence.request, chunk)
         return chunks
@@ -329,29 +352,39 @@ class Engine:
         self._metrics.prompt_tokens += metrics.prompt_tokens
         self._metrics.cached_tokens += metrics.cached_tokens
 
-    def _token(self, request: _Request, sequence: Sequence, token: int, results: Any, row: int, now: float) -> Chunk | None:
-        """One new token of a sample. None if nobody asked for chunks and it has not ended."""
+    def _add_tokens(
+        self, request: _Request, sequence: Sequence, tokens: list[int], results: Any, row: int, now: float,
+        drafts: Tokens[int] = (),
+    ) -> Chunk | None:  # fmt: skip
+        """New tokens of a sample, from rows `row` on, up to one that ends it; None if nobody wants chunks and none does.
+
+        drafts  to follow them
+        """
         params = request.params
-        self.scheduler.arrived(sequence, (token,))
-        self._metrics.output_tokens += 1
+        index = sequence.number - request.samples[0].number if params.n > 1 else 0
+        text = request.texts[index]
+        length, reason = len(sequence.tokens) - sequence.prompt_length, None
+        for count, token in enumerate(tokens, 1):
+            length += 1
+            if text is not None:
+                text.push(token, may_stop=length > params.min_tokens)
+            if token in sequence.stops:
+                reason, request.stop_reasons[index] = "stop", token
+            elif text is not None and text.stopped:
+                reason, request.stop_reasons[index] = "stop", text.stopped
+            elif length >= sequence.limit:
+                reason = "length"
+            if reason is not None:
+                tokens = tokens[:count]  # the rest was accepted for nothing
+                break
+        self.scheduler.arrived(sequence, tokens, drafts)
+        self._metrics.output_tokens += len(tokens)
         if request.metrics.first_token is None:
             request.metrics.first_token = now
-        index = sequence.number - request.samples[0].number if params.n > 1 else 0
-        length = len(sequence.tokens) - sequence.prompt_length
-        text = request.texts[index]
-        if text is not None:
-            text.push(token, may_stop=length > params.min_tokens)
         logprobs = None
         if params.logprobs is not None:
-            logprobs = _logprobs(results, "", range(row, row + 1), [token], params.logprobs)
+            logprobs = _logprobs(results, "", range(row, row + len(tokens)), tokens, params.logprobs)
             request.logprobs[index] += logprobs
-        reason = None
-        if token in sequence.stops:
-            reason, request.stop_reasons[index] = "stop", token
-        elif text is not None and text.stopped:
-            reason, request.stop_reasons[index] = "stop", text.stopped
-        elif length >= sequence.limit:
-            reason = "length"
         if reason is not None:
             self.scheduler.finish(sequence, reason)
             if text is not None:
@@ -359,7 +392,7 @@ class Engine:
         elif not request.stream:
             return None
         piece = text.take(last=reason is not None) if text is not None else ""
-        return Chunk(request.request_id, index, [token], piece, reason, logprobs)
+        return Chunk(request.request_id, index, tokens, piece, reason, logprobs)
 
     def _deliver(self, request: _Request, chunk: Chunk) -> list[Chunk]:
         if all(sequence.finish_reason is not None for sequence in request.samples):
@@ -466,6 +499,22 @@ def _model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: An
     if not isinstance(text, nn.Module) or existing_state(text) is None:
         optimize(text.requires_grad_(False), config.optimize)
     return text, found if tokenizer is None else tokenizer
+
+
+def _check_speculation(config: EngineConfig, speculative_tokens: int) -> None:
+    if isinstance(speculative_tokens, bool) or not isinstance(speculative_tokens, int) or speculative_tokens < 1:
+        raise ValueError(
+            f"speculative_tokens must be 1 or more, got {speculative_tokens!r}; leave the assistant out to draft nothing"
+        )
+    if config.overlap:
+        raise ValueError("overlap must be None or False with an assistant, got True; steps with drafts do not overlap yet")
+
+
+def _assistant_of(assistant: nn.Module | str | Path | None, model: Any) -> nn.Module | None:
+    """An assistant beside its target, before memory is given to pools."""
+    if not isinstance(assistant, (str, Path)):
+        return assistant
+    return load_assistant(assistant, dtype=model.dtype).to(model.device).eval().requires_grad_(False)
 
 
 def _stop_tokens(model: Any) -> frozenset[int]:

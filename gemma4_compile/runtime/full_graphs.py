@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.ops.library import jit, tl
+from gemma4_compile.program import StepResult
 
 from .batch import KINDS
 
@@ -22,10 +23,12 @@ _DEPTH = 3  # copies that may be under way before their pinned memory is used ag
 
 
 class FullResult(NamedTuple):
-    """logits [1, N, vocabulary] and greedy tokens [N] (None without a sampler's state); valid until the next step."""
+    """logits [1, N, vocabulary], greedy tokens [N] (None without a sampler's state) and final-normed states [N, H]; valid until
+    the next step."""
 
     logits: Tensor
     tokens: Tensor | None
+    hidden: Tensor
 
 
 @jit
@@ -107,7 +110,7 @@ class _Bucket:
 class FullGraphs:
     """Graphs of one program's FULL steps.
 
-    program   called with a bucket's inputs
+    program   gives logits and final-normed states for a bucket's inputs
     memory    keys and values, by name
     sizes     buckets, in tokens; ascending
     width     pages that a request may have
@@ -116,7 +119,7 @@ class FullGraphs:
     """
 
     def __init__(
-        self, program: Callable[[dict[str, Tensor]], Tensor], memory: dict[str, Tensor], sizes: tuple[int, ...], width: int,
+        self, program: Callable[[dict[str, Tensor]], StepResult], memory: dict[str, Tensor], sizes: tuple[int, ...], width: int,
         recorder: Any, device: torch.device, last: Tensor | None = None,
     ):  # fmt: skip
         self.program, self.memory, self.recorder, self.last, self.width = program, memory, recorder, last, width
@@ -131,11 +134,12 @@ class FullGraphs:
             self._buckets[tokens] = _Bucket(_Packed(tokens, self.width), self._tables, self._device)
         return self._buckets[tokens]
 
-    def compare(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Logits of a replay, and of the program on the same inputs, which are unpacked anew for it."""
+    def compare(self, tokens: int) -> tuple[StepResult, StepResult]:
+        """What a replay gives, and the program on the same inputs, which are unpacked anew for it."""
         bucket = self.bucket(tokens)
         self._before = None if self.last is None else self.last.clone()
-        actual = self.run(tokens).logits.clone()
+        replayed = self.run(tokens)
+        actual = StepResult(replayed.logits.clone(), replayed.hidden.clone())
         sampled = None if self.last is None else self.last.clone()
         self.restore()
         self._unpack(bucket)
@@ -188,25 +192,25 @@ class FullGraphs:
         if bucket.replay is None:
             self.recorder.warm_up(lambda: self._step(bucket))
             bucket.replay, results = self.recorder.record(lambda: self._step(bucket))
-            logits, *sampled = map(self.recorder.borrow, results)
-            bucket.result = FullResult(logits, sampled[0] if sampled else None)
+            logits, hidden, *sampled = map(self.recorder.borrow, results)
+            bucket.result = FullResult(logits, sampled[0] if sampled else None, hidden)
         bucket.replay()
         return self.result(tokens)
 
     def result(self, tokens: int) -> FullResult:
-        """Where the bucket's last step left its logits and tokens."""
+        """Where the bucket's last step left its results."""
         result = self.bucket(tokens).result
         assert result is not None, "a bucket has run before its result is asked for"
         return result
 
     def _step(self, bucket: _Bucket) -> list[Tensor]:
         self._unpack(bucket)
-        logits = self.program(bucket.views | self.memory)
+        logits, hidden = self.program(bucket.views | self.memory)
         if self.last is None:
-            return [logits]
+            return [logits, hidden]
         tokens = logits[0].argmax(-1)
         self.last.index_copy_(0, bucket.views["targets"], tokens)
-        return [logits, tokens]
+        return [logits, hidden, tokens]
 
     def _unpack(self, bucket: _Bucket) -> None:
         packed, buffer = bucket.packed, bucket.buffer

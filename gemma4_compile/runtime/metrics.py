@@ -15,6 +15,7 @@ class RequestMetrics:
     prompt_tokens, output_tokens                the latter of all samples; longest_output of the longest one
     cached_tokens                               prompt tokens whose keys and values were there already
     preemptions                                 how often it was computed anew
+    drafted_tokens, accepted_tokens             drafts that were verified, and those that turned out right
     """
 
     arrived: float = 0.0
@@ -26,6 +27,8 @@ class RequestMetrics:
     longest_output: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def queue_time(self) -> float | None:
@@ -79,14 +82,18 @@ def _counter(text: str) -> Any:
     return field(default=0, metadata={"kind": "counter", "help": text})
 
 
+def _labelled(kind: str, label: str, text: str) -> Any:
+    return field(default_factory=dict, metadata={"kind": kind, "label": label, "help": text})
+
+
 @dataclass
 class EngineMetrics:
     """An engine now, and since it was made."""
 
     running: int = _gauge("Sequences that hold pages")
     waiting: int = _gauge("Sequences that wait for pages")
-    pages_free: Mapping[str, int] = field(default_factory=dict, metadata={"kind": "gauge", "help": "Free pages of a pool"})
-    pages: Mapping[str, int] = field(default_factory=dict, metadata={"kind": "gauge", "help": "All pages of a pool"})
+    pages_free: Mapping[str, int] = _labelled("gauge", "pool", "Free pages of a pool")
+    pages: Mapping[str, int] = _labelled("gauge", "pool", "All pages of a pool")
     steps: int = _counter("Steps")
     requests: int = _counter("Requests that ended, however")
     errors: int = _counter("Requests that ended with an error")
@@ -94,6 +101,10 @@ class EngineMetrics:
     cached_tokens: int = _counter("Prompt tokens reused")
     output_tokens: int = _counter("Tokens sampled")
     preemptions: int = _counter("Sequences that gave up their pages")
+    drafted_tokens: int = _counter("Drafts that were verified")
+    accepted_tokens: int = _counter("Drafts that turned out right")
+    drafted_at: dict[int, int] = _labelled("counter", "position", "Drafts that were verified, by their place in a round")
+    accepted_at: dict[int, int] = _labelled("counter", "position", "Drafts that turned out right, by their place in a round")
     host_seconds: float = _counter("Time the host spent on steps, without waiting for the device")
 
     def __post_init__(self) -> None:
@@ -104,6 +115,14 @@ class EngineMetrics:
         for name, histogram in self.histograms.items():
             if (value := getattr(request, name)) is not None:
                 histogram.add(value)
+
+    def observe_round(self, drafted: int, accepted: int) -> None:
+        """So many drafts of a sequence have been verified, and so many of them were right."""
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
+        for counts, count in ((self.drafted_at, drafted), (self.accepted_at, accepted)):
+            for place in range(1, count + 1):
+                counts[place] = counts.get(place, 0) + 1
 
     def prometheus(self) -> str:
         """Prometheus' text form: each value here, and histograms of TTFT, TPOT and queue time."""
@@ -130,9 +149,9 @@ class _Collector:
             if not isinstance(value, Mapping):
                 yield family(name, text, value=value)
                 continue
-            labelled = family(name, text, labels=["pool"])
-            for pool, count in value.items():
-                labelled.add_metric([pool], count)
+            labelled = family(name, text, labels=[entry.metadata["label"]])
+            for key, count in value.items():
+                labelled.add_metric([str(key)], count)
             yield labelled
         for key, histogram in self.metrics.histograms.items():
             name = f"gemma4_compile_{key}_seconds"

@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma4_compile.config import EngineConfig
+from gemma4_compile.program import StepResult
 
 from . import invariants
 from .batch import KINDS, STEP_INPUTS
 from .cuda_graphs import Buckets, GraphRunner
+from .drafter import Drafter
 from .memory import MemoryReport, PoolSizes, allocate, divide, naive_token_bytes, owners, token_bytes
 from .model import PackedModel
+from .mtp import Drafts, finish_round
 from .pages import KVPages
 from .sampler import Sampler, named_logprobs
 from .staging import Fetched, Staging
@@ -22,6 +25,7 @@ from .work import Decodes, Work
 
 _CPU_KV_BYTES = 2**30
 _EXPECTED_TOKENS = 4096
+_ROUND = "round."  # before the names of what a round is told: a step's inputs have tables too
 _KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 
 
@@ -39,12 +43,19 @@ class ModelRunner:
     pages          the pools and page tables that steps are planned over
     max_model_len  tokens of the longest request
     memory         what the memory goes to
+    drafter        drafts the tokens that a round verifies; None: nothing is drafted
 
     Raises ValueError if the memory does not hold a step, or not one request of the longest length.
     """
 
-    def __init__(self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int]):
+    def __init__(
+        self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int], assistant: nn.Module | None = None,
+        speculative_tokens: int = 0,
+    ):  # fmt: skip
         self.packed, self.config = packed, config
+        self.speculative_tokens = speculative_tokens if assistant is not None else 0
+        # Rows of a step that want logits at most, but for those of prompts.
+        self._rows = min(config.max_requests * (1 + self.speculative_tokens), config.max_batched_tokens)
         model = packed.model
         self.device: torch.device = model.device
         self.vocabulary: int = model.config.vocab_size
@@ -80,6 +91,11 @@ class ModelRunner:
             self.graphs = GraphRunner(
                 packed.program, inputs | self.kv, config.max_requests, self._buckets(), last=self.sampler.last
             )
+        self.drafter: Drafts | None = None
+        if assistant is not None:
+            width = self.pages.tables[next(iter(self.windows))].shape[1]
+            buckets = self._within(Buckets().decode, config.max_requests) if graphs else ()
+            self.drafter = Drafter(model, assistant, speculative_tokens, self.kv, width=width, sizes=buckets)
 
     # Memory
 
@@ -126,7 +142,7 @@ class ModelRunner:
                 kv = allocate(
                     self.packed.geometry, dict.fromkeys(self.windows, 1), config.page_size, self.kv_dtype, self.device
                 )
-                self.packed(self._padding_step(tokens, min(tokens, config.max_requests), -(-tokens // config.page_size)) | kv)
+                self.packed(self._padding_step(tokens, min(tokens, self._rows), -(-tokens // config.page_size)) | kv)
                 fitting = tokens
             except torch.cuda.OutOfMemoryError:
                 tokens //= 2
@@ -144,15 +160,16 @@ class ModelRunner:
 
     def _buckets(self) -> Buckets:
         """The sizes that steps of this engine can have."""
-        usual, config = Buckets(), self.config
-
-        def within(sizes: Iterable[int], most: int) -> tuple[int, ...]:
-            return tuple(sorted({*(size for size in sizes if size < most), most}))
-
+        usual, within = Buckets(), self._within
+        most = min(self._rows, 256 * (1 + self.speculative_tokens))
         return Buckets(
-            within(usual.decode, config.max_requests), within(usual.tokens, min(config.max_batched_tokens, 8192)),
-            within(usual.rows, min(config.max_requests, 256)),
+            within((*usual.decode, *range(320, most, 64)), self._rows),
+            within(usual.tokens, min(self.config.max_batched_tokens, 8192)), within(usual.rows, most),
         )  # fmt: skip
+
+    @staticmethod
+    def _within(sizes: Iterable[int], most: int) -> tuple[int, ...]:
+        return tuple(sorted({*(size for size in sizes if size < most), most}))
 
     def capture(self) -> Iterable[str]:
         """Capture all graphs; yields the name of each before it begins. Nothing to do without graphs."""
@@ -168,6 +185,15 @@ class ModelRunner:
             width = -(-tokens // self.config.page_size) if tokens != rows else 1
             step = self._padding_step(tokens, rows, min(width, self.pages.tables[next(iter(self.windows))].shape[1]))
             self.graphs(step | self.kv)
+        if isinstance(self.drafter, Drafter):
+            for count in reversed(self._within(buckets.decode, self.config.max_requests)):
+                yield f"draft {count}"
+                self._draft_padding(self.drafter, count)
+
+    def _draft_padding(self, drafter: Drafter, count: int) -> None:
+        places = torch.zeros(count, dtype=torch.int64, device=self.device)
+        hidden = torch.ones((count, self.packed.geometry.hidden), dtype=self.packed.model.dtype, device=self.device)
+        drafter.draft(places, hidden, places, {kind: places[:, None].to(torch.int32) for kind in KINDS})
 
     def _padding_step(self, tokens: int, rows: int, width: int) -> dict[str, Tensor]:
         """A step whose tokens are stored nowhere: of one request, or of `tokens` ones if all want logits."""
@@ -195,10 +221,11 @@ class ModelRunner:
         for w in () if isinstance(work, Decodes) else work:
             if w.begins:
                 self.sampler.begin(w)
-        arrays = build(work, self.pages)
+        arrays = build(work, self.pages, self.speculative_tokens)
         if invariants.enabled():
             invariants.check_step(work, arrays, self.pages, self.vocabulary, self.owning)
-        logits, given, greedy = self._logits(work, arrays)
+        (logits, hidden), given, greedy = self._logits(work, arrays)
+        logits = logits[0]
         results: dict[str, Tensor] = {}
         if arrays.prompt_rows is not None:
             top = max(w.sequence.params.prompt_logprobs or 0 for w in work if w.prompt)
@@ -206,18 +233,25 @@ class ModelRunner:
             logits = logits[given["picks"]]
         if len(arrays.targets):
             results |= self.sampler(logits[: len(arrays.targets)], given, arrays, greedy)
+        if self.drafter is not None and arrays.rounds:
+            round_given = {name: given[_ROUND + name] for name in arrays.rounds}
+            results |= finish_round(self.drafter, results["tokens"], hidden, round_given)
         return Launched(work, Fetched(results))
 
-    def _logits(self, work: Sequence[Work], arrays: StepArrays) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Logits of the wanted rows, what else the step has sent to the device, and greedy tokens where a graph made them and
-        they are in the sampler's state already."""
+    def _logits(self, work: Sequence[Work], arrays: StepArrays) -> tuple[StepResult, dict[str, Tensor], Tensor | None]:
+        """Logits and states of the wanted rows, what else the step has sent to the device, and greedy tokens where a graph made
+        them and they are in the sampler's state already."""
         extra = self.sampler.parameters(work, arrays)
+        greedy = self.sampler.is_greedy(extra)
+        rounds = {_ROUND + name: array for name, array in arrays.rounds.items()}
         if self.graphs is not None and len(arrays.targets) == len(arrays.sources):
             found = self.graphs.decode(arrays.model | {"sources": arrays.sources, "targets": arrays.targets})
             if found is not None:
-                if not self.sampler.is_greedy(extra):
-                    return found.logits[0], self.staging.send(extra), None
-                return found.logits[0], {}, found.tokens
+                result = StepResult(found.logits, found.hidden)
+                if not greedy:
+                    return result, self.staging.send(extra | rounds), None
+                return result, self.staging.send(rounds) if rounds else {}, found.tokens
+        extra |= rounds
         if arrays.carried:
             extra["sources"] = arrays.sources
         if arrays.prompt_rows is not None and arrays.prompt_next is not None:
@@ -228,7 +262,7 @@ class ModelRunner:
             sources = given["sources"]
             carried = self.sampler.last[sources.clamp(min=0)]
             inputs["input_ids"] = torch.where(sources >= 0, carried, inputs["input_ids"][0])[None]
-        return (self.graphs or self.packed)(inputs)[0], given, None
+        return (self.graphs or self.packed).run(inputs), given, None
 
     def fail(self) -> None:
         """A step did not run: nothing that it should have stored is to be reused."""

@@ -86,8 +86,7 @@ class Sampler:
         """What is added to single logits: biases, and -inf for stop tokens while they must not come."""
         entries: list[tuple[int, int, float]] = []
         offsets = self._offsets(arrays)
-        for index, w in enumerate(w for w in work if w.samples):
-            params = w.sequence.params
+        for index, params in enumerate(w.sequence.params for w in work for _ in range(w.sampled)):
             entries += [(index, token, value) for token, value in params.logit_bias.items()]
             if offsets[index] < params.min_tokens:
                 banned = {*params.stop_token_ids, *(() if params.ignore_eos else self.stop_tokens)}

@@ -8,6 +8,9 @@ So the oldest request always gets on, and each request is the oldest one day: no
 
 Steps overlap: a step is planned while the one before runs. A token that was sampled but has not reached the host is `pending`:
 the plan counts it, the GPU reads it where it was written.
+
+Drafts of a sequence are verified with its last token, as many as there is room for: no other waits or loses a page for them.
+`computed` counts them once they are accepted. The places of the others are written again.
 """
 
 from bisect import insort
@@ -40,6 +43,7 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: str) -> None:
         """It needs nothing any more, wherever it was. Kernels that still write its pages run before any that reuse them."""
         sequence.finish_reason = reason
+        sequence.drafts.clear()
         if sequence.holding is not None:
             self._steady = None
             self.pages.close(sequence.holding)
@@ -93,6 +97,7 @@ class Scheduler:
             elif more := self._continue(sequence, 1, rows, work):
                 rows -= more.prompt
         budget -= len(work)
+        budget -= self._add_drafts(work, budget)
         for sequence in prompts:
             if more := self._continue(sequence, budget, rows, work):
                 budget, rows = budget - more.length, rows - more.prompt
@@ -105,6 +110,24 @@ class Scheduler:
             work.append(self._plan(sequence, todo, begins=True))
             budget, rows = budget - todo, rows - work[-1].prompt
         return work
+
+    def _add_drafts(self, work: list[Work], budget: int) -> int:
+        """Let those who write verify drafts, as many as budget, limits and free pages allow; how many in all."""
+        left = budget
+        for index, w in enumerate(work):
+            sequence, holding = w.sequence, w.sequence.holding
+            if not sequence.drafts or holding is None:
+                continue
+            # One token more than is accepted is sampled: the last that it may have is drafted for nothing.
+            count = min(len(sequence.drafts), left, sequence.prompt_length + sequence.limit - len(sequence.tokens) - 1)
+            if sequence.computed + count > holding.capacity:
+                count = min(count, self.pages.room(holding, w.start) - 1)
+                self.pages.extend(holding, sequence.computed + count)
+            del sequence.drafts[count:]
+            if count:
+                work[index] = w._replace(length=1 + count, drafts=count)
+                left -= count
+        return budget - left
 
     def _continue(self, sequence: Sequence, budget: int, rows: int, work: list[Work]) -> Work | None:
         """Plan what fits of a running sequence, at the end of `work`; None if nothing does."""
@@ -181,14 +204,19 @@ class Scheduler:
         self._steady = None
         self.pages.close(sequence.holding)
         sequence.holding, sequence.computed = None, 0
+        sequence.drafts.clear()
         sequence.preemptions += 1
         self.preemptions += 1
         self.running.remove(sequence)
         self.add(sequence)
 
-    def arrived(self, sequence: Sequence, tokens: Tokens[int]) -> None:
-        """The host has read tokens that a step sampled for it."""
-        sequence.pending -= len(tokens)
+    def arrived(self, sequence: Sequence, tokens: Tokens[int], drafts: Tokens[int] = ()) -> None:
+        """The host has read what a step sampled for it: drafts that were accepted, a token more, and drafts to follow that."""
+        sequence.pending -= 1
+        assert not drafts or not sequence.pending, "with drafts each step is read before the next one is planned"
+        if sequence.holding is not None:  # preempted meanwhile, it computes them all anew
+            sequence.computed += len(tokens) - 1
+            sequence.drafts[:] = drafts
         sequence.tokens.extend(tokens)
         holding = sequence.holding
         if holding is not None and self.reuse and len(sequence.tokens) // self.pages.page_size > holding.remembered:
@@ -199,12 +227,13 @@ class Scheduler:
         self.pages.check()
         held = {id(holding) for holding in self.pages.holdings.values()}
         assert {id(s.holding) for s in self.running} == held, "rows are of running ones"
-        assert all(s.holding is None for s in self.waiting), "who waits holds nothing"
+        assert all(s.holding is None and not s.drafts for s in self.waiting), "who waits holds nothing"
         for queue in (self.running, self.waiting):
             assert queue == sorted(queue, key=_number), "first come, first served"
         for s in self.running:
             known = len(s.tokens) + s.pending
             assert s.computed <= known, f"sequence {s.number} has computed {s.computed} of {known} tokens"
+            assert not s.drafts or s.speculates, f"sequence {s.number} has drafts, which nobody made for it"
             assert s.holding is not None and s.computed <= s.holding.capacity, f"sequence {s.number} lacks a page"
 
 

@@ -1,7 +1,7 @@
 """A planned step as arrays: what the model reads (see batch.py), and where the sampler finds rows and state."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,10 +20,11 @@ class StepArrays:
     sources    [T] int64   row whose last sampled token stands for this one, -1 where input_ids has it
     sampled    [S] int64   which of the wanted rows a token is sampled from
     targets    [S] int64   row of the sampler's state of each
-    lengths    [S] int64   tokens of the request before the new one
+    lengths    [S] int64   tokens of the request before the new one, drafts included
     carried    whether any token comes from the sampler's state
     prompt_rows, prompt_next   [P] int64: rows that want the log probability of the prompt's next token, and that token;
                None if there are none
+    rounds     of the requests that get drafts, see mtp.py; empty if none does
     """
 
     model: dict[str, Array]
@@ -34,17 +35,20 @@ class StepArrays:
     carried: bool
     prompt_rows: Array | None = None
     prompt_next: Array | None = None
+    rounds: dict[str, Array] = field(default_factory=dict)
 
 
-def build(work: Sequence[Work], pages: KVPages) -> StepArrays:
-    """The arrays of a step as planned; no loop over tokens."""
+def build(work: Sequence[Work], pages: KVPages, speculative: int = 0) -> StepArrays:
+    """The arrays of a step as planned; no loop over tokens. `speculative` is how many drafts a request gets at most."""
     size = pages.page_size
     if isinstance(work, Decodes):
         count = len(work)
         first, rows, samples, prompts = work.starts, work.rows, np.ones(count, bool), np.zeros(count, bool)
-        starts, counts = np.arange(count + 1, dtype=np.int32), samples
+        starts, counts, wanted = np.arange(count + 1, dtype=np.int32), samples, samples.astype(np.int64)
     else:
-        first, counts, rows, samples, prompts = (np.array(column) for column in list(zip(*work, strict=True))[1:6])
+        columns = [np.array(column) for column in list(zip(*work, strict=True))[1:]]
+        (first, counts, rows, samples, prompts), drafts = columns[:5], columns[-1]
+        wanted = np.where(samples, drafts + 1, 0)  # tokens sampled of each
         starts = np.zeros(len(work) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
     total = int(starts[-1])
@@ -58,6 +62,7 @@ def build(work: Sequence[Work], pages: KVPages) -> StepArrays:
         sources = np.full(total, -1, np.int64)
         for w, begin in zip(work, starts, strict=False):
             given = w.sequence.tokens[w.start : w.start + w.length]
+            given += w.sequence.drafts[: w.drafts]
             ids[begin : begin + len(given)] = given
             sources[begin + len(given) : begin + w.length] = w.row  # one at most: the token sampled last
 
@@ -77,13 +82,35 @@ def build(work: Sequence[Work], pages: KVPages) -> StepArrays:
     if prompts.any():
         model["rows"], which, prompt_rows, prompt_next = _rows_with_prompts(work, starts)
     else:
-        model["rows"] = ends[samples].astype(np.int64)
+        model["rows"] = _last(ends, wanted)
         which = np.arange(len(model["rows"]))
+    lengths = positions[model["rows"][which]] + 1
     if not len(model["rows"]):  # amid prompts: a model makes logits of one row at least
         model["rows"] = np.array([total - 1])
-    lengths = (first + counts)[samples].astype(np.int64)
     carried_any = bool((sources >= 0).any())
-    return StepArrays(model, sources, which, rows[samples], lengths, carried_any, prompt_rows, prompt_next)
+    targets = np.repeat(rows, wanted)
+    rounds = _rounds(work, model, which, wanted, speculative) if speculative else {}
+    return StepArrays(model, sources, which, targets, lengths, carried_any, prompt_rows, prompt_next, rounds)
+
+
+def _last(ends: Array, counts: Array) -> Array:
+    """For each that ends there its last so many tokens: [sum of counts] int64, ascending."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(ends - counts + 1 - before, counts) + np.arange(int(counts.sum()))
+
+
+def _rounds(work: Sequence[Work], model: dict[str, Array], which: Array, wanted: Array, speculative: int) -> dict[str, Array]:
+    """What verification and drafting need of the requests that get drafts."""
+    chosen = np.array([i for i, w in enumerate(work) if w.samples and w.sequence.speculates], np.int64)
+    if not len(chosen):
+        return {}
+    drafts = np.full((len(chosen), speculative), -1, np.int64)
+    for row, index in zip(drafts, chosen.tolist(), strict=True):
+        row[: work[index].drafts] = work[index].sequence.drafts[: work[index].drafts]
+    first = (np.cumsum(wanted) - wanted)[chosen]
+    found = {"first": first, "drafts": drafts, "states": which[first]}
+    found["positions"] = model["positions"][model["rows"][which[first]]]
+    return found | {f"table.{kind}": model[f"table.{kind}"][chosen] for kind in KINDS}
 
 
 def _rows_with_prompts(work: Sequence[Work], starts: Array) -> tuple[Array, Array, Array, Array]:
@@ -97,8 +124,7 @@ def _rows_with_prompts(work: Sequence[Work], starts: Array) -> tuple[Array, Arra
         prompt_rows += range(len(wanted), len(wanted) + w.prompt)
         wanted += range(first, first + w.prompt)
         following += w.sequence.tokens[w.prompt_from + 1 : w.prompt_from + 1 + w.prompt]
-        if w.samples:
-            sampled.append(len(wanted))
-            wanted.append(begin + w.length - 1)
+        sampled += range(len(wanted), len(wanted) + w.sampled)
+        wanted += range(begin + w.length - w.sampled, begin + w.length)
     rows, which, of_prompt, after = (np.array(values, np.int64) for values in (wanted, sampled, prompt_rows, following))
     return rows, which, of_prompt, after

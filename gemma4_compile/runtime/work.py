@@ -22,6 +22,8 @@ class Sequence:
     computed      tokens whose keys and values are in place when the steps planned so far have run
     pending       new tokens sampled by those steps that the host does not know yet
     prompt_rows   prompt tokens whose log probabilities have been asked for
+    speculates    whether tokens are drafted for it
+    drafts        tokens that may follow `tokens`, for the next step to verify
     """
 
     number: int
@@ -32,6 +34,7 @@ class Sequence:
     request: Any = None
     stops: frozenset[int] = frozenset()
     plain: bool = False
+    speculates: bool = False
     prompt_length: int = 0
     computed: int = 0
     pending: int = 0
@@ -41,6 +44,7 @@ class Sequence:
     finish_reason: str | None = None
     holding: Holding | None = None
     keys: list[bytes] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.prompt_length = self.prompt_length or len(self.tokens)
@@ -67,6 +71,8 @@ class Work(NamedTuple):
     samples    whether a new token is sampled behind them
     prompt     how many of them want the log probabilities of the prompt's next token, from `prompt_from` on
     begins     whether this is the row's first step
+    drafts     how many of its last tokens are drafts: the first of `sequence.drafts`, which the host has. A token is sampled
+               behind each, and behind the token before them
     """
 
     sequence: Sequence
@@ -77,6 +83,12 @@ class Work(NamedTuple):
     prompt: int
     prompt_from: int
     begins: bool
+    drafts: int = 0
+
+    @property
+    def sampled(self) -> int:
+        """Tokens sampled in it."""
+        return self.drafts + 1 if self.samples else 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ class Decodes(Tokens[Work]):
     def of(cls, work: Tokens[Work]) -> "Decodes | None":
         """These shares, if that is what they are."""
         if not work or not all(w.length == 1 and w.samples and w.start >= len(w.sequence.tokens) for w in work):
-            return None
+            return None  # also where a draft is verified: its length is 2 or more
         sequences = [w.sequence for w in work]
         if any(s.params.prompt_logprobs is not None for s in sequences):
             return None

@@ -1,16 +1,19 @@
 """A device that stores, in the place of a key, a digest of its token and all before it. So a step tells at once whether each
 request reads what is its own: through page tables, reused prefixes, freed pages and tokens that never came to the host."""
 
+import random
 from collections import deque
 from collections.abc import Sequence as Tokens
 from hashlib import blake2b
 
 import numpy as np
+import torch
 
 from gemma4_compile.runtime import invariants
+from gemma4_compile.runtime.mtp import count_accepted
 from gemma4_compile.runtime.pages import KVPages
 from gemma4_compile.runtime.scheduler import Scheduler
-from gemma4_compile.runtime.step_inputs import build
+from gemma4_compile.runtime.step_inputs import StepArrays, build
 from gemma4_compile.runtime.work import Sequence, Work
 
 VOCABULARY = 11
@@ -36,13 +39,21 @@ def expected(prompt: list[int], count: int) -> list[int]:
 
 
 class FakeDevice:
-    """Runs a scheduler's steps, `depth` of them ahead of what the host knows."""
+    """Runs a scheduler's steps, `depth` of them ahead of what the host knows.
 
-    def __init__(self, pages: KVPages, scheduler: Scheduler, rows: int, depth: int):
+    speculative   drafts of a round; each is the right token with probability `luck`. Only at depth 0
+    """
+
+    def __init__(
+        self, pages: KVPages, scheduler: Scheduler, rows: int, depth: int, speculative: int = 0, luck: float = 0.5
+    ):  # fmt: skip
+        assert not (speculative and depth), "with drafts each step is read before the next one is planned"
         self.pages, self.scheduler, self.depth = pages, scheduler, depth
+        self.speculative, self.luck, self.chooser = speculative, luck, random.Random(0)
+        self.drafted = self.accepted = 0
         self.memory = {kind: np.zeros(pool.pages * pages.page_size, np.int64) for kind, pool in pages.pools.items()}
         self.last = np.zeros(rows, np.int64)
-        self.running: deque[tuple[Tokens[Work], list[int]]] = deque()
+        self.running: deque[tuple[Tokens[Work], list[int], list[int], list[list[int]]]] = deque()
         self.steps = 0
 
     def step(self) -> Tokens[Work]:
@@ -50,15 +61,15 @@ class FakeDevice:
         work = self.scheduler.schedule()
         self.scheduler.check()
         if work:
-            self.running.append((work, self._run(work)))
+            self.running.append((work, *self._run(work)))
             self.steps += 1
         while len(self.running) > (self.depth if work else 0):
             self._arrive(*self.running.popleft())
         self.scheduler.check()
         return work
 
-    def _run(self, work: Tokens[Work]) -> list[int]:
-        arrays = build(work, self.pages)
+    def _run(self, work: Tokens[Work]) -> tuple[list[int], list[int], list[list[int]]]:
+        arrays = build(work, self.pages, self.speculative)
         invariants.check_step(work, arrays, self.pages, VOCABULARY)
         model, size = arrays.model, self.pages.page_size
         ids = model["input_ids"][0]
@@ -82,7 +93,35 @@ class FakeDevice:
             self._check_windows(index, model, tables)
         chosen = [choose(int(digests[model["rows"][i]])) for i in arrays.sampled]
         self.last[arrays.targets] = chosen
-        return chosen
+        return chosen, *self._draft(chosen, digests[model["rows"]], arrays)
+
+    def _draft(self, chosen: list[int], digests: np.ndarray, arrays: StepArrays) -> tuple[list[int], list[list[int]]]:
+        """How many drafts of each request are right, and the next ones: the truth or a token at random."""
+        if not arrays.rounds:
+            return [], []
+        given = {name: torch.from_numpy(array) for name, array in arrays.rounds.items()}
+        accepted = count_accepted(torch.tensor(chosen), given["first"], given["drafts"]).tolist()
+        drafts = []
+        for request, count in enumerate(accepted):
+            digest = int(digests[arrays.rounds["states"][request] + count])
+            token = chosen[arrays.rounds["first"][request] + count]
+            self._check_drafter_reads(arrays, request, count, digest)
+            drafts.append([])
+            for _ in range(self.speculative):
+                digest = follow(digest, token)
+                token = choose(digest) if self.chooser.random() < self.luck else self.chooser.randrange(VOCABULARY)
+                drafts[-1].append(token)
+        return accepted, drafts
+
+    def _check_drafter_reads(self, arrays: StepArrays, request: int, accepted: int, digest: int) -> None:
+        """A drafter reads up to the last token that is right: in full layers all keys, in sliding ones those of its window."""
+        size, end = self.pages.page_size, int(arrays.rounds["positions"][request]) + accepted
+        places = np.arange(max(0, end - self.pages.windows["sliding_attention"] + 1), end + 1)
+        tables = {kind: arrays.rounds[f"table.{kind}"][request] for kind in self.pages.pools}
+        read = {k: self.memory[k][t[places // size].astype(int) * size + places % size] for k, t in tables.items()}
+        for kind, keys in read.items():
+            assert keys[-1] == digest, f"the drafter's last key of {kind} is not that of the last token accepted"
+            assert (keys == read["full_attention"]).all(), f"the drafter reads keys of {kind} that are not the request's"
 
     def _check_windows(self, index: int, model: dict[str, np.ndarray], tables: dict[str, np.ndarray]) -> None:
         size, kind = self.pages.page_size, "sliding_attention"
@@ -92,15 +131,24 @@ class FakeDevice:
         read = {k: self.memory[k][t[index, places // size].astype(int) * size + places % size] for k, t in tables.items()}
         assert (read[kind] == read["full_attention"]).all(), "a sliding layer reads keys that are not the request's"
 
-    def _arrive(self, work: Tokens[Work], tokens: list[int]) -> None:
-        sampling = (w.sequence for w in work if w.samples)
-        for sequence, token in zip(sampling, tokens, strict=True):
-            if sequence.finish_reason is None:
-                self.scheduler.arrived(sequence, (token,))
-                if len(sequence.output) >= sequence.limit:
-                    self.scheduler.finish(sequence, "length")
-                elif token in sequence.params.stop_token_ids:
-                    self.scheduler.finish(sequence, "stop")
+    def _arrive(self, work: Tokens[Work], tokens: list[int], accepted: list[int], drafts: list[list[int]]) -> None:
+        row = round_row = 0
+        for w in work:
+            sequence, new, following = w.sequence, tokens[row : row + min(w.sampled, 1)], []
+            if w.samples and sequence.speculates:
+                new, following = tokens[row : row + accepted[round_row] + 1], drafts[round_row]
+                self.drafted, self.accepted = self.drafted + w.drafts, self.accepted + accepted[round_row]
+                round_row += 1
+            row += w.sampled
+            if not w.samples or sequence.finish_reason is not None:
+                continue
+            stops = [i for i, token in enumerate(new, 1) if token in sequence.params.stop_token_ids]
+            end = min([*stops, sequence.limit - len(sequence.output)])
+            self.scheduler.arrived(sequence, new[:end], following)
+            if len(sequence.output) >= sequence.limit:
+                self.scheduler.finish(sequence, "length")
+            elif stops:
+                self.scheduler.finish(sequence, "stop")
 
 
 def assert_right(sequence: Sequence) -> None:

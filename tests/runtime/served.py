@@ -39,3 +39,9 @@ def logits_of(model: Any, tokens: list[int]) -> Tensor:
     """Of all tokens, by the plain model: [T, vocabulary]."""
     with torch.no_grad():
         return model(torch.tensor([tokens]), use_cache=False).logits[0]
+
+
+def states_of(model: Any, tokens: list[int]) -> Tensor:
+    """Final-normed states of all tokens, by the plain model: [T, H]."""
+    with torch.no_grad():
+        return model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]

@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from gemma4_compile.pieces import SPLIT_POINTS
 from gemma4_compile.program import Program
-from gemma4_compile.runtime.batch import PlainKV, Request
+from gemma4_compile.runtime.batch import STEP_INPUTS, PlainKV, Request
 from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner
 from tests.runtime.host_recorder import HostRecorder
 from tests.runtime.served import memory, packed, tokens_of
@@ -27,9 +28,10 @@ def runner(kind: str = "e", recorder: HostRecorder | None = None, buckets: Bucke
 
 
 def assert_same(graphs: GraphRunner, kv: PlainKV, other: PlainKV, batch: list[Request], kind: str = "e") -> None:
-    """Logits and everything in memory."""
-    actual, expected = graphs(kv.inputs(batch)), packed(kind)(other.inputs(batch))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+    """Logits, states and everything in memory."""
+    actual, expected = graphs.run(kv.inputs(batch)), packed(kind).run(other.inputs(batch))
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(actual.hidden, expected.hidden, rtol=0, atol=2e-5)
     for name, tensor in kv.tensors.items():
         torch.testing.assert_close(tensor, other.tensors[name], rtol=0, atol=2e-5)
 
@@ -73,6 +75,26 @@ def test_a_verification_step_is_one_graph() -> None:
     recorded = graphs.recorder.recorded  # type: ignore[attr-defined]
     assert_same(graphs, kv, other, [Request([8, 9], 6, rows=[0, 1]), Request([4], 3, rows=[0])])
     assert graphs.recorder.recorded == recorded + 1  # type: ignore[attr-defined]
+
+
+def test_decode_gives_logits_tokens_and_states() -> None:
+    """From the host's arrays, padded to the bucket; what is padding is cut off."""
+    kv, other = memory("e", requests=REQUESTS), memory("e", requests=REQUESTS)
+    last = torch.zeros(REQUESTS + 1, dtype=torch.int64)
+    program = packed("e").program
+    graphs = GraphRunner(program, kv.inputs([Request([5])]), REQUESTS, BUCKETS, HostRecorder(), last)
+    batch = [Request([7 + i], 5) for i in range(3)]
+    for memory_of in (kv, other):
+        program(memory_of.inputs([Request(tokens_of(i, 5)) for i in range(3)]))
+    arrays = {name: tensor.numpy() for name, tensor in kv.inputs(batch).items() if name in STEP_INPUTS}
+    rows = np.arange(3)
+    for _ in range(2):
+        found = graphs.decode(arrays | {"sources": np.full(3, -1), "targets": rows})
+        expected = program.run(other.inputs(batch))
+        assert found is not None and found.tokens is not None
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-5)
+        torch.testing.assert_close(found.hidden, expected.hidden, rtol=0, atol=2e-5)
+        assert found.tokens.tolist() == expected.logits[0].argmax(-1).tolist() == last[:3].tolist()
 
 
 def test_no_bucket_is_large_enough() -> None:

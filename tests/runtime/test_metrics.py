@@ -124,7 +124,8 @@ def test_prometheus_reads_all_of_it(metrics: EngineMetrics) -> None:
     families = {family.name: family for family in text_string_to_metric_families(metrics.prometheus())}
     kinds = {name.removeprefix("gemma4_compile_"): family.type for name, family in families.items()}
     assert kinds == dict.fromkeys(("running", "waiting", "pages_free", "pages"), "gauge") | dict.fromkeys(
-        ("steps", "requests", "errors", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "host_seconds"),
+        ("steps", "requests", "errors", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "host_seconds",
+         "drafted_tokens", "accepted_tokens", "drafted_at", "accepted_at"),
         "counter",
     ) | dict.fromkeys(("ttft_seconds", "tpot_seconds", "queue_time_seconds"), "histogram")  # fmt: skip
     assert all(family.documentation for family in families.values())
@@ -141,6 +142,20 @@ def test_histograms_are_cumulative(metrics: EngineMetrics, name: str) -> None:
     assert buckets == sorted(buckets) and buckets[-1][0] == math.inf
     count, total = (next(s.value for s in samples if s.name.endswith(end)) for end in ("_count", "_sum"))
     assert buckets[-1][1] == count > 0 and total == pytest.approx(metrics.histograms[name].sum)
+
+
+def test_rounds_are_counted_by_position() -> None:
+    found = EngineMetrics()
+    for drafted, accepted in ((3, 2), (3, 0), (1, 1)):
+        found.observe_round(drafted, accepted)
+    assert (found.drafted_tokens, found.accepted_tokens) == (7, 3)
+    samples = [s for f in text_string_to_metric_families(found.prometheus()) for s in f.samples]
+    values = {(s.name, s.labels["position"]): s.value for s in samples if "position" in s.labels}
+    assert values == {
+        ("gemma4_compile_drafted_at_total", "1"): 3, ("gemma4_compile_drafted_at_total", "2"): 2,
+        ("gemma4_compile_drafted_at_total", "3"): 2, ("gemma4_compile_accepted_at_total", "1"): 2,
+        ("gemma4_compile_accepted_at_total", "2"): 1,
+    }  # fmt: skip
 
 
 def test_a_histogram() -> None:

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from gemma4_compile import demo_checkpoint, optimize
+from gemma4_compile import OptimizeConfig, demo_checkpoint, optimize
 from gemma4_compile.demo import DEMO_NAMES, held_out_prompts
 from gemma4_compile.loading import load
 from gemma4_compile.runtime.batch import PlainKV, Request
 from gemma4_compile.runtime.model import PackedModel
 from tests.accuracy_of_model import Exact
 from tests.models import tiny
-from tests.runtime.served import CAPACITY, REQUESTS, logits_of, memory, packed, plain, tokens_of
+from tests.runtime.served import CAPACITY, REQUESTS, logits_of, memory, packed, plain, states_of, tokens_of
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,12 @@ def check(kind: str, batch: list[Drawn], seed: int, yoco: bool, tolerance: float
     if earlier:
         model(kv.inputs([Request(texts[i][: batch[i].seen]) for i in earlier], earlier))
     step = [Request(text[r.seen :], r.seen, r.rows) for text, r in zip(texts, batch, strict=True)]
-    logits = model(kv.inputs(step))[0]
-    wanted = [logits_of(plain(kind), t)[[r.seen + i for i in r.rows]] for t, r in zip(texts, batch, strict=True) if r.rows]
-    torch.testing.assert_close(logits, torch.cat(wanted), rtol=0, atol=tolerance)
+    logits, hidden = model.run(kv.inputs(step))
+    rows = [(text, [r.seen + i for i in r.rows]) for text, r in zip(texts, batch, strict=True) if r.rows]
+    wanted = [logits_of(plain(kind), text)[places] for text, places in rows]
+    torch.testing.assert_close(logits[0], torch.cat(wanted), rtol=0, atol=tolerance)
+    states = [states_of(plain(kind), text)[places] for text, places in rows]
+    torch.testing.assert_close(hidden, torch.cat(states), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("yoco", [True, False], ids=["yoco", "whole"])
@@ -108,6 +111,19 @@ def test_bf16_is_as_near_to_fp64_as_eager(name: str) -> None:
     actual = step(kv.inputs([Request(p) for p in prompts]))[0]
     errors = [(logits.double() - exact).square().mean(-1).sqrt().median().item() for logits in (actual, eager)]
     assert errors[0] <= 1.1 * errors[1], errors
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_states_are_what_the_head_multiplies(tied: bool) -> None:
+    """Also where nothing is fused, and with a tied weight, which the embedding reads too."""
+    model = tiny("dense", tie_word_embeddings=tied).requires_grad_(False)
+    if not tied:
+        model.lm_head.weight.data.normal_()
+    expected = states_of(model, tokens_of(1, 7))
+    step = PackedModel(optimize(model, OptimizeConfig(disable=("linear",) if tied else ())))
+    result = step.run(memory("dense").inputs([Request(tokens_of(1, 7), rows=[0, 3, 6])]))
+    torch.testing.assert_close(result.hidden, expected[[0, 3, 6]], rtol=0, atol=1e-5)
+    assert result.logits.shape == (1, 3, 128)
 
 
 def test_the_model_keeps_its_own_attention() -> None:

@@ -16,14 +16,18 @@ from tests.runtime.fake_device import FakeDevice, assert_right, expected
 PAGE, WINDOW, LONGEST = 4, 6, 40
 
 
-def served(full: int, sliding: int, rows: int = 4, budget: int = 16, depth: int = 1, reuse: bool = True) -> FakeDevice:
+def served(
+    full: int, sliding: int, rows: int = 4, budget: int = 16, depth: int = 1, reuse: bool = True, speculative: int = 0,
+    luck: float = 0.5,
+) -> FakeDevice:  # fmt: skip
     pools = {"full_attention": full, "sliding_attention": sliding}
     pages = KVPages(pools, {"full_attention": 0, "sliding_attention": WINDOW}, PAGE, rows, LONGEST // PAGE)
-    return FakeDevice(pages, Scheduler(pages, budget, max_rows=5, reuse=reuse), rows, depth)
+    return FakeDevice(pages, Scheduler(pages, budget, max_rows=5, reuse=reuse), rows, depth, speculative, luck)
 
 
-def sequence(number: int, prompt: list[int], limit: int, **params) -> Sequence:
-    return Sequence(number, list(prompt), SamplingParams(max_tokens=None, **params), min(limit, LONGEST - len(prompt)))
+def sequence(number: int, prompt: list[int], limit: int, speculates: bool = False, **params) -> Sequence:
+    limit = min(limit, LONGEST - len(prompt))
+    return Sequence(number, list(prompt), SamplingParams(max_tokens=None, **params), limit, speculates=speculates)
 
 
 def run_out(device: FakeDevice, most: int = 3000) -> None:
@@ -55,6 +59,91 @@ def test_every_request_ends_with_its_own_tokens(full: int, sliding: int, reuse: 
         assert pool.free == pool.pages
     if full != 25:
         assert (device.scheduler.preemptions > 0) == (full == 10)
+
+
+@pytest.mark.parametrize("luck", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("speculative", [1, 3, 9])
+@pytest.mark.parametrize(("full", "sliding"), [(200, 100), (10, 9), (25, 12)])
+def test_every_request_ends_with_its_own_tokens_with_drafts(full: int, sliding: int, speculative: int, luck: float) -> None:
+    """More drafts than a page has tokens, and than a window; some requests without any, in the same steps."""
+    chooser = random.Random(f"{full} {speculative} {luck}")
+    device = served(full, sliding, depth=0, speculative=speculative, luck=luck)
+    sequences = [
+        sequence(i, random_prompt(chooser), chooser.randint(1, 30), speculates=i % 4 != 3, stop_token_ids=(3,) * (i % 2))
+        for i in range(40)
+    ]
+    for s in sequences:
+        device.scheduler.add(s)
+    run_out(device)
+    for s in sequences:
+        assert s.finish_reason and s.output == expected(s.tokens[: s.prompt_length], len(s.output)) and not s.drafts
+        assert s.finish_reason == "stop" or len(s.output) == s.limit
+        assert 3 not in s.output[:-1] or not s.params.stop_token_ids
+    for pool in device.pages.pools.values():
+        assert pool.free == pool.pages
+    assert device.drafted > 0 and (luck < 1 or device.accepted == device.drafted)
+    if full == 10:
+        assert device.scheduler.preemptions > 0
+
+
+def test_no_draft_accepted_leaves_nothing_behind() -> None:
+    """A verification without a token more than decode gives: the next step is planned as any, also beside a new prompt."""
+    device = served(60, 40, depth=0, speculative=3)
+    writer = sequence(0, [1], 12, speculates=True)
+    device.scheduler.add(writer)
+    device.step()
+    for round_number in range(3):
+        right = expected([1], len(writer.output) + 1)[-1]
+        writer.drafts[:] = [(right + 1) % 11] * 3
+        if round_number == 1:
+            device.scheduler.add(sequence(1, [0] * 9, 3, speculates=True))
+        before = len(writer.output)
+        work = device.step()
+        assert work[0].drafts == 3 and len(writer.output) == before + 1 and writer.computed == len(writer.tokens) - 1
+    run_out(device)
+    assert_right(writer)
+
+
+def test_drafts_wait_for_all_that_write() -> None:
+    """Each gets its token first; what is left of budget and pages goes to drafts, and nobody is preempted for one."""
+    device = served(9, 9, rows=3, budget=4, depth=0, speculative=3, luck=1.0, reuse=False)
+    sequences = [sequence(i, [1], 11, speculates=True) for i in range(3)]
+    for s in sequences:
+        device.scheduler.add(s)
+    while any(not s.output for s in sequences):
+        device.step()
+    assert [(w.length, w.drafts) for w in device.step()] == [(2, 1), (1, 0), (1, 0)]
+    run_out(device)
+    assert device.scheduler.preemptions == 0
+    for s in sequences:
+        assert_right(s)
+
+
+def test_a_page_is_taken_for_a_draft_only_if_it_is_free() -> None:
+    device = served(10, 40, rows=2, budget=16, depth=0, speculative=3, luck=1.0, reuse=False)
+    first, second = sequence(0, [1], 20, speculates=True), sequence(1, [0] * 35, 2)
+    for s in (first, second):
+        device.scheduler.add(s)
+    while not second.finish_reason:
+        device.step()
+    assert device.scheduler.preemptions == 0
+    run_out(device)
+    assert_right(first)
+    assert_right(second)
+
+
+def test_preempted_and_aborted_requests_keep_no_draft() -> None:
+    device = served(60, 40, depth=0, speculative=3)
+    sequences = [sequence(i, [1, 0], 20, speculates=True) for i in range(2)]
+    for s in sequences:
+        device.scheduler.add(s)
+    device.step()
+    assert all(len(s.drafts) == 3 for s in sequences)
+    device.scheduler._preempt(sequences[1])
+    device.scheduler.finish(sequences[0], "abort")
+    assert not sequences[0].drafts and not sequences[1].drafts
+    run_out(device)
+    assert_right(sequences[1])
 
 
 def test_a_prefix_is_computed_once() -> None:
@@ -152,17 +241,21 @@ class Serving(RuleBasedStateMachine):
     """Anything in any order: requests, steps, aborts, at any pool size."""
 
     @initialize(full=st.integers(10, 40), sliding=st.integers(8, 20), rows=st.integers(1, 5), budget=st.integers(5, 40),
-                depth=st.integers(0, 2), reuse=st.booleans())  # fmt: skip
-    def begin(self, full: int, sliding: int, rows: int, budget: int, depth: int, reuse: bool) -> None:
-        self.device = served(full, sliding, rows, budget, depth, reuse)
+                depth=st.integers(0, 2), reuse=st.booleans(), speculative=st.integers(0, 6),
+                luck=st.sampled_from([0.0, 0.5, 0.9, 1.0]))  # fmt: skip
+    def begin(
+        self, full: int, sliding: int, rows: int, budget: int, depth: int, reuse: bool, speculative: int, luck: float
+    ) -> None:  # fmt: skip
+        self.device = served(full, sliding, rows, budget, 0 if speculative else depth, reuse, speculative, luck)
         self.sequences: list[Sequence] = []
 
     @rule(data=st.data(), length=st.integers(1, LONGEST - 1), limit=st.integers(1, 20), ones=st.integers(0, 30),
-          logprobs=st.booleans(), stop=st.booleans())  # fmt: skip
-    def add(self, data: st.DataObject, length: int, limit: int, ones: int, logprobs: bool, stop: bool) -> None:
+          logprobs=st.booleans(), stop=st.booleans(), drafts=st.booleans())  # fmt: skip
+    def add(self, data: st.DataObject, length: int, limit: int, ones: int, logprobs: bool, stop: bool, drafts: bool) -> None:
         prompt = ([1] * ones + data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length)))[:length]
         new = sequence(len(self.sequences), prompt, limit, prompt_logprobs=0 if logprobs else None,
-                       stop_token_ids=(3,) if stop else ())  # fmt: skip
+                       stop_token_ids=(3,) if stop else (),
+                       speculates=drafts and not logprobs and self.device.speculative > 0)  # fmt: skip
         self.sequences.append(new)
         self.device.scheduler.add(new)
 

@@ -1,0 +1,304 @@
+"""Draft tokens of a Gemma-4 assistant, which reads the keys and values that the target has stored, and stores none.
+
+    step    cat([embed(token), hidden]) -> pre_projection -> layers with queries only -> norm -> token;
+            post_projection -> the next step's hidden
+
+The embedding is the target's, scaled as it scales. Layers attend to the keys at positions 0 to p of the target's last layer of
+their type that owns some, through the page table of that type. All steps of a round have the same positions: the keys of the
+tokens that are drafted exist only when the target has verified them.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Gemma4AssistantForCausalLM
+
+from gemma4_compile.assistant import load_assistant
+from gemma4_compile.geometry import Geometry, geometry
+from gemma4_compile.optimize import state_of
+from gemma4_compile.program import compile_step, open_step
+
+from .batch import KINDS, PlainKV, require
+from .cuda_graphs import Buckets, CudaRecorder, Recorder, check_host, fitting
+from .memory import owners
+from .model import program_folder
+
+_INPUTS = {"tokens": torch.int64, "hidden": None, "positions": torch.int64, "starts": torch.int32} | {
+    f"table.{kind}": torch.int32 for kind in KINDS
+}
+_TRACED_REQUESTS = 8
+
+
+class Drafter:
+    """Drafts the tokens that a target will probably choose next, greedily.
+
+    model               the optimized Gemma4ForCausalLM whose keys and values are read
+    assistant           Gemma4AssistantForCausalLM in eval mode, or its folder
+    speculative_tokens  K, the drafts of a round: 1 or more
+    kv                  keys.N and values.N, [pages, page size, Hk, D], of the target's layers that own them; graphs keep them
+    rope_offset         RoPE position of the drafts less p, the last position whose key is stored: 0, as in vLLM and SGLang, or
+                        1, as in transformers
+    recorder            captures the K steps of a bucket of requests as one graph, see cuda_graphs.py. Unless given, CUDA graphs
+                        on a GPU, in a memory pool of their own, and none on a CPU
+    width               pages that a request may have at most; as many as the model's context needs unless given
+    sizes               buckets, in requests, ascending; a larger batch runs without graphs
+
+    `refused` says why a bucket runs without a graph. Raises TypeError for a model of another class, ValueError for an assistant
+    that does not fit the target.
+    """
+
+    def __init__(
+        self, model: nn.Module, assistant: nn.Module | str | Path, speculative_tokens: int, kv: dict[str, Tensor],
+        rope_offset: int = 0, recorder: Recorder | None = None, width: int | None = None,
+        sizes: Sequence[int] = Buckets().decode,
+    ):  # fmt: skip
+        state = state_of(model)
+        target: Any = model
+        if isinstance(assistant, (str, Path)):
+            assistant = load_assistant(assistant, dtype=target.dtype).to(target.device).eval().requires_grad_(False)
+        if not isinstance(assistant, Gemma4AssistantForCausalLM):
+            raise TypeError(f"a drafter takes Gemma4AssistantForCausalLM, got {type(assistant).__name__}; load an assistant")
+        if speculative_tokens < 1:
+            raise ValueError(
+                f"speculative_tokens must be 1 or more, got {speculative_tokens}; run without an assistant for none"
+            )
+        if rope_offset not in (0, 1):
+            raise ValueError(f"rope_offset must be 0 or 1, got {rope_offset}; take the one that gets more drafts accepted")
+        owned = check_fit(target, assistant, state.geometry)
+        self.speculative_tokens, self.rope_offset = speculative_tokens, rope_offset
+        self._device, self._dtype, self._hidden = target.device, target.dtype, state.geometry.hidden
+        self._rows = torch.arange(257, dtype=torch.int32, device=target.device)
+        names = [f"{name}.{owner}" for owner in sorted(set(owned)) for name in ("keys", "values")]
+        require(kv, names)
+        self._kv = {name: kv[name] for name in names}
+
+        module = _DraftModule(target.model.embed_tokens, assistant, owned, rope_offset)
+        step = _make_step(module, owned, rope_offset)
+        traced = PlainKV(state.geometry, _TRACED_REQUESTS, 32, target.dtype, target.device).tensors
+        examples = self._buffers(_TRACED_REQUESTS, 1) | {name: traced[name] for name in names}
+        self.program = open_step(
+            module, state.backend, program_folder(module, state.backend, target.device),
+            lambda: compile_step(module, step, examples, _INPUTS, state.backend, [assistant.model], check=self._check),
+            self._check,
+        )  # fmt: skip
+
+        self.recorder = CudaRecorder(target.device) if recorder is None and target.device.type == "cuda" else recorder
+        self.refused: dict[int, str] = {}
+        self._graphs: dict[int, tuple[Callable[[], None], list[Tensor]]] = {}
+        self._sizes: tuple[int, ...] = ()
+        if self.recorder is not None:
+            check_host(self.program)
+            self._sizes = tuple(sizes)
+            page = self._kv[names[0]].shape[1]
+            width = width or -(-int(target.config.max_position_embeddings) // page)
+            self._static = self._buffers(max(self._sizes, default=1), width)
+
+    @torch.no_grad()
+    def draft(self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor]) -> Tensor:
+        """Draft tokens [R, K] int64, without waiting for the GPU. From a graph they are valid until the next call.
+
+        tokens     [R] int64    the token chosen last, whose own key is not stored yet
+        hidden     [R, H]       the target's final-normed state at the position before it, p
+        positions  [R] int64    p: keys at positions 0 to p are read
+        tables     kind -> [R, pages] int32: the pages of each request in the pool of that kind
+
+        Raises ValueError for shapes and dtypes that do not fit; values stay unread.
+        """
+        require({f"table.{kind}": table for kind, table in tables.items()}, (f"table.{kind}" for kind in KINDS))
+        count = tokens.shape[0]
+        inputs = {"tokens": tokens, "hidden": hidden, "positions": positions, "starts": self._starts(count)}
+        inputs |= {f"table.{kind}": tables[kind] for kind in KINDS}
+        self._check(inputs)
+        size = fitting(self._sizes, count)
+        if size == 0 or size in self.refused:
+            return self._steps(inputs)[0]
+        self._check_width(inputs)
+        try:
+            return self._replayed(inputs, size)[:count]
+        except RuntimeError as error:
+            self._give_up(size, f"its capture failed: {error}")
+            return self._steps(inputs)[0]
+
+    def _steps(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """The drafts [R, K], and the states [R, H] that the first step passes on, which the first replay is compared by."""
+        inputs = inputs | self._kv
+        drafts, passed = [], []
+        for _ in range(self.speculative_tokens):
+            token, hidden = self.program.run(inputs)
+            inputs |= {"tokens": token, "hidden": hidden}
+            drafts.append(token)
+            passed.append(hidden)
+        return [torch.stack(drafts, 1), passed[0]]
+
+    def _replayed(self, inputs: dict[str, Tensor], size: int) -> Tensor:
+        views = {name: buffer[: size + (name == "starts")] for name, buffer in self._static.items()}
+        first = size not in self._graphs
+        if first:
+            _fill(views, {})  # padding alone: what a graph keeps of its capture shows in the comparison
+            assert self.recorder is not None
+            self.recorder.warm_up(lambda: self._steps(views))
+            self._graphs[size] = self.recorder.record(lambda: self._steps(views))
+        replay, (drafts, passed) = self._graphs[size]
+        _fill(views, inputs)
+        replay()
+        if first:
+            count = inputs["tokens"].shape[0]
+            expected, states = self._steps(views)
+            difference = (passed[:count].float() - states[:count].float()).square().mean().sqrt()
+            scale = states[:count].float().square().mean().sqrt()
+            if not difference <= 1e-2 * scale:  # also if either is not a number
+                self._give_up(size, f"a replay gave other states than the program (rms {difference:.3g} of {scale:.3g})")
+                return expected
+        return drafts
+
+    def _give_up(self, size: int, reason: str) -> None:
+        self.refused[size] = reason
+        self._graphs.pop(size, None)
+        warnings.warn(f"gemma4_compile drafts for {size} requests without CUDA graphs: {reason}", stacklevel=4)
+
+    def _starts(self, count: int) -> Tensor:
+        """One row a request."""
+        if count >= len(self._rows):
+            self._rows = torch.arange(2 * count + 1, dtype=torch.int32, device=self._device)
+        return self._rows[: count + 1]
+
+    def _buffers(self, count: int, width: int) -> dict[str, Tensor]:
+        device = self._device
+        sizes: dict[str, tuple[int, ...]] = {"tokens": (count,), "positions": (count,)}
+        sizes |= {f"table.{kind}": (count, width) for kind in KINDS}
+        buffers = {name: torch.zeros(size, dtype=_INPUTS[name], device=device) for name, size in sizes.items()}
+        hidden = torch.zeros((count, self._hidden), dtype=self._dtype, device=device)
+        return buffers | {"hidden": hidden, "starts": self._starts(count)}
+
+    def _check(self, inputs: dict[str, Tensor]) -> None:
+        require(inputs, _INPUTS)
+        count = inputs["tokens"].shape[0]
+        for name, dtype in _INPUTS.items():
+            tensor, wanted = inputs[name], dtype or self._dtype
+            if tensor.dtype != wanted:
+                raise ValueError(f"{name} must have dtype {wanted}, got {tensor.dtype}; convert it")
+            if tensor.shape[0] != count + (name == "starts"):
+                raise ValueError(f"{name} must have one entry for each of {count} tokens, got {tensor.shape[0]}")
+        if inputs["hidden"].shape[1:] != (self._hidden,):
+            got = list(inputs["hidden"].shape)
+            raise ValueError(f"hidden must be [{count}, {self._hidden}], the target's final-normed states, got {got}")
+
+    def _check_width(self, inputs: dict[str, Tensor]) -> None:
+        for kind in KINDS:
+            pages, most = inputs[f"table.{kind}"].shape[1], self._static[f"table.{kind}"].shape[1]
+            if pages > most:
+                raise ValueError(f"a request may have {most} pages here, got a table.{kind} of {pages}; raise width")
+
+
+class _DraftModule(nn.Module):
+    """Every weight that a draft step reads; its config is what a saved program is known by."""
+
+    def __init__(self, embed_tokens: nn.Module, assistant: Any, owned: tuple[int, ...], rope_offset: int):
+        super().__init__()
+        self.embed_tokens, self.assistant = embed_tokens, assistant
+        self.config = copy.deepcopy(assistant.config)
+        self.config.draft_step = {"owned": list(owned), "rope_offset": rope_offset}
+
+
+def _make_step(module: Any, owned: tuple[int, ...], rope_offset: int) -> Callable[..., Any]:
+    embed_tokens, assistant = module.embed_tokens, module.assistant
+    kinds = dict(zip(assistant.model.config.layer_types, owned, strict=True))
+
+    def step(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Draft tokens [R], and what the next step takes as hidden, [1, R, H]."""
+        positions = inputs["positions"]
+        states = assistant.model(
+            inputs_embeds=assistant.pre_projection(
+                torch.cat([embed_tokens(inputs["tokens"][None]), inputs["hidden"][None]], dim=-1)
+            ),
+            position_ids=(positions + rope_offset)[None],
+            attention_mask=dict.fromkeys(KINDS),  # the op masks by positions
+            shared_kv_states={kind: (inputs[f"keys.{i}"], inputs[f"values.{i}"]) for kind, i in kinds.items()},  # unread
+            use_cache=False,
+            logits_to_keep=None,  # for a number transformers would cut per-layer inputs, of which there are none
+            packed=inputs | {f"slots.{kind}": positions for kind in KINDS},  # unread: no layer writes
+            owners=owned,
+        ).last_hidden_state
+        if assistant.masked_embedding is None:
+            tokens = assistant.lm_head(states)[0].argmax(-1)
+        else:
+            tokens = ordered_argmax(states[0], assistant.masked_embedding, assistant.lm_head.weight)
+        return tokens, assistant.post_projection(states)
+
+    return step
+
+
+def ordered_argmax(states: Tensor, embedder: Any, weight: Tensor) -> Tensor:
+    """The token that Gemma4AssistantMaskedEmbedder scores highest, the lowest among equals; no tensor of vocabulary size.
+
+    states   [R, H]
+    weight   [V, H] of the head
+    returns  [R] int64; any token for a row that is not a number
+    """
+    vocabulary = weight.shape[0]
+    _, best = torch.topk(embedder.centroids(states), k=embedder.centroid_intermediate_top_k, dim=-1)
+    clusters = embedder.token_ordering.long().view(embedder.num_centroids, -1)
+    tokens = clusters[best].flatten(1)  # [R, top k * tokens of a cluster]
+    # Summed in fp32 and rounded once, as the product is: Inductor makes one kernel of it, which reads each row once.
+    logits = (weight[tokens].float() * states[:, None].float()).sum(-1).to(states.dtype)
+    highest = logits.amax(-1, keepdim=True)
+    return torch.where(logits == highest, tokens, vocabulary).amin(-1).clamp(max=vocabulary - 1)
+
+
+def check_fit(target: Any, assistant: Any, target_geometry: Geometry) -> tuple[int, ...]:
+    """For each layer of the assistant the target's layer whose keys and values it reads: the last of its type that owns some.
+
+    Raises ValueError for an assistant of another target."""
+    text = assistant.config.get_text_config()
+    equal = [
+        ("backbone_hidden_size", assistant.config.backbone_hidden_size, "hidden size", target_geometry.hidden),
+        ("vocab_size", text.vocab_size, "vocabulary", target.config.vocab_size),
+        ("dtype", assistant.dtype, "dtype", target.dtype),
+        ("device", assistant.device, "device", target.device),
+    ]
+    for name, got, what, wanted in equal:
+        if got != wanted:
+            raise ValueError(f"the assistant's {name} must be the target's {what}, {wanted}, got {got}; use its own assistant")
+    if text.num_kv_shared_layers != text.num_hidden_layers:
+        own = text.num_hidden_layers - text.num_kv_shared_layers
+        raise ValueError(f"an assistant's layers must all read the target's keys, got {own} with keys of their own; check it")
+    if assistant.training:
+        raise ValueError("the assistant must be in eval mode, got training mode; call assistant.eval() first")
+    found = []
+    for layer in geometry(text).layers:
+        candidates = owners(target_geometry, layer.kind)
+        if not candidates:
+            raise ValueError(f"the target must own keys of each layer type of the assistant, got {layer.kind}; use its own")
+        owner = candidates[-1]
+        wanted, got = (owner.kv_heads, owner.head_dim), (layer.kv_heads, layer.head_dim)
+        if wanted != got:
+            raise ValueError(
+                f"the assistant's {layer.kind} must have the target's KV heads and head dim, {wanted}, got {got}; "
+                "use the target's own assistant"
+            )
+        if layer.kind == "sliding_attention" and text.sliding_window > target.config.sliding_window:
+            raise ValueError(
+                f"the assistant's window must be within the target's, {target.config.sliding_window}, whose pages are freed, "
+                f"got {text.sliding_window}; use the target's own assistant"
+            )
+        found.append(owner.index)
+    return tuple(found)
+
+
+def _fill(views: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+    """Copy requests to static buffers. The others read position 0 of page 0, which exists, and belong to nobody."""
+    for name, view in views.items():
+        if name == "starts":
+            continue
+        given = inputs.get(name)
+        count = 0
+        if given is not None:
+            count = given.shape[0]
+            target = view[:count, : given.shape[1]] if name.startswith("table.") else view[:count]
+            target.copy_(given)
+        view[count:].zero_()
