@@ -1,6 +1,7 @@
 """The sizes of the released Gemma-4 text models, to build them with random weights: for speed and coverage, not for text.
 
-Figures from the config.json of each checkpoint, https://huggingface.co/google (gemma-4-E2B-it, -E4B-it, -26B-A4B-it, -31B-it).
+Figures from the config.json of each checkpoint, https://huggingface.co/google (gemma-4-E2B-it, -E4B-it, -26B-A4B-it, -31B-it,
+and the assistant of each).
 """
 
 from typing import Any
@@ -48,3 +49,26 @@ TEXT_CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4,
     },
 }  # fmt: skip
+
+
+def _assistant(name: str, hidden_size: int, heads: int, ordered: bool) -> dict[str, Any]:
+    target = TEXT_CONFIGS[name]
+    same = ("sliding_window", "max_position_embeddings", "num_key_value_heads", "num_global_key_value_heads")
+    text = _COMMON | {key: target[key] for key in (*same, "attention_k_eq_v") if key in target} | {
+        "hidden_size": hidden_size, "intermediate_size": 8 * hidden_size, "num_attention_heads": heads,
+        "num_hidden_layers": 4, "num_kv_shared_layers": 4, "layer_types": _kinds(4, 4), "final_logit_softcapping": None,
+        "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+    }  # fmt: skip
+    return {
+        "text_config": text, "backbone_hidden_size": target["hidden_size"], "use_ordered_embeddings": ordered,
+        "num_centroids": 2048, "centroid_intermediate_top_k": 32, "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+# name of the target -> keyword arguments of Gemma4AssistantConfig
+ASSISTANT_CONFIGS: dict[str, dict[str, Any]] = {
+    "E2B": _assistant("E2B", 256, 4, ordered=True),
+    "E4B": _assistant("E4B", 256, 4, ordered=True),
+    "26B-A4B": _assistant("26B-A4B", 1024, 16, ordered=False),
+    "31B": _assistant("31B", 1024, 32, ordered=False),
+}

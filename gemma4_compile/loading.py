@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma4AssistantConfig,
     Gemma4ForCausalLM,
     Gemma4ForConditionalGeneration,
     Gemma4TextConfig,
@@ -16,7 +18,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from .checkpoints import TEXT_CONFIGS
+from .assistant import assistant_class
+from .checkpoints import ASSISTANT_CONFIGS, TEXT_CONFIGS
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -116,11 +119,37 @@ def random_model(name_or_file: str | Path, layers: int | None = None, device: st
     Raises ValueError for a missing or broken config, or a number of layers that it does not have.
     """
     config = cut(_text_config(name_or_file), layers) | overrides
+    return _random(lambda: Gemma4ForCausalLM(Gemma4TextConfig(**config)), device, dtype, seed)
+
+
+def random_assistant(
+    target: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, seed: int = 0, vocab_size: int | None = None
+) -> Any:
+    """The assistant of a released target, such as "E2B", with random weights and a random order of its embeddings.
+
+    vocab_size  a target's of fewer tokens, a multiple of 128
+    """
+    given = ASSISTANT_CONFIGS[target]
+    if vocab_size is not None:
+        centroids = vocab_size // 128
+        given = given | {
+            "text_config": given["text_config"] | {"vocab_size": vocab_size}, "num_centroids": centroids,
+            "centroid_intermediate_top_k": min(given["centroid_intermediate_top_k"], centroids),
+        }  # fmt: skip
+    config = Gemma4AssistantConfig(**given)
+    model = _random(lambda: assistant_class()(config), device, dtype, seed)
+    if model.masked_embedding is not None:
+        order = model.masked_embedding.token_ordering
+        order.copy_(torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)))
+    return model
+
+
+def _random(make: Callable[[], Any], device: str, dtype: torch.dtype, seed: int) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device), no_init_weights():
-            model: Any = Gemma4ForCausalLM(Gemma4TextConfig(**config))
+            model = make()
     finally:
         torch.set_default_dtype(before)
     generator = torch.Generator(device).manual_seed(seed)
