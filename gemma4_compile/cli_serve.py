@@ -41,6 +41,9 @@ def add_serving(commands: Any, add_common: Any, demo_prompt: str) -> None:
         parser.add_argument("--seed", type=int, help="the same text again")
         parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
         parser.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt and answer together")
+        parser.add_argument("--mtp", action="store_true", help="draft with the demo checkpoint's own assistant")
+        parser.add_argument("--assistant", metavar="PATH", help="draft with this assistant, a folder or hub id")
+        parser.add_argument("--speculative-tokens", type=int, default=3, metavar="K", help="drafts of a step (default: 3)")
         parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="default: the weights'")
         add_common(parser)
 
@@ -62,11 +65,28 @@ def _engine(options: argparse.Namespace) -> "Engine":
         max_model_len=options.max_model_len, kv_dtype=options.kv_dtype, progress=sys.stderr.isatty(),
         optimize=config_of(options), max_requests=16, capture_at_start=False,
     )  # fmt: skip
+    assistant = _assistant(options)
     model, tokenizer = load_model(options, None, text_only=True)
-    engine = Engine(model, config, tokenizer)
+    engine = Engine(model, config, tokenizer, assistant=assistant, speculative_tokens=options.speculative_tokens)
     if engine.tokenizer is None:
         raise ValueError(f"text needs a tokenizer, got none in {options.model}; use a checkpoint folder with one")
     return engine
+
+
+def _assistant(options: argparse.Namespace) -> str | Path | None:
+    """The assistant that is asked for, or None."""
+    from . import demo_checkpoint
+    from .demo import DEMO_NAMES
+
+    if options.speculative_tokens < 1:
+        raise ValueError(
+            f"--speculative-tokens must be 1 or more, got {options.speculative_tokens}; leave --mtp and --assistant out"
+        )
+    if options.assistant or not options.mtp:
+        return options.assistant
+    if options.model not in DEMO_NAMES:
+        raise ValueError(f"--mtp knows the assistants of the demo checkpoints, got {options.model}; give --assistant PATH")
+    return demo_checkpoint(options.model) / "assistant"
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -90,6 +110,8 @@ def _generate(options: argparse.Namespace) -> int:
         print(json.dumps([_as_dict(output) for output in outputs]))
     tokens = sum(len(output.token_ids) for output in outputs)
     print(f"{tokens} tokens in {seconds:.2f} s on {engine.runner.device}; {_times(outputs)}", file=sys.stderr)
+    if engine.assistant is not None:
+        print(_acceptance(engine), file=sys.stderr)
     failed = [output.error for output in outputs if output.error]
     for error in failed:
         print(f"gemma4-compile: {error}", file=sys.stderr)
@@ -179,6 +201,18 @@ def _text_of(name: str) -> str:
 def _is_first_rank() -> bool:
     """Under torchrun each rank runs this, one prints."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _acceptance(engine: "Engine") -> str:
+    metrics = engine.metrics
+    if not metrics.drafted_tokens:
+        return "no drafts verified"
+    shares = (metrics.accepted_at.get(place, 0) / count for place, count in sorted(metrics.drafted_at.items()))
+    return (
+        f"{metrics.accepted_tokens} of {metrics.drafted_tokens} drafts accepted "
+        f"({metrics.accepted_tokens / metrics.drafted_tokens:.0%}; by place {' '.join(f'{share:.0%}' for share in shares)}), "
+        f"{metrics.output_tokens} tokens in {metrics.steps} steps"
+    )
 
 
 def _times(outputs: "list[RequestOutput]") -> str:

@@ -48,6 +48,26 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.err.splitlines()[-1].startswith("12 tokens in ") and "on cpu; TTFT " in out.err and ", TPOT " in out.err
 
 
+def test_the_demo_with_its_assistant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--demo", *SHORT]) == 0
+    plain = capsys.readouterr().out
+    assert main(["generate", "--demo", "--mtp", "--speculative-tokens", "2", *SHORT]) == 0
+    out = capsys.readouterr()
+    assert out.out == plain and " drafts accepted (" in out.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["some/model", "text", "--mtp"], "--mtp knows the assistants of the demo checkpoints, got some/model; give"),
+        (["--demo", "--mtp", "--speculative-tokens", "0"], "--speculative-tokens must be 1 or more, got 0; leave"),
+    ],
+)
+def test_assistants_that_cannot_be(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_several_prompts_come_in_their_order(text: Callable[..., str]) -> None:
     prompts = ["def add(a, b):\n    return", "import os\n", "class Stack:\n"]
     alone = [text("e", prompt) for prompt in prompts]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Gemma4AssistantForCausalLM
+from transformers import Gemma4AssistantForCausalLM, Gemma4ForCausalLM
 
 from gemma4_compile.assistant import load_assistant
 from gemma4_compile.geometry import Geometry, geometry
@@ -49,7 +49,7 @@ class Drafter:
     sizes               buckets, in requests, ascending; a larger batch runs without graphs
 
     `refused` says why a bucket runs without a graph. Raises TypeError for a model of another class, ValueError for an assistant
-    that does not fit the target.
+    that does not fit the target, CaptureRefused where graphs are wanted and the step works on the host.
     """
 
     def __init__(
@@ -58,6 +58,8 @@ class Drafter:
         sizes: Sequence[int] = Buckets().decode,
     ):  # fmt: skip
         state = state_of(model)
+        if not isinstance(model, Gemma4ForCausalLM):
+            raise TypeError(f"a drafter drafts for Gemma4ForCausalLM, got {type(model).__name__}; load its text part")
         target: Any = model
         if isinstance(assistant, (str, Path)):
             assistant = load_assistant(assistant, dtype=target.dtype).to(target.device).eval().requires_grad_(False)

@@ -229,6 +229,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_bad_models() -> None:
     with pytest.raises(ValueError, match="must be optimized first"):
         Drafter(tiny("dense"), tiny_assistant(), 2, {})
+    with pytest.raises(TypeError, match="a drafter drafts for Gemma4ForCausalLM, got Gemma4TextModel"):
+        Drafter(optimize(tiny("dense").model), tiny_assistant(), 2, {})
     with pytest.raises(TypeError, match="a drafter takes Gemma4AssistantForCausalLM, got Gemma4ForCausalLM"):
         tiny_drafter(tiny("dense"))
     with pytest.raises(ValueError, match="the assistant's dtype must be the target's dtype, torch.float32, got torch.bfloat16"):
