@@ -101,7 +101,7 @@ class FakeDevice:
             return [], []
         given = {name: torch.from_numpy(array) for name, array in arrays.rounds.items()}
         accepted = count_accepted(torch.tensor(chosen), given["first"], given["drafts"]).tolist()
-        drafts = []
+        drafts: list[list[int]] = []
         for request, count in enumerate(accepted):
             digest = int(digests[arrays.rounds["states"][request] + count])
             token = chosen[arrays.rounds["first"][request] + count]

@@ -1,0 +1,294 @@
+"""Engines with an assistant: the tokens of an engine without one, whoever drafts, whatever ends a request or takes pages."""
+
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma4_compile import Engine, EngineConfig, SamplingParams, demo_checkpoint
+from gemma4_compile.assistant import load_assistant
+from gemma4_compile.demo import DEMO_NAMES
+from gemma4_compile.runtime import invariants
+from gemma4_compile.runtime.cuda_graphs import Buckets, GraphRunner
+from gemma4_compile.runtime.mtp import count_accepted
+from gemma4_compile.runtime.outputs import RequestOutput
+from tests.runtime.demo_models import demo
+from tests.runtime.host_recorder import HostRecorder
+
+both = pytest.mark.parametrize("name", DEMO_NAMES)
+SMALL = EngineConfig(max_requests=8, max_batched_tokens=64, page_size=16)
+
+
+@pytest.fixture(autouse=True)
+def checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(invariants.VARIABLE, "1")
+
+
+@cache
+def assistant(name: str) -> Any:
+    return load_assistant(demo_checkpoint(name) / "assistant", dtype=torch.float32).eval().requires_grad_(False)
+
+
+@cache
+def plain(name: str) -> Engine:
+    """Without MTP; engines are right without it by test_engine.py."""
+    return Engine(demo(name).served, SMALL, demo(name).tokenizer)
+
+
+def serve(name: str, drafts: int = 3, config: EngineConfig = SMALL) -> Engine:
+    models = demo(name)
+    return Engine(models.served, config, models.tokenizer, assistant=assistant(name), speculative_tokens=drafts)
+
+
+class Scripted:
+    """Drafts from known texts: `change` makes what it says of what is right."""
+
+    def __init__(self, texts: list[list[int]], drafts: int, change: Callable[[int], int] = lambda token: token):
+        self.speculative_tokens, self.change = drafts, change
+        self.following = {(len(text[:i]) - 1, text[i - 1]): text[i:] for text in texts for i in range(1, len(text) + 1)}
+
+    def draft(self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor]) -> Tensor:
+        found = []
+        for token, position in zip(tokens.tolist(), positions.tolist(), strict=True):
+            after = self.following.get((position + 1, token), [])
+            found.append([self.change(t) for t in (after + [0] * self.speculative_tokens)[: self.speculative_tokens]])
+        return torch.tensor(found)
+
+
+def ids(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.token_ids for output in outputs]
+
+
+def assert_empty(engine: Engine) -> None:
+    assert not engine.has_work and engine.metrics.errors == 0
+    engine.scheduler.check()
+    for pool in engine.runner.pages.pools.values():
+        assert pool.free == pool.pages
+
+
+def same(output: RequestOutput, other: RequestOutput) -> None:
+    """All that a request gets but its times."""
+    assert [(s.token_ids, s.text, s.finish_reason, s.stop_reason) for s in output.samples] == [
+        (s.token_ids, s.text, s.finish_reason, s.stop_reason) for s in other.samples
+    ]
+    for mine, its in zip(output.samples, other.samples, strict=True):
+        assert (mine.logprobs is None) == (its.logprobs is None)
+        for a, b in zip(mine.logprobs or (), its.logprobs or (), strict=True):
+            assert (a.token_id, a.rank, list(a.top)) == (b.token_id, b.rank, list(b.top))
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+# Tokens
+
+
+@both
+@pytest.mark.parametrize("drafts", [1, 3, 6])
+def test_greedy_tokens_are_hugging_faces(name: str, drafts: int, record_property: Callable[[str, Any], None]) -> None:
+    models, engine = demo(name), serve(name, drafts)
+    prompts = models.prompts(12, 150)
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=24, ignore_eos=True))
+    assert [len(output.token_ids) for output in outputs] == [24] * 12
+    assert [models.divergence(output) for output in outputs] == [None] * 12
+    assert_empty(engine)
+    metrics = engine.metrics
+    assert sum(o.metrics.drafted_tokens for o in outputs) == metrics.drafted_tokens == sum(metrics.drafted_at.values()) > 0
+    assert sum(o.metrics.accepted_tokens for o in outputs) == metrics.accepted_tokens == sum(metrics.accepted_at.values())
+    shares = {place: metrics.accepted_at.get(place, 0) / count for place, count in metrics.drafted_at.items()}
+    print(f"{name}, K={drafts}: {metrics.accepted_tokens / metrics.drafted_tokens:.2f} of drafts accepted, by place {shares}")
+    assert shares[1] > 0.5, "the assistant reads other keys than its target's"
+
+
+def test_one_request_at_a_time_and_generate_itself() -> None:
+    models = demo("e")
+    engine = serve("e", 3, EngineConfig(max_requests=1, max_batched_tokens=16, page_size=16))
+    prompts = models.prompts(3, 60)
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+    assert ids(outputs) == [models.generate(prompt, 20) for prompt in prompts]
+    assert engine.metrics.steps < 3 * 20
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("who", ["right", "wrong", "random"])
+def test_tokens_whoever_drafts(who: str) -> None:
+    models, engine = demo("e"), serve("e", 4)
+    prompts, params = models.prompts(8, 100), SamplingParams(max_tokens=21, ignore_eos=True)
+    expected = plain("e").generate(prompts, params)
+    texts = [prompt + output.token_ids for prompt, output in zip(prompts, expected, strict=True)]
+    chooser = random.Random(0)
+    change = {
+        "right": lambda token: token,
+        "wrong": lambda token: (token + 1) % 2048,
+        "random": lambda token: token if chooser.random() < 0.6 else chooser.randrange(2048),
+    }[who]
+    engine.runner.drafter = Scripted(texts, 4, change)
+    assert ids(engine.generate(prompts, params)) == ids(expected)
+    assert_empty(engine)
+    share = engine.metrics.accepted_tokens / engine.metrics.drafted_tokens
+    assert {"right": share == 1, "wrong": share == 0, "random": 0.1 < share < 0.9}[who]
+
+
+@both
+def test_sampled_tokens_are_those_of_their_seeds(name: str) -> None:
+    models, engine = demo(name), serve(name, 3)
+    prompts = models.prompts(6, 80)
+    given: list[dict[str, Any]] = [
+        {}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 20}, {"temperature": 0.9, "top_p": 0.9, "n": 2},
+        {"temperature": 0.6, "min_p": 0.05}, {"temperature": 0.8, "logit_bias": {100: 4.0}, "min_tokens": 7},
+    ]  # fmt: skip
+    params = [SamplingParams(max_tokens=20, ignore_eos=True, seed=i, **more) for i, more in enumerate(given)]
+    for output, other in zip(engine.generate(prompts, params), plain(name).generate(prompts, params), strict=True):
+        same(output, other)
+    assert engine.metrics.accepted_tokens > 0
+    assert_empty(engine)
+
+
+def test_tokens_through_graphs() -> None:
+    """FULL steps, whose tokens the graph itself has chosen, and sampled ones behind a graph."""
+    models = demo("e")
+    engine = serve("e", 3, EngineConfig(max_requests=4, max_batched_tokens=64, page_size=16, max_model_len=256))
+    runner = engine.runner
+    inputs = runner._padding_step(1, 1, runner.pages.tables["full_attention"].shape[1]) | runner.kv
+    buckets = Buckets(decode=(1, 8, 16), tokens=(16, 64), rows=(4, 16))
+    runner.graphs = GraphRunner(runner.packed.program, inputs, 4, buckets, HostRecorder(), runner.sampler.last)
+    for params in (SamplingParams(max_tokens=16, ignore_eos=True),
+                   SamplingParams(max_tokens=16, ignore_eos=True, temperature=0.8, seed=5)):  # fmt: skip
+        prompts = models.prompts(6, 100)
+        assert ids(engine.generate(prompts, params)) == ids(plain("e").generate(prompts, params))
+    assert runner.graphs.refused == {} and runner.graphs.replays > 8
+    assert_empty(engine)
+
+
+# Ends
+
+
+def test_requests_end_in_the_middle_of_an_accepted_run() -> None:
+    """Stop tokens, stop strings, limits and log probabilities, each at every place of a run of right drafts."""
+    models = demo("e")
+    prompt = models.prompts(3, 60)[0] + models.prompts(3, 60)[1]
+    [whole] = plain("e").generate(prompt, SamplingParams(max_tokens=14, ignore_eos=True))
+    engine = serve("e", 4)
+    engine.runner.drafter = Scripted([prompt + whole.token_ids], 4)
+    cases: list[dict[str, Any]] = [{"max_tokens": n} for n in range(1, 12)]
+    cases += [{"stop_token_ids": [token]} for token in dict.fromkeys(whole.token_ids)]
+    pieces = [models.tokenizer.decode(whole.token_ids[i : i + 2]) for i in range(10)]
+    cases += [{"stop": [piece]} for piece in dict.fromkeys(pieces) if piece.strip()]
+    cases += [{"stop": [pieces[5]], "min_tokens": 4}, {"logprobs": 3}, {"logprobs": 2, "stop_token_ids": whole.token_ids[6:7]}]
+    params = [SamplingParams(**{"max_tokens": 14, "ignore_eos": True, **case}) for case in cases]
+    outputs, others = (made.generate([prompt] * len(cases), params) for made in (engine, plain("e")))
+    for output, other in zip(outputs, others, strict=True):
+        same(output, other)
+    assert engine.metrics.accepted_tokens > len(cases)
+    assert_empty(engine)
+
+
+def test_chunks_join_to_the_text() -> None:
+    models, engine = demo("e"), serve("e", 3)
+    prompt = models.prompts(2, 60)[1]
+    chunks = list(engine.stream(prompt, SamplingParams(max_tokens=20, ignore_eos=True, logprobs=0)))
+    output = chunks[-1].output
+    assert output is not None and len(chunks) < 20
+    assert [t for chunk in chunks for t in chunk.token_ids] == output.token_ids and len(output.token_ids) == 20
+    assert "".join(chunk.text for chunk in chunks) == output.text
+    assert [p.token_id for chunk in chunks for p in chunk.logprobs or ()] == output.token_ids
+
+
+# Batches
+
+
+def test_requests_that_it_does_not_serve_run_beside_those_it_does() -> None:
+    models, engine = demo("e"), serve("e", 3)
+    prompts = models.prompts(6, 60)
+    params = [
+        SamplingParams(max_tokens=16, ignore_eos=True, **more)  # type: ignore[arg-type]
+        for more in ({}, {"repetition_penalty": 1.3}, {}, {"prompt_logprobs": 1}, {}, {"frequency_penalty": 0.5, "logprobs": 1})
+    ]
+    outputs = engine.generate(prompts, params)
+    for output, other in zip(outputs, plain("e").generate(prompts, params), strict=True):
+        same(output, other)
+    assert [output.metrics.drafted_tokens > 0 for output in outputs] == [True, False] * 3
+    assert_empty(engine)
+
+
+@both
+def test_tokens_under_preemption(name: str) -> None:
+    """Pages are given back and taken by others. The full pool runs out first here; sliding ones do in test_scheduler.py."""
+    models = demo(name)
+    config = EngineConfig(
+        max_requests=8, max_batched_tokens=48, page_size=16, max_model_len=300, expected_tokens=60,
+        kv_bytes=models.room_for(450),
+    )  # fmt: skip
+    engine = serve(name, 6, config)
+    for prompt in models.prompts(12, 100):
+        engine.add_request(prompt, SamplingParams(max_tokens=100, ignore_eos=True), stream=False)
+    outputs = []
+    while engine.has_work:
+        outputs += [c.output for c in engine.step() if c.output]
+    assert [models.divergence(output) for output in outputs] == [None] * 12
+    assert engine.metrics.preemptions > 0 and engine.metrics.accepted_tokens > 0
+    assert_empty(engine)
+
+
+def test_tokens_with_reused_prefixes() -> None:
+    """Pages that are remembered hold accepted tokens alone: whoever reuses an answer gets what the text asks for."""
+    models, engine = demo("e"), serve("e", 6)
+    text = next(p for p in models.prompts(4, 120) if len(p) == 120)
+    outputs = []
+    for _ in range(4):
+        outputs += engine.generate(text, SamplingParams(max_tokens=30, ignore_eos=True))
+        text = text + outputs[-1].token_ids
+    assert [models.divergence(output) for output in outputs] == [None] * 4
+    assert [output.metrics.cached_tokens for output in outputs] == [0, 144, 176, 208]
+    assert_empty(engine)
+
+
+def test_aborts_and_failed_steps_leave_no_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, chooser = demo("e"), random.Random(1)
+    engine = serve("e", 3, EngineConfig(max_requests=4, max_batched_tokens=40, page_size=16))
+    params, outputs = SamplingParams(max_tokens=12, ignore_eos=True), []
+    launch = engine.runner.launch
+
+    def failing(work: Any) -> Any:
+        if chooser.random() < 0.05:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return launch(work)
+
+    monkeypatch.setattr(engine.runner, "launch", failing)
+    for _ in range(6):
+        names = [engine.add_request(p, params, stream=False) for p in models.prompts(8, 80)]
+        sequences = [s for name in names for s in engine._requests[name].samples]
+        while engine.has_work:
+            if chooser.random() < 0.1:
+                engine.abort(chooser.choice(names))
+            outputs += [c.output for c in engine.step() if c.output]
+        assert not any(s.drafts for s in sequences)
+    ends = {output.finish_reason for output in outputs}
+    assert ends == {"length", "error"} and all(models.divergence(o) is None for o in outputs if o.finish_reason == "length")
+    engine.scheduler.check()
+    for pool in engine.runner.pages.pools.values():
+        assert pool.free == pool.pages
+
+
+# What it is given
+
+
+def test_what_cannot_be() -> None:
+    models = demo("e")
+    for drafts in (0, -1, True, 1.5):
+        with pytest.raises(ValueError, match="speculative_tokens must be 1 or more, got"):
+            Engine(models.served, SMALL, assistant=assistant("e"), speculative_tokens=drafts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="overlap must be None or False with an assistant, got True"):
+        Engine(models.served, EngineConfig(overlap=True), assistant=assistant("e"))
+    with pytest.raises(ValueError, match="use its own assistant"):
+        Engine(models.served, SMALL, assistant=assistant("moe"))
+
+
+def test_accepted_drafts_are_leading_ones() -> None:
+    """Of requests of 3, 0, 1 and 3 drafts; the last has a right one behind a wrong one, the second none at all."""
+    tokens = torch.tensor([5, 6, 7, 8, 9, 4, 4, 1, 2, 3, 3])
+    first = torch.tensor([0, 4, 5, 7])
+    drafts = torch.tensor([[5, 6, 7], [-1, -1, -1], [4, -1, -1], [1, 9, 3]])
+    assert count_accepted(tokens, first, drafts).tolist() == [3, 0, 1, 1]
