@@ -169,8 +169,8 @@ def test_only_the_first_rank_prints(capsys: pytest.CaptureFixture[str], monkeypa
 
 def test_a_request_that_fails_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(Engine):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
             self.runner.launch = lambda _: 1 / 0  # type: ignore
 
     monkeypatch.setattr("gemma4_compile.Engine", Broken)
