@@ -236,7 +236,8 @@ def _make_step(module: Any, owned: tuple[int, ...], rope_offset: int) -> Callabl
 
 
 def ordered_argmax(states: Tensor, embedder: Any, weight: Tensor) -> Tensor:
-    """The token that Gemma4AssistantMaskedEmbedder scores highest, the lowest among equals; no tensor of vocabulary size.
+    """The token that Gemma4AssistantMaskedEmbedder scores highest before it rounds, the lowest among equals; no tensor of
+    vocabulary size.
 
     states   [R, H]
     weight   [V, H] of the head
@@ -246,8 +247,8 @@ def ordered_argmax(states: Tensor, embedder: Any, weight: Tensor) -> Tensor:
     _, best = torch.topk(embedder.centroids(states), k=embedder.centroid_intermediate_top_k, dim=-1)
     clusters = embedder.token_ordering.long().view(embedder.num_centroids, -1)
     tokens = clusters[best].flatten(1)  # [R, top k * tokens of a cluster]
-    # Summed in fp32 and rounded once, as the product is: Inductor makes one kernel of it, which reads each row once.
-    logits = (weight[tokens].float() * states[:, None].float()).sum(-1).to(states.dtype)
+    # In fp32 to the end: compiled, one use of a rounded value may see it rounded and another not, and then none is the highest.
+    logits = (weight[tokens].float() * states[:, None].float()).sum(-1)
     highest = logits.amax(-1, keepdim=True)
     return torch.where(logits == highest, tokens, vocabulary).amin(-1).clamp(max=vocabulary - 1)
 
