@@ -29,6 +29,7 @@ from gemma4_compile.program import Program, Step, StepResult
 
 from .batch import KINDS, STEP_INPUTS, check_inputs, varying_dim
 from .full_graphs import FullGraphs, FullResult
+from .row_state import RowState
 
 
 class CaptureRefused(Exception):
@@ -130,7 +131,7 @@ class GraphRunner:
     inputs      those of any step: the keys and values in it are the ones that all steps must use, and the width of its tables
                 is the most pages that a request may have
     requests    the most requests of a step; FULL steps have no limit of their own
-    last        the sampler's tokens, see full_graphs.py; without, `decode` gives logits only
+    state       of the rows, see row_state.py; without, `decode` gives logits only
 
     Graphs are captured when a bucket is first used. Its first replay is compared with the program itself on the same inputs; if
     they differ, the bucket is given up with a warning. `refused` says why a bucket runs without graphs.
@@ -140,7 +141,7 @@ class GraphRunner:
 
     def __init__(
         self, program: Program, inputs: dict[str, Tensor], requests: int, buckets: Buckets | None = None,
-        recorder: Recorder | None = None, last: Tensor | None = None,
+        recorder: Recorder | None = None, state: RowState | None = None,
     ):  # fmt: skip
         self.program, self.requests, self.buckets = program, requests, buckets or Buckets()
         device = inputs["input_ids"].device
@@ -160,7 +161,7 @@ class GraphRunner:
         self.static = {name: torch.zeros(size, dtype=inputs[name].dtype, device=device) for name, size in sizes.items()}
         self.refused: dict[str, str] = {}
         self.replays = 0  # steps that ran from graphs
-        self.full = FullGraphs(program.run, self.memory, self.buckets.decode, width, recorder, device, last)
+        self.full = FullGraphs(program.run, self.memory, self.buckets.decode, width, recorder, device, state)
         self._heads: dict[int, tuple[list[_Call], dict[int, list[_Call]]]] = {}  # tokens -> before the boundary, rows -> at it
         self._tails: dict[int, tuple[list[_Call], StepResult]] = {}
         self._crossing: dict[int, list[Tensor]] = {}
@@ -197,7 +198,8 @@ class GraphRunner:
     def decode(self, arrays: Mapping[str, np.ndarray]) -> FullResult | None:
         """A FULL step from the host's own arrays, by StepArrays' names, in one copy; None if no graph holds it.
 
-        `sources` are rows of `last` that tokens come from, -1 for those in input_ids; `targets` rows that greedy tokens go to.
+        `sources` are rows of the state that tokens come from, -1 for those in input_ids; `targets` rows that greedy tokens go
+        to. The result's inputs are as long as they were given.
         """
         tokens = arrays["positions"].shape[0]
         bucket = self._bucket(tokens, arrays["rows"].shape[0], arrays["starts"].shape[0] - 1)
@@ -222,8 +224,10 @@ class GraphRunner:
         except (RuntimeError, CaptureRefused) as error:
             self._give_up(bucket, f"its capture failed: {error}")
             return None
-        logits, tokens, hidden = self.full.result(bucket.tokens)
-        return FullResult(logits[:, :wanted], None if tokens is None else tokens[:wanted], hidden[:wanted])
+        logits, tokens, hidden, views = self.full.result(bucket.tokens)
+        inputs = {name: views[name][: given.shape[0]] if given.ndim == 1 else views[name]
+                  for name, given in arrays.items() if name in views}  # fmt: skip
+        return FullResult(logits[:, :wanted], None if tokens is None else tokens[:wanted], hidden[:wanted], inputs)
 
     def _send(self, arrays: Mapping[str, np.ndarray], bucket: _Bucket, empty: bool = False) -> None:
         self.full.send(bucket.tokens, {} if empty else arrays)

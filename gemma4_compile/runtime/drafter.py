@@ -93,12 +93,11 @@ class Drafter:
         self.refused: dict[int, str] = {}
         self._graphs: dict[int, tuple[Callable[[], None], list[Tensor]]] = {}
         self._sizes: tuple[int, ...] = ()
+        self._width = width or -(-int(target.config.max_position_embeddings) // self._kv[names[0]].shape[1])
         if self.recorder is not None:
             check_host(self.program)
             self._sizes = tuple(sizes)
-            page = self._kv[names[0]].shape[1]
-            width = width or -(-int(target.config.max_position_embeddings) // page)
-            self._static = self._buffers(max(self._sizes, default=1), width)
+            self._static = self._buffers(max(self._sizes, default=1), self._width)
 
     @torch.no_grad()
     def draft(self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor]) -> Tensor:
@@ -120,11 +119,21 @@ class Drafter:
         if size == 0 or size in self.refused:
             return self._steps(inputs)[0]
         self._check_width(inputs)
-        try:
-            return self._replayed(inputs, size)[:count]
-        except RuntimeError as error:
-            self._give_up(size, f"its capture failed: {error}")
-            return self._steps(inputs)[0]
+        return self.draft_from(count, lambda views: _fill(views, inputs))
+
+    @torch.no_grad()
+    def draft_from(self, count: int, fill: Callable[[dict[str, Tensor]], None]) -> Tensor:
+        """The same of so many requests, whose inputs `fill` writes: a buffer each for tokens, hidden, positions and the tables,
+        [R or more, ...]. What is behind the R requests must read pages that exist. `fill` may be called more than once."""
+        size = fitting(self._sizes, count)
+        if size and size not in self.refused:
+            try:
+                return self._replayed(size, count, fill)
+            except RuntimeError as error:
+                self._give_up(size, f"its capture failed: {error}")
+        inputs = self._buffers(count, self._width)
+        fill(inputs)
+        return self._steps(inputs)[0]
 
     def _steps(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """The drafts [R, K], and the states [R, H] that the first step passes on, which the first replay is compared by."""
@@ -137,7 +146,7 @@ class Drafter:
             passed.append(hidden)
         return [torch.stack(drafts, 1), passed[0]]
 
-    def _replayed(self, inputs: dict[str, Tensor], size: int) -> Tensor:
+    def _replayed(self, size: int, count: int, fill: Callable[[dict[str, Tensor]], None]) -> Tensor:
         views = {name: buffer[: size + (name == "starts")] for name, buffer in self._static.items()}
         first = size not in self._graphs
         if first:
@@ -146,17 +155,16 @@ class Drafter:
             self.recorder.warm_up(lambda: self._steps(views))
             self._graphs[size] = self.recorder.record(lambda: self._steps(views))
         replay, (drafts, passed) = self._graphs[size]
-        _fill(views, inputs)
+        fill(views)
         replay()
         if first:
-            count = inputs["tokens"].shape[0]
             expected, states = self._steps(views)
             difference = (passed[:count].float() - states[:count].float()).square().mean().sqrt()
             scale = states[:count].float().square().mean().sqrt()
             if not difference <= 1e-2 * scale:  # also if either is not a number
                 self._give_up(size, f"a replay gave other states than the program (rms {difference:.3g} of {scale:.3g})")
-                return expected
-        return drafts
+                return expected[:count]
+        return drafts[:count]
 
     def _give_up(self, size: int, reason: str) -> None:
         self.refused[size] = reason

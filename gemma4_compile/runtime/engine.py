@@ -61,7 +61,7 @@ class Engine:
     config     EngineConfig
     tokenizer  of text prompts; None: the checkpoint's, if there is one
     assistant  drafts for it (multi-token prediction): Gemma4AssistantForCausalLM, a folder or hub id. The same tokens in fewer
-               steps. Each step is read before the next one is planned then: there is no overlap yet
+               steps
     speculative_tokens   drafts of a request that a step verifies, at most
 
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
@@ -75,16 +75,16 @@ class Engine:
     ):  # fmt: skip
         self.config = config = config or EngineConfig()
         if assistant is not None:
-            _check_speculation(config, speculative_tokens)
+            _check_speculation(speculative_tokens)
         self.model, self.tokenizer = _model_of(model, config, tokenizer)
         self.assistant = _assistant_of(assistant, self.model)
         self._stop_tokens = frozenset(i for i in _stop_tokens(self.model) if i < self.model.config.vocab_size)
         self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens, self.assistant, speculative_tokens)
-        self.scheduler = Scheduler(self.runner.pages, config.max_batched_tokens, reuse=config.prefix_reuse)
+        self.scheduler = Scheduler(
+            self.runner.pages, config.max_batched_tokens, reuse=config.prefix_reuse, drafts=self.runner.speculative_tokens
+        )
         self.max_model_len = self.runner.max_model_len
         self._overlap = self.runner.on_gpu if config.overlap is None else config.overlap
-        if self.assistant is not None:
-            self._overlap = False  # how far a request has come is known only when its drafts have been verified
         self._requests: dict[str, _Request] = {}
         self._numbers = itertools.count()
         self._seeds = random.Random(config.seed)
@@ -298,7 +298,7 @@ class Engine:
             return self._decoded(work, tokens, results, now)
         chunks: list[Chunk] = []
         row = prompt_row = round_row = 0
-        accepted, drafts = (results[name].tolist() if name in results else [] for name in ("accepted", "drafts"))
+        accepted = results["accepted"].tolist() if "accepted" in results else []
         for w in work:
             sequence = w.sequence
             request = sequence.request
@@ -311,16 +311,16 @@ class Engine:
                 prompt_row += w.prompt
             if not w.samples:
                 continue
-            count, following = 1, []
+            count = 1
             if sequence.speculates:
-                count, following = 1 + accepted[round_row], drafts[round_row]
+                count += accepted[round_row]
                 round_row += 1
             if sequence.finish_reason is None:
                 if w.drafts:
                     self._metrics.observe_round(w.drafts, count - 1)
                     request.metrics.drafted_tokens += w.drafts
                     request.metrics.accepted_tokens += count - 1
-                chunk = self._add_tokens(request, sequence, tokens[row : row + count], results, row, now, following)
+                chunk = self._add_tokens(request, sequence, tokens[row : row + count], results, row, now, w.drafts)
                 if chunk is not None:
                     chunks += self._deliver(request, chunk)
             row += w.sampled
@@ -354,11 +354,11 @@ class Engine:
 
     def _add_tokens(
         self, request: _Request, sequence: Sequence, tokens: list[int], results: Any, row: int, now: float,
-        drafts: Tokens[int] = (),
+        verified: int = 0,
     ) -> Chunk | None:  # fmt: skip
         """New tokens of a sample, from rows `row` on, up to one that ends it; None if nobody wants chunks and none does.
 
-        drafts  to follow them
+        verified  drafts in its step, of which these tokens have been accepted, all but the last
         """
         params = request.params
         index = sequence.number - request.samples[0].number if params.n > 1 else 0
@@ -377,7 +377,7 @@ class Engine:
             if reason is not None:
                 tokens = tokens[:count]  # the rest was accepted for nothing
                 break
-        self.scheduler.arrived(sequence, tokens, drafts)
+        self.scheduler.arrived(sequence, tokens, verified)
         self._metrics.output_tokens += len(tokens)
         if request.metrics.first_token is None:
             request.metrics.first_token = now
@@ -501,13 +501,11 @@ def _model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: An
     return text, found if tokenizer is None else tokenizer
 
 
-def _check_speculation(config: EngineConfig, speculative_tokens: int) -> None:
+def _check_speculation(speculative_tokens: int) -> None:
     if isinstance(speculative_tokens, bool) or not isinstance(speculative_tokens, int) or speculative_tokens < 1:
         raise ValueError(
             f"speculative_tokens must be 1 or more, got {speculative_tokens!r}; leave the assistant out to draft nothing"
         )
-    if config.overlap:
-        raise ValueError("overlap must be None or False with an assistant, got True; steps with drafts do not overlap yet")
 
 
 def _assistant_of(assistant: nn.Module | str | Path | None, model: Any) -> nn.Module | None:

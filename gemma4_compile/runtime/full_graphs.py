@@ -1,8 +1,8 @@
 """FULL graphs: a whole step whose rows are all wanted (decode, MTP verification), by token bucket, as one CUDA graph.
 
 What such a step needs of the host lies in one buffer, so one copy brings it. The graph unpacks it: page tables come as wide as
-the longest request at hand, and tokens that the step before sampled never went to the host. Where a sampler's state is given,
-the graph ends with the greedy tokens, put where the next step finds them.
+the longest request at hand, and tokens that the step before sampled or drafted never went to the host, nor where they stand.
+Where a state of the rows is given, the graph ends with the greedy tokens, put where the next step finds them.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,33 +12,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.library import jit, tl
+from gemma4_compile.ops.library import jit, power_of_two, tl
 from gemma4_compile.program import StepResult
 
 from .batch import KINDS
+from .mtp import ROUND
+from .row_state import PLACED, RowState
 
 _TOKENS = ("input_ids", "positions", "rows", *(f"slots.{kind}" for kind in KINDS), "sources", "targets")
+_DRAFTED = (*PLACED, *ROUND)  # where requests are drafted for
 _HEAD = 2  # int64 before the tokens: width of the tables, unused
 _DEPTH = 3  # copies that may be under way before their pinned memory is used again
 
 
 class FullResult(NamedTuple):
-    """logits [1, N, vocabulary], greedy tokens [N] (None without a sampler's state) and final-normed states [N, H]; valid until
-    the next step."""
+    """logits [1, N, vocabulary], greedy tokens [N] (None without a state of the rows), final-normed states [N, H], and the
+    step's inputs as the model saw them; valid until the next step."""
 
     logits: Tensor
     tokens: Tensor | None
     hidden: Tensor
+    inputs: dict[str, Tensor]
 
 
 @jit
 def _unpack_kernel(
-    packed_ptr, last_ptr, ids_ptr, table_a_ptr, table_b_ptr, sources_at, tables_at, width_limit, tokens,
-    TOKENS_BLOCK: tl.constexpr, BLOCK: tl.constexpr, CARRIED: tl.constexpr,
+    packed_ptr, last_ptr, reached_ptr, drafts_ptr, ids_ptr, table_a_ptr, table_b_ptr, positions_at, slots_a_at, slots_b_at,
+    sources_at, places_at, owners_at, capacities_at, tables_at, width_limit, tokens, TOKENS_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, CARRIED: tl.constexpr, DRAFTS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, kind) widens one request's page table; program (0, 2) takes each token from the host or from `last`."""
+    """Program (r, kind) widens one request's page table; program (0, 2) takes each token from the host or from the rows' state,
+    and places those that the state places."""
     request = tl.program_id(0).to(tl.int64)
     kind = tl.program_id(1)
+    width = tl.load(packed_ptr)
+    tables_ptr = (packed_ptr + tables_at).to(tl.pointer_type(tl.int32))
     if kind == 2:
         token = tl.arange(0, TOKENS_BLOCK)
         inside = (token < tokens) & (request == 0)
@@ -46,10 +54,24 @@ def _unpack_kernel(
         if CARRIED:
             source = tl.load(packed_ptr + sources_at + token, inside, other=-1)
             given = tl.where(source >= 0, tl.load(last_ptr + source, inside & (source >= 0), other=0), given)
+            if DRAFTS > 0:
+                place = tl.load(packed_ptr + places_at + token, inside, other=-1)
+                placed = inside & (place >= 0)
+                drafted = tl.load(drafts_ptr + source * DRAFTS + place - 1, placed & (place > 0), other=0)
+                given = tl.where(placed & (place > 0), drafted, given)
+                capacity = tl.load(packed_ptr + capacities_at + token, placed, other=1)
+                owner = tl.load(packed_ptr + owners_at + token, placed, other=0)
+                reached = tl.load(reached_ptr + source, placed, other=0) + place
+                position = tl.minimum(reached, capacity - 1)
+                tl.store(packed_ptr + positions_at + token, position, placed)
+                entry_ptr = tables_ptr + owner * width + position // PAGE
+                for table in tl.static_range(2):
+                    page = tl.load(entry_ptr + table * tokens * width, placed, other=0).to(tl.int64)
+                    slot = tl.where(reached < capacity, page * PAGE + position % PAGE, -1)
+                    tl.store(packed_ptr + (slots_a_at if table == 0 else slots_b_at) + token, slot, placed)
         tl.store(ids_ptr + token, given, inside)
         return
-    width = tl.load(packed_ptr)
-    source_ptr = (packed_ptr + tables_at).to(tl.pointer_type(tl.int32)) + (kind * tokens + request) * width
+    source_ptr = tables_ptr + (kind * tokens + request) * width
     target_ptr = (table_a_ptr if kind == 0 else table_b_ptr) + request * width_limit
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -59,11 +81,11 @@ def _unpack_kernel(
 class _Packed:
     """The inputs of a bucket in one buffer of int64; numpy and torch views of it have the same places."""
 
-    def __init__(self, tokens: int, width: int):
+    def __init__(self, tokens: int, width: int, names: tuple[str, ...]):
         self.tokens = tokens
         even = tokens + tokens % 2  # each begins at 16 bytes: compiled pieces copy an input that does not
-        self.at = {name: _HEAD + i * even for i, name in enumerate(_TOKENS)}
-        self.starts = _HEAD + len(_TOKENS) * even
+        self.at = {name: _HEAD + i * even for i, name in enumerate(names)}
+        self.starts = _HEAD + len(names) * even
         self.tables = self.starts + 2 * ((tokens + 4) // 4)
         self.size = self.tables + len(KINDS) * (tokens * width + 1) // 2 + 1
 
@@ -115,14 +137,18 @@ class FullGraphs:
     sizes     buckets, in tokens; ascending
     width     pages that a request may have
     recorder  captures; see cuda_graphs.py
-    last      [rows + 1] int64: the sampler's tokens by row, the last entry for padding. None: no tokens are sampled
+    state     of the rows, which tokens come from and go to. None: no tokens are sampled
     """
 
     def __init__(
         self, program: Callable[[dict[str, Tensor]], StepResult], memory: dict[str, Tensor], sizes: tuple[int, ...], width: int,
-        recorder: Any, device: torch.device, last: Tensor | None = None,
+        recorder: Any, device: torch.device, state: RowState | None = None,
     ):  # fmt: skip
-        self.program, self.memory, self.recorder, self.last, self.width = program, memory, recorder, last, width
+        self.program, self.memory, self.recorder, self.state, self.width = program, memory, recorder, state, width
+        self.last = None if state is None else state.last
+        self._drafts = 0 if state is None else state.drafts.shape[1]
+        self._names = _TOKENS + (_DRAFTED if self._drafts else ())
+        self._page_size = next(iter(memory.values())).shape[1]
         most = max(sizes, default=1)
         self._tables = {kind: torch.zeros((most, width), dtype=torch.int32, device=device) for kind in KINDS}
         self._device = device
@@ -131,7 +157,7 @@ class FullGraphs:
 
     def bucket(self, tokens: int) -> _Bucket:
         if tokens not in self._buckets:
-            self._buckets[tokens] = _Bucket(_Packed(tokens, self.width), self._tables, self._device)
+            self._buckets[tokens] = _Bucket(_Packed(tokens, self.width, self._names), self._tables, self._device)
         return self._buckets[tokens]
 
     def compare(self, tokens: int) -> tuple[StepResult, StepResult]:
@@ -160,13 +186,14 @@ class FullGraphs:
         pinned, event = bucket.pinned()
         host = pinned.numpy()
         count = arrays["positions"].shape[0] if arrays else 0
-        padding = {"rows": tokens - 1, "sources": -1, "targets": -1 if self.last is None else len(self.last) - 1}
+        padding = {"rows": tokens - 1, "sources": -1, "targets": -1 if self.last is None else len(self.last) - 1, "places": -1}
         padding |= {f"slots.{kind}": -1 for kind in KINDS}
         for name, at in packed.at.items():
             given = arrays.get(name)
-            length = 0 if given is None else count
+            length = 0
             if given is not None:
-                host[at : at + count] = given
+                length = given.shape[-1]
+                host[at : at + length] = given
             host[at + length : at + tokens] = padding.get(name, 0)
         starts = host[packed.starts : packed.tables].view(np.int32)
         requests = arrays["starts"].shape[0] - 1 if arrays else 0
@@ -193,7 +220,7 @@ class FullGraphs:
             self.recorder.warm_up(lambda: self._step(bucket))
             bucket.replay, results = self.recorder.record(lambda: self._step(bucket))
             logits, hidden, *sampled = map(self.recorder.borrow, results)
-            bucket.result = FullResult(logits, sampled[0] if sampled else None, hidden)
+            bucket.result = FullResult(logits, sampled[0] if sampled else None, hidden, bucket.views)
         bucket.replay()
         return self.result(tokens)
 
@@ -213,14 +240,15 @@ class FullGraphs:
         return [logits, hidden, tokens]
 
     def _unpack(self, bucket: _Bucket) -> None:
-        packed, buffer = bucket.packed, bucket.buffer
+        packed, buffer, views = bucket.packed, bucket.buffer, bucket.views
         tables = [self._tables[kind] for kind in KINDS]
-        sources = packed.at["sources"]
         if buffer.is_cuda:
-            block = max(16, 1 << (packed.tokens - 1).bit_length())
+            state = RowState(buffer, buffer, buffer) if self.state is None else self.state
+            names = ("positions", *(f"slots.{kind}" for kind in KINDS), "sources", *PLACED)
             _unpack_kernel[(packed.tokens, len(KINDS) + 1)](
-                buffer, buffer if self.last is None else self.last, bucket.ids, *tables, sources, packed.tables, self.width,
-                packed.tokens, block, 256, self.last is not None,
+                buffer, state.last, state.positions, state.drafts, bucket.ids, *tables,
+                *(packed.at.get(name, 0) for name in names), packed.tables, self.width, packed.tokens,
+                max(16, power_of_two(packed.tokens)), 256, self.state is not None, self._drafts, self._page_size,
             )  # fmt: skip
             return
         width = int(buffer[0])
@@ -228,7 +256,9 @@ class FullGraphs:
             compact = buffer.view(torch.int32)[packed.table(index, width)]
             table[: packed.tokens, :width] = compact.view(packed.tokens, width)
         ids = buffer[_HEAD : _HEAD + packed.tokens]
-        if self.last is not None:
-            source = bucket.views["sources"]
-            ids = torch.where(source >= 0, self.last[source.clamp(min=0)], ids)
+        if self.state is not None:
+            ids = self.state.tokens(ids, views["sources"], views.get("places"))
+        if self.state is not None and self._drafts:
+            for name, tensor in self.state.place(views, self._page_size).items():
+                views[name].copy_(tensor)
         bucket.ids[0] = ids

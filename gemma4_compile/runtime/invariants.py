@@ -44,7 +44,10 @@ def check_step(
             where = f"{name}, layers of {kind}{_listed(layers, kind)}"
             table, holding = model[f"table.{kind}"][index], pages.holdings.get(w.row)
             first = pages.first_needed(kind, w.start)
-            for page_index in range(first, (w.start + w.length - 1) // size + 1):
+            end = w.start + w.length - 1
+            if w.ahead >= 0 and holding is not None:  # tokens behind its room are nobody's
+                end = min(end + w.ahead, holding.capacity - 1)
+            for page_index in range(first, end // size + 1):
                 page = int(table[page_index])
                 if not 0 <= page < pool.pages:
                     raise BrokenInvariant(f"{where}: page {page_index} must be 0 to {pool.pages - 1}, got {page}")

@@ -18,6 +18,7 @@ from .memory import MemoryReport, PoolSizes, allocate, divide, naive_token_bytes
 from .model import PackedModel
 from .mtp import Drafts, finish_round
 from .pages import KVPages
+from .row_state import RowState
 from .sampler import Sampler, named_logprobs
 from .staging import Fetched, Staging
 from .step_inputs import StepArrays, build
@@ -25,7 +26,6 @@ from .work import Decodes, Work
 
 _CPU_KV_BYTES = 2**30
 _EXPECTED_TOKENS = 4096
-_ROUND = "round."  # before the names of what a round is told: a step's inputs have tables too
 _KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 
 
@@ -84,13 +84,12 @@ class ModelRunner:
             naive_token_bytes=naive_token_bytes(packed.geometry, self.kv_dtype.itemsize),
         )  # fmt: skip
         self.kv = allocate(packed.geometry, sizes.pages, config.page_size, self.kv_dtype, self.device)
-        self.sampler = Sampler(config.max_requests, self.vocabulary, self.device, stop_tokens)
+        self.state = RowState.empty(config.max_requests, self.speculative_tokens, self.device)
+        self.sampler = Sampler(config.max_requests, self.vocabulary, self.state, stop_tokens)
         self.graphs: GraphRunner | None = None
         if graphs:
             inputs = self._padding_step(1, 1, self.pages.tables[next(iter(self.windows))].shape[1])
-            self.graphs = GraphRunner(
-                packed.program, inputs | self.kv, config.max_requests, self._buckets(), last=self.sampler.last
-            )
+            self.graphs = GraphRunner(packed.program, inputs | self.kv, config.max_requests, self._buckets(), state=self.state)
         self.drafter: Drafts | None = None
         if assistant is not None:
             width = self.pages.tables[next(iter(self.windows))].shape[1]
@@ -221,48 +220,47 @@ class ModelRunner:
         for w in () if isinstance(work, Decodes) else work:
             if w.begins:
                 self.sampler.begin(w)
-        arrays = build(work, self.pages, self.speculative_tokens)
+        arrays = build(work, self.pages)
         if invariants.enabled():
             invariants.check_step(work, arrays, self.pages, self.vocabulary, self.owning)
-        (logits, hidden), given, greedy = self._logits(work, arrays)
+        (logits, hidden), step, greedy = self._logits(work, arrays)
         logits = logits[0]
         results: dict[str, Tensor] = {}
         if arrays.prompt_rows is not None:
             top = max(w.sequence.params.prompt_logprobs or 0 for w in work if w.prompt)
-            results |= named_logprobs("prompt_", logits[given["prompt_rows"]], given["prompt_next"], top)
-            logits = logits[given["picks"]]
-        if len(arrays.targets):
-            results |= self.sampler(logits[: len(arrays.targets)], given, arrays, greedy)
+            results |= named_logprobs("prompt_", logits[step["prompt_rows"]], step["prompt_next"], top)
+            logits = logits[step["picks"]]
+        if sampled := len(arrays.targets):
+            rows = step["rows"] if arrays.prompt_rows is None else step["rows"][step["picks"]]
+            positions = step["positions"] if greedy is not None else step["positions"][rows[:sampled]]
+            results |= self.sampler(logits[:sampled], positions, step, arrays, greedy)
         if self.drafter is not None and arrays.rounds:
-            round_given = {name: given[_ROUND + name] for name in arrays.rounds}
-            results |= finish_round(self.drafter, results["tokens"], hidden, round_given)
+            results["accepted"] = finish_round(self.drafter, self.state, results["tokens"], hidden, step)
         return Launched(work, Fetched(results))
 
     def _logits(self, work: Sequence[Work], arrays: StepArrays) -> tuple[StepResult, dict[str, Tensor], Tensor | None]:
-        """Logits and states of the wanted rows, what else the step has sent to the device, and greedy tokens where a graph made
-        them and they are in the sampler's state already."""
+        """Logits and states of the wanted rows; the step's inputs as the model saw them and all else that the device was sent;
+        and greedy tokens where a graph made them and they are in the state already."""
         extra = self.sampler.parameters(work, arrays)
         greedy = self.sampler.is_greedy(extra)
-        rounds = {_ROUND + name: array for name, array in arrays.rounds.items()}
         if self.graphs is not None and len(arrays.targets) == len(arrays.sources):
-            found = self.graphs.decode(arrays.model | {"sources": arrays.sources, "targets": arrays.targets})
+            packed = {"sources": arrays.sources, "targets": arrays.targets} | arrays.placed | arrays.rounds
+            found = self.graphs.decode(arrays.model | packed)
             if found is not None:
-                result = StepResult(found.logits, found.hidden)
-                if not greedy:
-                    return result, self.staging.send(extra | rounds), None
-                return result, self.staging.send(rounds) if rounds else {}, found.tokens
-        extra |= rounds
+                step = found.inputs if greedy else found.inputs | self.staging.send(extra)
+                return StepResult(found.logits, found.hidden), step, found.tokens if greedy else None
+        extra |= arrays.placed | arrays.rounds
         if arrays.carried:
             extra["sources"] = arrays.sources
         if arrays.prompt_rows is not None and arrays.prompt_next is not None:
             extra |= {"picks": arrays.sampled, "prompt_rows": arrays.prompt_rows, "prompt_next": arrays.prompt_next}
-        given = self.staging.send(arrays.model | extra)
-        inputs = {name: given[name] for name in STEP_INPUTS} | self.kv
+        step = self.staging.send(arrays.model | extra)
         if arrays.carried:
-            sources = given["sources"]
-            carried = self.sampler.last[sources.clamp(min=0)]
-            inputs["input_ids"] = torch.where(sources >= 0, carried, inputs["input_ids"][0])[None]
-        return (self.graphs or self.packed).run(inputs), given, None
+            step["input_ids"] = self.state.tokens(step["input_ids"][0], step["sources"], step.get("places"))[None]
+        if arrays.placed:
+            step |= self.state.place(step, self.config.page_size)
+        inputs = {name: step[name] for name in STEP_INPUTS} | self.kv
+        return (self.graphs or self.packed).run(inputs), step, None
 
     def fail(self) -> None:
         """A step did not run: nothing that it should have stored is to be reused."""

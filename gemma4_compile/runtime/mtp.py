@@ -1,25 +1,32 @@
-"""A round of multi-token prediction on the device: which drafts the target has confirmed, and the next ones.
+"""A round of multi-token prediction on the device: which drafts the target has confirmed, and the next ones. The host reads how
+many were accepted when the next round runs already.
 
 The sampler samples behind each draft as it would without drafts: logits, seed and place of a token are the same if all tokens
 before it are. So a draft is right if it is the token sampled in its place, and the tokens up to the first that is wrong, with
 the one sampled there, are those that the request would have got one by one: greedy or sampled, whatever the drafts.
 
-What a round is told of its R requests (`StepArrays.rounds`):
+What a round is told of its R requests (`StepArrays.rounds`), each [R] int64:
 
-    first        [R] int64     the first of each request's rows among the S sampled ones, which stand together
-    drafts       [R, K] int64  the tokens that its next rows stand for; -1 behind them
-    states       [R] int64     the first of its rows among the N wanted ones
-    positions    [R] int64     position of that row
-    table.KIND   [R, pages] int32
+    round_rows  of the state, see row_state.py
+    requests    its place among the step's requests, whose page tables the drafter reads
+    first       the first of its rows among the S sampled ones, which stand together
+    counts      drafts that its other rows stand for: the first of those in the state
+    states      the first of its rows among the N wanted ones
+    room        tokens that it has pages for
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gemma4_compile.ops.library import jit, power_of_two, tl
+
 from .batch import KINDS
+from .row_state import RowState
+
+ROUND = ("round_rows", "requests", "first", "counts", "states", "room")
 
 
 class Drafts(Protocol):
@@ -30,19 +37,36 @@ class Drafts(Protocol):
     def draft(self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor]) -> Tensor:
         """Draft tokens [R, K] to follow `tokens`."""
 
+    def draft_from(self, count: int, fill: Callable[[dict[str, Tensor]], None]) -> Tensor:
+        """The same, [R, K], of so many requests, whose inputs `fill` writes to buffers on the GPU."""
 
-def finish_round(drafter: Drafts, tokens: Tensor, hidden: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How many drafts of each request are accepted, [R], and its next ones, [R, K]; nothing waits for the device.
+
+def finish_round(
+    drafter: Drafts, state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor]
+) -> Tensor:  # fmt: skip
+    """How many drafts of each request are accepted, [R]; its last token, the position of that and its next drafts go to the
+    state. Nothing waits for the device.
 
     tokens  [S]     sampled
     hidden  [N, H]  final-normed states of the wanted rows
-    given   what a round is told, on the device
+    step    `positions`, `rows` and page tables as the model saw them, and what a round is told
     """
-    accepted = count_accepted(tokens, given["first"], given["drafts"])
-    tables = {kind: given[f"table.{kind}"] for kind in KINDS}
-    last = tokens[given["first"] + accepted]
-    drafts = drafter.draft(last, hidden[given["states"] + accepted], given["positions"] + accepted, tables)
-    return {"accepted": accepted, "drafts": drafts}
+    accepted = count_accepted(tokens, step["first"], verified_drafts(state, step))
+    rows = step["round_rows"]
+    if tokens.is_cuda:
+        drafts = drafter.draft_from(len(rows), lambda inputs: _launch_advance(state, tokens, hidden, step, accepted, inputs))
+    else:
+        last, states, reached = advance(state, tokens, hidden, step, accepted)
+        tables = {kind: step[f"table.{kind}"][step["requests"]] for kind in KINDS}
+        drafts = drafter.draft(last, states, reached, tables)
+    state.drafts.index_copy_(0, rows, drafts)
+    return accepted
+
+
+def verified_drafts(state: RowState, step: Mapping[str, Tensor]) -> Tensor:
+    """The drafts that each request's rows stand for, [R, K] int64; -1 behind them."""
+    drafts = state.drafts[step["round_rows"]]
+    return torch.where(torch.arange(drafts.shape[1], device=drafts.device) < step["counts"][:, None], drafts, -1)
 
 
 def count_accepted(tokens: Tensor, first: Tensor, drafts: Tensor) -> Tensor:
@@ -51,3 +75,65 @@ def count_accepted(tokens: Tensor, first: Tensor, drafts: Tensor) -> Tensor:
     # Behind a request's rows stand those of the next, or none: no token is -1.
     sampled = tokens[places.clamp(max=len(tokens) - 1)]
     return (sampled == drafts).long().cumprod(1).sum(1)
+
+
+def advance(
+    state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor], accepted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Take the accepted drafts into the state. Returns what drafting begins with: each request's last token [R], the hidden
+    state [R, H] of the token before it, and the position of that [R]."""
+    last, states = tokens[step["first"] + accepted], step["states"]
+    reached = step["positions"][step["rows"][states]] + accepted
+    state.last[step["round_rows"]] = last
+    state.positions[step["round_rows"]] = reached + 1
+    return last, hidden[states + accepted], torch.minimum(reached, step["room"] - 1)
+
+
+@jit
+def _advance_kernel(
+    tokens_ptr, hidden_ptr, positions_ptr, rows_ptr, table_a_ptr, table_b_ptr, round_rows_ptr, requests_ptr, first_ptr,
+    states_ptr, room_ptr, accepted_ptr, last_ptr, reached_ptr, out_tokens_ptr, out_hidden_ptr, out_positions_ptr, out_a_ptr,
+    out_b_ptr, requests, hidden_stride, a_stride, b_stride, out_stride, a_width, b_width, HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`advance` of one request, and its inputs put where the drafter reads them. Those behind the last request read position 0
+    of page 0, which exists, and belong to nobody."""
+    request = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    real = request < requests
+    accepted = tl.load(accepted_ptr + request, real, other=0)
+    state = tl.load(states_ptr + request, real, other=0)
+    last = tl.load(tokens_ptr + tl.load(first_ptr + request, real, other=0) + accepted, real, other=0)
+    reached = tl.load(positions_ptr + tl.load(rows_ptr + state, real, other=0), real, other=0) + accepted
+    room = tl.load(room_ptr + request, real, other=1)
+    row = tl.load(round_rows_ptr + request, real, other=0)
+    tl.store(last_ptr + row, last, real)
+    tl.store(reached_ptr + row, reached + 1, real)
+    tl.store(out_tokens_ptr + request, last)
+    tl.store(out_positions_ptr + request, tl.minimum(reached, room - 1))
+    for start in range(0, HIDDEN, BLOCK):
+        inside = start + column < HIDDEN
+        given = tl.load(hidden_ptr + (state + accepted) * hidden_stride + start + column, inside & real, other=0.0)
+        tl.store(out_hidden_ptr + request * HIDDEN + start + column, given, inside)
+    source = tl.load(requests_ptr + request, real, other=0)
+    for start in range(0, tl.maximum(a_width, b_width), BLOCK):
+        place = start + column
+        a = tl.load(table_a_ptr + source * a_stride + place, (place < a_width) & real, other=0)
+        tl.store(out_a_ptr + request * out_stride + place, a, place < a_width)
+        b = tl.load(table_b_ptr + source * b_stride + place, (place < b_width) & real, other=0)
+        tl.store(out_b_ptr + request * out_stride + place, b, place < b_width)
+
+
+def _launch_advance(
+    state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor], accepted: Tensor, out: dict[str, Tensor]
+) -> None:  # fmt: skip
+    tables = [step[f"table.{kind}"] for kind in KINDS]
+    outs = [out[f"table.{kind}"] for kind in KINDS]
+    count, size = len(step["round_rows"]), out["tokens"].shape[0]
+    _advance_kernel[(size,)](
+        tokens, hidden, step["positions"], step["rows"], *tables, *(step[name] for name in ROUND if name != "counts"),
+        accepted, state.last, state.positions, out["tokens"], out["hidden"], out["positions"], *outs, count,
+        hidden.stride(0), tables[0].stride(0), tables[1].stride(0), outs[0].stride(0),
+        *(min(table.shape[1], outs[0].shape[1]) for table in tables), hidden.shape[1],
+        min(1024, power_of_two(hidden.shape[1])),
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemma4_compile.ops.logits import apply_penalties, logprobs_of
 
+from .row_state import RowState
 from .step_inputs import StepArrays
 from .work import Work
 
@@ -22,18 +23,16 @@ _PARAMETERS: dict[str, Any] = {
     "repetition_penalty": np.float32, "presence_penalty": np.float32, "frequency_penalty": np.float32,
 }  # fmt: skip
 _SHAPING = ("temperature", "top_k", "top_p", "min_p")
+_EVER = 2**62  # tokens
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 class Sampler:
-    """State of the running requests, by row.
+    """Parameters of the running requests, by row; tokens go to their state."""
 
-    last      [rows + 1] int64  the token sampled last, which the next step reads here; the last entry is for padding
-    """
-
-    def __init__(self, rows: int, vocabulary: int, device: torch.device, stop_tokens: Iterable[int]):
-        self.vocabulary, self.device, self.stop_tokens = vocabulary, device, tuple(stop_tokens)
-        self.last = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+    def __init__(self, rows: int, vocabulary: int, state: RowState, stop_tokens: Iterable[int]):
+        self.vocabulary, self.state, self.stop_tokens = vocabulary, state, tuple(stop_tokens)
+        self.device = state.last.device
         self._host = {name: np.zeros(rows, dtype) for name, dtype in _PARAMETERS.items()}
         self._host |= {name: np.zeros(rows, np.int64) for name in ("seeds", "prompt_length")}
         self._penalizes, self._adjusts = np.zeros(rows, bool), np.zeros(rows, bool)
@@ -71,30 +70,28 @@ class Sampler:
         rows = arrays.targets
         found = {"targets": rows}
         if self._host["temperature"][rows].any():
-            found |= {name: self._host[name][rows] for name in (*_SHAPING, "seeds")} | {"offsets": self._offsets(arrays)}
+            found |= {name: self._host[name][rows] for name in (*_SHAPING, "seeds")}
         if self._penalizes[rows].any():
             found |= {name: self._host[name][rows] for name in _PENALTIES}
         if self._adjusts[rows].any():
             found |= self._adjustments(work, arrays)
+        if len(found) > 1:
+            found["prompt_length"] = self._host["prompt_length"][rows]
         return found
 
-    def _offsets(self, arrays: StepArrays) -> np.ndarray:
-        """New tokens that each request has already."""
-        return arrays.lengths - self._host["prompt_length"][arrays.targets]
-
     def _adjustments(self, work: Sequence[Work], arrays: StepArrays) -> dict[str, np.ndarray]:
-        """What is added to single logits: biases, and -inf for stop tokens while they must not come."""
-        entries: list[tuple[int, int, float]] = []
-        offsets = self._offsets(arrays)
+        """What is added to single logits: biases, and -inf for stop tokens up to `bias_until` new tokens."""
+        entries: list[tuple[int, int, float, int]] = []
+        offsets = arrays.lengths - self._host["prompt_length"][arrays.targets]  # at least: the device knows how far drafts led
         for index, params in enumerate(w.sequence.params for w in work for _ in range(w.sampled)):
-            entries += [(index, token, value) for token, value in params.logit_bias.items()]
+            entries += [(index, token, value, _EVER) for token, value in params.logit_bias.items()]
             if offsets[index] < params.min_tokens:
                 banned = {*params.stop_token_ids, *(() if params.ignore_eos else self.stop_tokens)}
-                entries += [(index, token, -np.inf) for token in banned]
+                entries += [(index, token, -np.inf, params.min_tokens) for token in banned]
         if not entries:
             return {}
-        rows, tokens, values = zip(*entries, strict=True)
-        return {"bias_rows": np.array(rows), "bias_tokens": np.array(tokens), "bias": np.array(values, np.float32)}
+        rows, tokens, values, until = map(np.array, zip(*entries, strict=True))
+        return {"bias_rows": rows, "bias_tokens": tokens, "bias": values.astype(np.float32), "bias_until": until}
 
     @staticmethod
     def is_greedy(parameters: dict[str, Any]) -> bool:
@@ -102,34 +99,38 @@ class Sampler:
         return len(parameters) == 1  # targets
 
     def __call__(
-        self, logits: Tensor, given: dict[str, Tensor], arrays: StepArrays, greedy: Tensor | None = None
+        self, logits: Tensor, positions: Tensor, given: dict[str, Tensor], arrays: StepArrays, greedy: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Tokens [S] and, where asked for, their log probabilities.
 
-        logits   [S, vocabulary], the model's own
-        given    what `parameters` named, on the device
-        greedy   tokens that are in the state already
+        logits     [S, vocabulary], the model's own
+        positions  [S] of the tokens that they follow
+        given      what `parameters` named, on the device
+        greedy     tokens that are in the state already
         """
-        tokens = self._sample(logits, given) if greedy is None else greedy
+        tokens = self._sample(logits, positions, given) if greedy is None else greedy
         found = {"tokens": tokens}
         if (top := int(self._logprobs[arrays.targets].max(initial=-1))) >= 0:
             found |= named_logprobs("", logits, tokens, top)
         return found
 
-    def _sample(self, logits: Tensor, given: dict[str, Tensor]) -> Tensor:
+    def _sample(self, logits: Tensor, positions: Tensor, given: dict[str, Tensor]) -> Tensor:
         targets = given["targets"]
+        # New tokens that each request has already.
+        offsets = positions + 1 - given["prompt_length"] if "prompt_length" in given else positions
         if "repetition_penalty" in given:
             assert self._counts is not None and self._in_prompt is not None
             penalties = [given[name] for name in _PENALTIES]
             logits = apply_penalties(logits, self._counts, self._in_prompt, targets, *penalties)
         if "bias" in given:
-            logits = logits.float().index_put((given["bias_rows"], given["bias_tokens"]), given["bias"], accumulate=True)
+            bias = torch.where(offsets[given["bias_rows"]] < given["bias_until"], given["bias"], 0)
+            logits = logits.float().index_put((given["bias_rows"], given["bias_tokens"]), bias, accumulate=True)
         if "temperature" in given:
             shaping = [given[name] for name in _SHAPING]
-            tokens = torch.ops.gemma4.sample(logits, *shaping, given["seeds"], given["offsets"])
+            tokens = torch.ops.gemma4.sample(logits, *shaping, given["seeds"], offsets)
         else:
             tokens = logits.argmax(-1)
-        self.last[targets] = tokens
+        self.state.last[targets] = tokens
         if "repetition_penalty" in given:
             ones = torch.ones_like(tokens, dtype=torch.int32)
             self._counts.index_put_((targets, tokens), ones, accumulate=True)  # type: ignore[union-attr]

@@ -10,7 +10,8 @@ Steps overlap: a step is planned while the one before runs. A token that was sam
 the plan counts it, the GPU reads it where it was written.
 
 Drafts of a sequence are verified with its last token, as many as there is room for: no other waits or loses a page for them.
-`computed` counts them once they are accepted. The places of the others are written again.
+`computed` counts those that the host knows to be accepted. The next step is planned without knowing: it has pages for the case
+that all were (`ahead`), and the device, which knows, says where it begins. Places of rejected drafts are written again.
 """
 
 from bisect import insort
@@ -28,10 +29,12 @@ class Scheduler:
     max_tokens  of a step
     max_rows    logits of prompts in a step, for requests that ask for them
     reuse       whether prompts begin with pages that earlier ones left
+    drafts      of a sequence that a step verifies, at most
     """
 
-    def __init__(self, pages: KVPages, max_tokens: int, max_rows: int = 256, reuse: bool = True):
+    def __init__(self, pages: KVPages, max_tokens: int, max_rows: int = 256, reuse: bool = True, drafts: int = 0):
         self.pages, self.max_tokens, self.max_rows, self.reuse = pages, max_tokens, max_rows, reuse
+        self.drafts = drafts
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.preemptions = 0
@@ -43,7 +46,6 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: str) -> None:
         """It needs nothing any more, wherever it was. Kernels that still write its pages run before any that reuse them."""
         sequence.finish_reason = reason
-        sequence.drafts.clear()
         if sequence.holding is not None:
             self._steady = None
             self.pages.close(sequence.holding)
@@ -89,15 +91,18 @@ class Scheduler:
             holding, todo = sequence.holding, sequence.todo
             if todo != 1:
                 prompts += [sequence] if todo else []
-            elif holding is not None and sequence.computed < holding.capacity and sequence.params.prompt_logprobs is None:
+            elif holding is not None and _reach(sequence) < holding.capacity and sequence.params.prompt_logprobs is None:
                 # Most steps of most requests, so written out: one token more, in a page that it has.
-                work.append(Work(sequence, sequence.computed, 1, holding.row, True, 0, 0, False))
+                ahead = sequence.ahead if sequence.drafted else -1
+                work.append(Work(sequence, sequence.computed, 1, holding.row, True, 0, 0, False, 0, ahead))
                 sequence.computed += 1
                 sequence.pending += 1
+                sequence.drafted = sequence.speculates
             elif more := self._continue(sequence, 1, rows, work):
                 rows -= more.prompt
         budget -= len(work)
-        budget -= self._add_drafts(work, budget)
+        if self.drafts:
+            budget -= self._add_drafts(work, budget)
         for sequence in prompts:
             if more := self._continue(sequence, budget, rows, work):
                 budget, rows = budget - more.length, rows - more.prompt
@@ -116,16 +121,17 @@ class Scheduler:
         left = budget
         for index, w in enumerate(work):
             sequence, holding = w.sequence, w.sequence.holding
-            if not sequence.drafts or holding is None:
+            if w.ahead < 0 or holding is None:
                 continue
             # One token more than is accepted is sampled: the last that it may have is drafted for nothing.
-            count = min(len(sequence.drafts), left, sequence.prompt_length + sequence.limit - len(sequence.tokens) - 1)
-            if sequence.computed + count > holding.capacity:
-                count = min(count, self.pages.room(holding, w.start) - 1)
-                self.pages.extend(holding, sequence.computed + count)
-            del sequence.drafts[count:]
+            count = min(self.drafts, left, sequence.end - len(sequence.tokens) - sequence.pending)
+            if (wanted := min(w.start + w.ahead + 1 + count, sequence.end)) > holding.capacity:
+                count = min(count, self.pages.room(holding, w.start) - w.ahead - 1)
+                wanted = min(wanted, w.start + w.ahead + 1 + count)
+                self.pages.extend(holding, wanted)
             if count:
                 work[index] = w._replace(length=1 + count, drafts=count)
+                sequence.ahead += count
                 left -= count
         return budget - left
 
@@ -146,7 +152,8 @@ class Scheduler:
         assert holding is not None
         if sequence.wants_prompt_rows:
             todo = min(todo, max(rows, 0))
-        if sequence.computed + todo <= holding.capacity:
+        reach = _reach(sequence)
+        if reach + todo <= holding.capacity:
             return todo
         while (room := self.pages.room(holding, sequence.computed)) < 1:
             planned = {w.sequence for w in work}
@@ -156,8 +163,10 @@ class Scheduler:
             self._preempt(victims[-1])
             if victims[-1] is sequence:
                 return 0
-        todo = min(todo, room)
-        self.pages.extend(holding, sequence.computed + todo)
+        todo = min(todo, room - (reach - sequence.computed))
+        if todo < 1:
+            return 0  # what it needs for sure is there: the rest once it is known how far it has come
+        self.pages.extend(holding, reach + todo)
         return todo
 
     def _plan(self, sequence: Sequence, count: int, begins: bool) -> Work:
@@ -169,11 +178,13 @@ class Scheduler:
             prompt = max(0, min(end, sequence.prompt_length - 1) - prompt_from)
             sequence.prompt_rows += prompt
         samples = end == len(sequence.tokens) + sequence.pending
+        ahead = sequence.ahead if sequence.drafted else -1
         sequence.computed = end
         sequence.pending += samples
+        sequence.drafted = samples and sequence.speculates
         if self.reuse and count > 1:
             self.pages.remember(holding, sequence.tokens, end)
-        return Work(sequence, start, count, holding.row, samples, prompt, prompt_from, begins)
+        return Work(sequence, start, count, holding.row, samples, prompt, prompt_from, begins, 0, ahead)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give it a row, and the pages of a prefix that is there already; if all its tokens have room."""
@@ -203,20 +214,18 @@ class Scheduler:
         assert sequence.holding is not None
         self._steady = None
         self.pages.close(sequence.holding)
-        sequence.holding, sequence.computed = None, 0
-        sequence.drafts.clear()
+        sequence.holding, sequence.computed, sequence.ahead, sequence.drafted = None, 0, 0, False
         sequence.preemptions += 1
         self.preemptions += 1
         self.running.remove(sequence)
         self.add(sequence)
 
-    def arrived(self, sequence: Sequence, tokens: Tokens[int], drafts: Tokens[int] = ()) -> None:
-        """The host has read what a step sampled for it: drafts that were accepted, a token more, and drafts to follow that."""
+    def arrived(self, sequence: Sequence, tokens: Tokens[int], verified: int = 0) -> None:
+        """The host has read what a step sampled for it: those of its `verified` drafts that were accepted, and a token more."""
         sequence.pending -= 1
-        assert not drafts or not sequence.pending, "with drafts each step is read before the next one is planned"
         if sequence.holding is not None:  # preempted meanwhile, it computes them all anew
             sequence.computed += len(tokens) - 1
-            sequence.drafts[:] = drafts
+            sequence.ahead -= verified
         sequence.tokens.extend(tokens)
         holding = sequence.holding
         if holding is not None and self.reuse and len(sequence.tokens) // self.pages.page_size > holding.remembered:
@@ -227,14 +236,21 @@ class Scheduler:
         self.pages.check()
         held = {id(holding) for holding in self.pages.holdings.values()}
         assert {id(s.holding) for s in self.running} == held, "rows are of running ones"
-        assert all(s.holding is None and not s.drafts for s in self.waiting), "who waits holds nothing"
+        assert all(s.holding is None and not s.drafted and not s.ahead for s in self.waiting), "who waits holds nothing"
         for queue in (self.running, self.waiting):
             assert queue == sorted(queue, key=_number), "first come, first served"
         for s in self.running:
             known = len(s.tokens) + s.pending
             assert s.computed <= known, f"sequence {s.number} has computed {s.computed} of {known} tokens"
-            assert not s.drafts or s.speculates, f"sequence {s.number} has drafts, which nobody made for it"
-            assert s.holding is not None and s.computed <= s.holding.capacity, f"sequence {s.number} lacks a page"
+            assert not s.drafted or s.speculates, f"sequence {s.number} has drafts, which nobody made for it"
+            assert 0 <= s.ahead <= s.pending * self.drafts, f"sequence {s.number}: {s.ahead} drafts in {s.pending} steps"
+            reach = min(s.computed + s.ahead, s.end)
+            assert s.holding is not None and reach <= s.holding.capacity, f"sequence {s.number} lacks a page"
+
+
+def _reach(sequence: Sequence) -> int:
+    """The furthest position that its next token may have; tokens behind its end are nobody's, and are stored nowhere."""
+    return min(sequence.computed + sequence.ahead, sequence.end - 1) if sequence.ahead else sequence.computed
 
 
 def _number(sequence: Sequence) -> int:

@@ -17,13 +17,15 @@ class StepArrays:
     """One step on the host.
 
     model      the inputs of batch.py by name, but for keys and values
-    sources    [T] int64   row whose last sampled token stands for this one, -1 where input_ids has it
+    sources    [T] int64   row of the device's state that this token comes from, -1 where input_ids has it
     sampled    [S] int64   which of the wanted rows a token is sampled from
     targets    [S] int64   row of the sampler's state of each
-    lengths    [S] int64   tokens of the request before the new one, drafts included
+    lengths    [S] int64   tokens of the request before the new one, drafts included; at least
     carried    whether any token comes from the sampler's state
     prompt_rows, prompt_next   [P] int64: rows that want the log probability of the prompt's next token, and that token;
                None if there are none
+    placed     where tokens stand whose positions the device knows, see row_state.py; empty if there are none. Their positions
+               and slots in `model` are the lowest that they can have
     rounds     of the requests that get drafts, see mtp.py; empty if none does
     """
 
@@ -35,11 +37,12 @@ class StepArrays:
     carried: bool
     prompt_rows: Array | None = None
     prompt_next: Array | None = None
+    placed: dict[str, Array] = field(default_factory=dict)
     rounds: dict[str, Array] = field(default_factory=dict)
 
 
-def build(work: Sequence[Work], pages: KVPages, speculative: int = 0) -> StepArrays:
-    """The arrays of a step as planned; no loop over tokens. `speculative` is how many drafts a request gets at most."""
+def build(work: Sequence[Work], pages: KVPages) -> StepArrays:
+    """The arrays of a step as planned; no loop over tokens."""
     size = pages.page_size
     if isinstance(work, Decodes):
         count = len(work)
@@ -47,13 +50,15 @@ def build(work: Sequence[Work], pages: KVPages, speculative: int = 0) -> StepArr
         starts, counts, wanted = np.arange(count + 1, dtype=np.int32), samples, samples.astype(np.int64)
     else:
         columns = [np.array(column) for column in list(zip(*work, strict=True))[1:]]
-        (first, counts, rows, samples, prompts), drafts = columns[:5], columns[-1]
+        (first, counts, rows, samples, prompts), (drafts, ahead) = columns[:5], columns[-2:]
         wanted = np.where(samples, drafts + 1, 0)  # tokens sampled of each
         starts = np.zeros(len(work) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
     total = int(starts[-1])
     ends = starts[1:] - 1  # the last token of each
     ids = np.zeros(total, np.int64)
+    placed: dict[str, Array] = {}
+    furthest = 0
     if isinstance(work, Decodes):
         positions, row_of, sources = first, rows, rows
     else:
@@ -61,14 +66,19 @@ def build(work: Sequence[Work], pages: KVPages, speculative: int = 0) -> StepArr
         row_of = np.repeat(rows, counts)
         sources = np.full(total, -1, np.int64)
         for w, begin in zip(work, starts, strict=False):
-            given = w.sequence.tokens[w.start : w.start + w.length]
-            given += w.sequence.drafts[: w.drafts]
+            given = w.sequence.tokens[w.start : w.start + w.length] if w.ahead < 0 else []
             ids[begin : begin + len(given)] = given
-            sources[begin + len(given) : begin + w.length] = w.row  # one at most: the token sampled last
+            sources[begin + len(given) : begin + w.length] = w.row  # the token sampled last, and drafts
+        if (ahead >= 0).any():
+            capacities = np.array([pages.holdings[row].capacity for row in rows.tolist()])
+            furthest = int((np.minimum(first + counts + ahead, capacities) * (ahead >= 0)).max()) - 1
+            places = np.where(np.repeat(ahead >= 0, counts), np.arange(total) - np.repeat(starts[:-1], counts), -1)
+            placed = {"places": places, "owners": np.repeat(np.arange(len(work)), counts)}
+            placed["capacities"] = np.repeat(capacities, counts)
 
     model: dict[str, Array] = {"input_ids": ids[None], "positions": positions, "starts": starts}
     page, offset = positions // size, positions % size
-    width = int(positions[ends].max()) // size + 1
+    width = max(int(positions[ends].max()), furthest) // size + 1
     for kind in KINDS:
         if kind in pages.tables:
             table = pages.tables[kind]
@@ -89,8 +99,8 @@ def build(work: Sequence[Work], pages: KVPages, speculative: int = 0) -> StepArr
         model["rows"] = np.array([total - 1])
     carried_any = bool((sources >= 0).any())
     targets = np.repeat(rows, wanted)
-    rounds = _rounds(work, model, which, wanted, speculative) if speculative else {}
-    return StepArrays(model, sources, which, targets, lengths, carried_any, prompt_rows, prompt_next, rounds)
+    rounds = {} if isinstance(work, Decodes) else _rounds(work, pages, which, wanted)
+    return StepArrays(model, sources, which, targets, lengths, carried_any, prompt_rows, prompt_next, placed, rounds)
 
 
 def _last(ends: Array, counts: Array) -> Array:
@@ -99,18 +109,16 @@ def _last(ends: Array, counts: Array) -> Array:
     return np.repeat(ends - counts + 1 - before, counts) + np.arange(int(counts.sum()))
 
 
-def _rounds(work: Sequence[Work], model: dict[str, Array], which: Array, wanted: Array, speculative: int) -> dict[str, Array]:
+def _rounds(work: Sequence[Work], pages: KVPages, which: Array, wanted: Array) -> dict[str, Array]:
     """What verification and drafting need of the requests that get drafts."""
-    chosen = np.array([i for i, w in enumerate(work) if w.samples and w.sequence.speculates], np.int64)
-    if not len(chosen):
+    chosen = [i for i, w in enumerate(work) if w.samples and w.sequence.speculates]
+    if not chosen:
         return {}
-    drafts = np.full((len(chosen), speculative), -1, np.int64)
-    for row, index in zip(drafts, chosen.tolist(), strict=True):
-        row[: work[index].drafts] = work[index].sequence.drafts[: work[index].drafts]
     first = (np.cumsum(wanted) - wanted)[chosen]
-    found = {"first": first, "drafts": drafts, "states": which[first]}
-    found["positions"] = model["positions"][model["rows"][which[first]]]
-    return found | {f"table.{kind}": model[f"table.{kind}"][chosen] for kind in KINDS}
+    rows = [work[i].row for i in chosen]
+    found = {"round_rows": rows, "requests": chosen, "first": first, "counts": [work[i].drafts for i in chosen]}
+    found |= {"states": which[first], "room": [pages.holdings[row].capacity for row in rows]}
+    return {name: np.asarray(values, np.int64) for name, values in found.items()}
 
 
 def _rows_with_prompts(work: Sequence[Work], starts: Array) -> tuple[Array, Array, Array, Array]:

@@ -19,11 +19,13 @@ class Sequence:
     limit         new tokens at most
     stops         tokens that end it
     plain         nobody reads its tokens before it ends
-    computed      tokens whose keys and values are in place when the steps planned so far have run
-    pending       new tokens sampled by those steps that the host does not know yet
+    computed      tokens whose keys and values are in place when the steps planned so far have run; at least, where drafts are
+                  among them that the host does not know to be accepted
+    pending       steps among them that sample a token, or more, which the host does not know yet
     prompt_rows   prompt tokens whose log probabilities have been asked for
     speculates    whether tokens are drafted for it
-    drafts        tokens that may follow `tokens`, for the next step to verify
+    drafted       whether the device has drafts to follow its last token, and the position of that
+    ahead         drafts that steps verify whose results the host does not know yet: so many tokens more may be computed
     """
 
     number: int
@@ -35,6 +37,8 @@ class Sequence:
     stops: frozenset[int] = frozenset()
     plain: bool = False
     speculates: bool = False
+    drafted: bool = False
+    ahead: int = 0
     prompt_length: int = 0
     computed: int = 0
     pending: int = 0
@@ -44,16 +48,20 @@ class Sequence:
     finish_reason: str | None = None
     holding: Holding | None = None
     keys: list[bytes] = field(default_factory=list)
-    drafts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.prompt_length = self.prompt_length or len(self.tokens)
 
     @property
     def todo(self) -> int:
-        """Tokens that could be computed now; 0 if all tokens it may have are sampled."""
+        """Tokens that could be computed now, without drafts; 0 if all tokens it may have are sampled."""
         known = len(self.tokens) + self.pending
         return known - self.computed if known - self.prompt_length < self.limit else 0
+
+    @property
+    def end(self) -> int:
+        """Tokens that it may have."""
+        return self.prompt_length + self.limit
 
     @property
     def output(self) -> list[int]:
@@ -65,14 +73,16 @@ class Sequence:
 
 
 class Work(NamedTuple):
-    """One sequence's share of a step: tokens start to start + length.
+    """One sequence's share of a step: tokens start to start + length, all later by the drafts accepted meanwhile (`ahead`).
 
     row        of the page tables and of the sampler's state
     samples    whether a new token is sampled behind them
     prompt     how many of them want the log probabilities of the prompt's next token, from `prompt_from` on
     begins     whether this is the row's first step
-    drafts     how many of its last tokens are drafts: the first of `sequence.drafts`, which the host has. A token is sampled
-               behind each, and behind the token before them
+    drafts     how many of its last tokens are drafts, which the device has. A token is sampled behind each, and behind the
+               token before them
+    ahead      how many drafts may have been accepted in steps that the host has not read; the device knows. -1: it takes no
+               position from there, and no draft
     """
 
     sequence: Sequence
@@ -84,6 +94,7 @@ class Work(NamedTuple):
     prompt_from: int
     begins: bool
     drafts: int = 0
+    ahead: int = -1
 
     @property
     def sampled(self) -> int:
@@ -117,14 +128,14 @@ class Decodes(Tokens[Work]):
     @classmethod
     def of(cls, work: Tokens[Work]) -> "Decodes | None":
         """These shares, if that is what they are."""
-        if not work or not all(w.length == 1 and w.samples and w.start >= len(w.sequence.tokens) for w in work):
-            return None  # also where a draft is verified: its length is 2 or more
+        if not work or not all(w.length == 1 and w.samples and w.start >= len(w.sequence.tokens) and w.ahead < 0 for w in work):
+            return None
         sequences = [w.sequence for w in work]
-        if any(s.params.prompt_logprobs is not None for s in sequences):
+        if any(s.speculates or s.params.prompt_logprobs is not None for s in sequences):
             return None
         rows, starts = np.array([w.row for w in work]), np.array([w.start for w in work])
         capacities = np.array([s.holding.capacity if s.holding else 0 for s in sequences])
-        ends = np.array([s.prompt_length + s.limit for s in sequences])
+        ends = np.array([s.end for s in sequences])
         plain = all(s.plain for s in sequences)
         return cls(sequences, rows, starts, capacities, ends, plain, frozenset().union(*{s.stops for s in sequences}))
 

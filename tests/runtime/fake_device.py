@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from gemma4_compile.runtime import invariants
-from gemma4_compile.runtime.mtp import count_accepted
+from gemma4_compile.runtime.mtp import advance, count_accepted, verified_drafts
 from gemma4_compile.runtime.pages import KVPages
+from gemma4_compile.runtime.row_state import RowState
 from gemma4_compile.runtime.scheduler import Scheduler
-from gemma4_compile.runtime.step_inputs import StepArrays, build
+from gemma4_compile.runtime.step_inputs import build
 from gemma4_compile.runtime.work import Sequence, Work
 
 VOCABULARY = 11
@@ -41,19 +42,18 @@ def expected(prompt: list[int], count: int) -> list[int]:
 class FakeDevice:
     """Runs a scheduler's steps, `depth` of them ahead of what the host knows.
 
-    speculative   drafts of a round; each is the right token with probability `luck`. Only at depth 0
+    speculative   drafts of a round; each is the right token with probability `luck`
     """
 
     def __init__(
         self, pages: KVPages, scheduler: Scheduler, rows: int, depth: int, speculative: int = 0, luck: float = 0.5
     ):  # fmt: skip
-        assert not (speculative and depth), "with drafts each step is read before the next one is planned"
         self.pages, self.scheduler, self.depth = pages, scheduler, depth
         self.speculative, self.luck, self.chooser = speculative, luck, random.Random(0)
         self.drafted = self.accepted = 0
         self.memory = {kind: np.zeros(pool.pages * pages.page_size, np.int64) for kind, pool in pages.pools.items()}
-        self.last = np.zeros(rows, np.int64)
-        self.running: deque[tuple[Tokens[Work], list[int], list[int], list[list[int]]]] = deque()
+        self.state = RowState.empty(rows, speculative, torch.device("cpu"))
+        self.running: deque[tuple[Tokens[Work], list[int], list[int]]] = deque()
         self.steps = 0
 
     def step(self) -> Tokens[Work]:
@@ -68,13 +68,16 @@ class FakeDevice:
         self.scheduler.check()
         return work
 
-    def _run(self, work: Tokens[Work]) -> tuple[list[int], list[int], list[list[int]]]:
-        arrays = build(work, self.pages, self.speculative)
+    def _run(self, work: Tokens[Work]) -> tuple[list[int], list[int]]:
+        arrays = build(work, self.pages)
         invariants.check_step(work, arrays, self.pages, VOCABULARY)
-        model, size = arrays.model, self.pages.page_size
-        ids = model["input_ids"][0]
-        if arrays.carried:
-            ids = np.where(arrays.sources >= 0, self.last[np.maximum(arrays.sources, 0)], ids)
+        size = self.pages.page_size
+        arrived = arrays.model | arrays.placed | arrays.rounds | {"sources": arrays.sources}
+        step = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrived.items()}
+        ids = self.state.tokens(step["input_ids"][0], step["sources"], step.get("places")).numpy()
+        if arrays.placed:
+            step |= self.state.place(step, size)
+        model = {name: tensor.numpy() for name, tensor in step.items()}
         digests = np.zeros(len(ids), np.int64)
         tables = {kind: model[f"table.{kind}"] for kind in self.pages.pools}
         # Pages that a request fills may be read by another one of the same step: all are written before any is read. The
@@ -88,36 +91,35 @@ class FakeDevice:
                     before = int(self.memory["full_attention"][page * size + (place - 1) % size])
                 digests[token] = follow(before, int(ids[token]))
                 for kind in self.pages.pools:
-                    self.memory[kind][model[f"slots.{kind}"][token]] = digests[token]
+                    if (slot := model[f"slots.{kind}"][token]) >= 0:
+                        self.memory[kind][slot] = digests[token]
         for index in range(len(work)):
             self._check_windows(index, model, tables)
         chosen = [choose(int(digests[model["rows"][i]])) for i in arrays.sampled]
-        self.last[arrays.targets] = chosen
-        return chosen, *self._draft(chosen, digests[model["rows"]], arrays)
+        self.state.last[arrays.targets] = torch.tensor(chosen, dtype=torch.int64)
+        return chosen, self._draft(chosen, digests[model["rows"]], step) if arrays.rounds else []
 
-    def _draft(self, chosen: list[int], digests: np.ndarray, arrays: StepArrays) -> tuple[list[int], list[list[int]]]:
-        """How many drafts of each request are right, and the next ones: the truth or a token at random."""
-        if not arrays.rounds:
-            return [], []
-        given = {name: torch.from_numpy(array) for name, array in arrays.rounds.items()}
-        accepted = count_accepted(torch.tensor(chosen), given["first"], given["drafts"]).tolist()
-        drafts: list[list[int]] = []
-        for request, count in enumerate(accepted):
-            digest = int(digests[arrays.rounds["states"][request] + count])
-            token = chosen[arrays.rounds["first"][request] + count]
-            self._check_drafter_reads(arrays, request, count, digest)
-            drafts.append([])
-            for _ in range(self.speculative):
+    def _draft(self, chosen: list[int], digests: np.ndarray, step: dict[str, torch.Tensor]) -> list[int]:
+        """How many drafts of each request are right. The next ones are the truth or a token at random."""
+        tokens = torch.tensor(chosen)
+        accepted = count_accepted(tokens, step["first"], verified_drafts(self.state, step))
+        last, texts, reached = advance(self.state, tokens, torch.from_numpy(digests)[:, None], step, accepted)
+        stored = step["slots.full_attention"][step["rows"][step["states"] + accepted]] >= 0
+        for request, row in enumerate(step["round_rows"].tolist()):
+            digest, token = int(texts[request]), int(last[request])
+            if stored[request]:  # behind its room it has ended
+                self._check_drafter_reads(step, request, int(reached[request]), digest)
+            for draft in range(self.speculative):
                 digest = follow(digest, token)
                 token = choose(digest) if self.chooser.random() < self.luck else self.chooser.randrange(VOCABULARY)
-                drafts[-1].append(token)
-        return accepted, drafts
+                self.state.drafts[row, draft] = token
+        return accepted.tolist()
 
-    def _check_drafter_reads(self, arrays: StepArrays, request: int, accepted: int, digest: int) -> None:
+    def _check_drafter_reads(self, step: dict[str, torch.Tensor], request: int, end: int, digest: int) -> None:
         """A drafter reads up to the last token that is right: in full layers all keys, in sliding ones those of its window."""
-        size, end = self.pages.page_size, int(arrays.rounds["positions"][request]) + accepted
+        size, index = self.pages.page_size, step["requests"][request]
         places = np.arange(max(0, end - self.pages.windows["sliding_attention"] + 1), end + 1)
-        tables = {kind: arrays.rounds[f"table.{kind}"][request] for kind in self.pages.pools}
+        tables = {kind: step[f"table.{kind}"][index].numpy() for kind in self.pages.pools}
         read = {k: self.memory[k][t[places // size].astype(int) * size + places % size] for k, t in tables.items()}
         for kind, keys in read.items():
             assert keys[-1] == digest, f"the drafter's last key of {kind} is not that of the last token accepted"
@@ -131,20 +133,21 @@ class FakeDevice:
         read = {k: self.memory[k][t[index, places // size].astype(int) * size + places % size] for k, t in tables.items()}
         assert (read[kind] == read["full_attention"]).all(), "a sliding layer reads keys that are not the request's"
 
-    def _arrive(self, work: Tokens[Work], tokens: list[int], accepted: list[int], drafts: list[list[int]]) -> None:
+    def _arrive(self, work: Tokens[Work], tokens: list[int], accepted: list[int]) -> None:
         row = round_row = 0
         for w in work:
-            sequence, new, following = w.sequence, tokens[row : row + min(w.sampled, 1)], []
+            sequence, new = w.sequence, tokens[row : row + min(w.sampled, 1)]
             if w.samples and sequence.speculates:
-                new, following = tokens[row : row + accepted[round_row] + 1], drafts[round_row]
-                self.drafted, self.accepted = self.drafted + w.drafts, self.accepted + accepted[round_row]
+                new = tokens[row : row + accepted[round_row] + 1]
+                if sequence.finish_reason is None:
+                    self.drafted, self.accepted = self.drafted + w.drafts, self.accepted + accepted[round_row]
                 round_row += 1
             row += w.sampled
             if not w.samples or sequence.finish_reason is not None:
                 continue
             stops = [i for i, token in enumerate(new, 1) if token in sequence.params.stop_token_ids]
             end = min([*stops, sequence.limit - len(sequence.output)])
-            self.scheduler.arrived(sequence, new[:end], following)
+            self.scheduler.arrived(sequence, new[:end], w.drafts)
             if len(sequence.output) >= sequence.limit:
                 self.scheduler.finish(sequence, "length")
             elif stops:

@@ -33,8 +33,11 @@ def random_params(chooser: random.Random, tokens: int) -> SamplingParams:
     return SamplingParams(**given)
 
 
-def soak(models: Demo, requests: int, seed: int, tokens: int = 120, longest: int = 150) -> str:
-    """Serve so many random requests; returns a line that says what happened. Raises AssertionError if anything is wrong."""
+def soak(models: Demo, requests: int, seed: int, tokens: int = 120, longest: int = 150, **speculation: Any) -> str:
+    """Serve so many random requests; returns a line that says what happened. Raises AssertionError if anything is wrong.
+
+    speculation   of Engine: assistant and speculative_tokens
+    """
     chooser = random.Random(seed)
     before = os.environ.get(invariants.VARIABLE)
     os.environ[invariants.VARIABLE] = "1"
@@ -46,7 +49,7 @@ def soak(models: Demo, requests: int, seed: int, tokens: int = 120, longest: int
             max_requests=12, max_batched_tokens=64, page_size=16, max_model_len=whole, expected_tokens=whole // 2,
             kv_bytes=int(1.8 * alone.bytes), overlap=True, capture_at_start=False,
         )  # fmt: skip
-        engine = Engine(models.served, config, models.tokenizer)
+        engine = Engine(models.served, config, models.tokenizer, **speculation)
         texts = models.prompts(6, longest, seed)
         done: dict[str, RequestOutput] = {}
         started: list[str] = []

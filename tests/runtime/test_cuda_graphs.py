@@ -14,6 +14,7 @@ from gemma4_compile.pieces import SPLIT_POINTS
 from gemma4_compile.program import Program
 from gemma4_compile.runtime.batch import STEP_INPUTS, PlainKV, Request
 from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner
+from gemma4_compile.runtime.row_state import RowState
 from tests.runtime.host_recorder import HostRecorder
 from tests.runtime.served import memory, packed, tokens_of
 
@@ -80,9 +81,9 @@ def test_a_verification_step_is_one_graph() -> None:
 def test_decode_gives_logits_tokens_and_states() -> None:
     """From the host's arrays, padded to the bucket; what is padding is cut off."""
     kv, other = memory("e", requests=REQUESTS), memory("e", requests=REQUESTS)
-    last = torch.zeros(REQUESTS + 1, dtype=torch.int64)
+    state = RowState.empty(REQUESTS, 0, torch.device("cpu"))
     program = packed("e").program
-    graphs = GraphRunner(program, kv.inputs([Request([5])]), REQUESTS, BUCKETS, HostRecorder(), last)
+    graphs = GraphRunner(program, kv.inputs([Request([5])]), REQUESTS, BUCKETS, HostRecorder(), state)
     batch = [Request([7 + i], 5) for i in range(3)]
     for memory_of in (kv, other):
         program(memory_of.inputs([Request(tokens_of(i, 5)) for i in range(3)]))
@@ -94,7 +95,7 @@ def test_decode_gives_logits_tokens_and_states() -> None:
         assert found is not None and found.tokens is not None
         torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-5)
         torch.testing.assert_close(found.hidden, expected.hidden, rtol=0, atol=2e-5)
-        assert found.tokens.tolist() == expected.logits[0].argmax(-1).tolist() == last[:3].tolist()
+        assert found.tokens.tolist() == expected.logits[0].argmax(-1).tolist() == state.last[:3].tolist()
 
 
 def test_no_bucket_is_large_enough() -> None:

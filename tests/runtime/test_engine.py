@@ -117,7 +117,7 @@ def test_tokens_through_graphs(name: str) -> None:
     runner = engine.runner
     inputs = runner._padding_step(1, 1, runner.pages.tables["full_attention"].shape[1]) | runner.kv
     buckets = Buckets(decode=(1, 3, 6), tokens=(16, 64), rows=(2, 6))
-    runner.graphs = GraphRunner(runner.packed.program, inputs, 6, buckets, HostRecorder(), runner.sampler.last)
+    runner.graphs = GraphRunner(runner.packed.program, inputs, 6, buckets, HostRecorder(), runner.state)
     outputs = engine.generate(models.prompts(8, 150), SamplingParams(max_tokens=12, ignore_eos=True))
     assert runner.graphs.refused == {} and runner.graphs.replays > 12
     assert_right(engine, models, outputs)
