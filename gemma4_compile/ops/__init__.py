@@ -12,6 +12,7 @@ from .feed_forward_tail import (
 from .geglu import geglu
 from .library import OPS
 from .linear import gate_up, linear, linear_pair, linear_triple
+from .ordered_argmax import ordered_argmax
 from .ple_inputs import ple_combine, ple_inputs
 from .ple_tail import ple_tail, ple_tail_norm
 from .post_attention_norms import post_attention_norm, post_attention_norms
@@ -35,6 +36,7 @@ __all__ = [
     "linear_triple",
     "moe_feed_forward_tail",
     "moe_feed_forward_tail_norm",
+    "ordered_argmax",
     "ple_combine",
     "ple_inputs",
     "ple_tail",

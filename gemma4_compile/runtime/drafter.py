@@ -20,6 +20,7 @@ from transformers import Gemma4AssistantForCausalLM, Gemma4ForCausalLM
 
 from gemma4_compile.assistant import load_assistant
 from gemma4_compile.geometry import Geometry, geometry
+from gemma4_compile.ops import ordered_argmax
 from gemma4_compile.optimize import state_of
 from gemma4_compile.program import compile_step, open_step
 
@@ -237,28 +238,14 @@ def _make_step(module: Any, owned: tuple[int, ...], rope_offset: int) -> Callabl
         if assistant.masked_embedding is None:
             tokens = assistant.lm_head(states)[0].argmax(-1)
         else:
-            tokens = ordered_argmax(states[0], assistant.masked_embedding, assistant.lm_head.weight)
+            embedder = assistant.masked_embedding
+            tokens = ordered_argmax(
+                states[0], embedder.centroids(states[0]), embedder.token_ordering, assistant.lm_head.weight,
+                embedder.centroid_intermediate_top_k,
+            )  # fmt: skip
         return tokens, assistant.post_projection(states)
 
     return step
-
-
-def ordered_argmax(states: Tensor, embedder: Any, weight: Tensor) -> Tensor:
-    """The token that Gemma4AssistantMaskedEmbedder scores highest before it rounds, the lowest among equals; no tensor of
-    vocabulary size.
-
-    states   [R, H]
-    weight   [V, H] of the head
-    returns  [R] int64; any token for a row that is not a number
-    """
-    vocabulary = weight.shape[0]
-    _, best = torch.topk(embedder.centroids(states), k=embedder.centroid_intermediate_top_k, dim=-1)
-    clusters = embedder.token_ordering.long().view(embedder.num_centroids, -1)
-    tokens = clusters[best].flatten(1)  # [R, top k * tokens of a cluster]
-    # In fp32 to the end: compiled, one use of a rounded value may see it rounded and another not, and then none is the highest.
-    logits = (weight[tokens].float() * states[:, None].float()).sum(-1)
-    highest = logits.amax(-1, keepdim=True)
-    return torch.where(logits == highest, tokens, vocabulary).amin(-1).clamp(max=vocabulary - 1)
 
 
 def check_fit(target: Any, assistant: Any, target_geometry: Geometry) -> tuple[int, ...]:

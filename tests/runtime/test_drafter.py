@@ -16,7 +16,7 @@ from gemma4_compile.demo import DEMO_NAMES
 from gemma4_compile.geometry import geometry
 from gemma4_compile.program import StepResult
 from gemma4_compile.runtime.batch import KINDS
-from gemma4_compile.runtime.drafter import Drafter, ordered_argmax
+from gemma4_compile.runtime.drafter import Drafter
 from gemma4_compile.runtime.memory import allocate
 from tests.models import CONFIGS, tiny
 from tests.runtime.demo_models import demo
@@ -101,6 +101,18 @@ def test_padding_reads_pages_that_exist_and_nothing_is_written() -> None:
 
 
 @pytest.mark.parametrize("name", DEMO_NAMES)
+def test_drafts_in_bf16(name: str) -> None:
+    """Rounding moves some; a fault here once lost them all: a score that one use rounded and another did not equalled none."""
+    given, tokens = served(name), expected(name, 1, 0)[0]
+    target = copy.deepcopy(demo(name).plain).bfloat16().requires_grad_(False)
+    kv = {key: tensor.bfloat16() for key, tensor in given.kv.items()}
+    made = Drafter(optimize(target), copy.deepcopy(given.assistant).bfloat16(), 1, kv)
+    token, hidden, positions, tables = given.inputs
+    drafts = made.draft(token, hidden.bfloat16(), positions, tables)
+    assert (drafts == tokens).float().mean() >= 0.75
+
+
+@pytest.mark.parametrize("name", DEMO_NAMES)
 def test_drafting_and_verification(name: str) -> None:
     """Prefill, drafts, verification, all from graphs of the host: each step's states are what the next drafts begin with."""
     models = demo(name)
@@ -143,27 +155,6 @@ def test_a_second_drafter_compiles_nothing() -> None:
     again = drafter("e", 4)
     assert again.program.compiled == 0
     assert first.program.plan.model == again.program.plan.model != other.program.plan.model
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ordered_argmax(dtype: torch.dtype) -> None:
-    """As Hugging Face's scattered row in fp32, for equal scores too: the lowest token, wherever its cluster stands.
-
-    Compiled as well: a score that one use rounds and another does not has equalled none, and bf16 lost all its drafts."""
-    embedder = copy.deepcopy(served("e").assistant.masked_embedding)
-    embedder.centroids.weight.copy_(embedder.centroids.weight.to(dtype))
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn((2048, 128), generator=generator).to(dtype)
-    weight[torch.randperm(2048, generator=generator)[:2000]] = weight[7].clone()  # nearly all are equal
-    states = torch.randn((50, 128), generator=generator).to(dtype)
-    wanted = torch.cat([embedder(row[None, None].float(), weight.float()).argmax(-1)[0] for row in states])
-    embedder.to(dtype)
-    compiled = torch.compile(lambda states: ordered_argmax(states, embedder, weight), dynamic=False)
-    for function in (lambda states: ordered_argmax(states, embedder, weight), compiled):
-        found = function(states)
-        assert (found == wanted).float().mean() >= (1 if dtype == torch.float32 else 0.9), "centroids are still rounded"
-        nothing = function(torch.full_like(states, float("nan")))
-        assert ((nothing >= 0) & (nothing < 2048)).all()
 
 
 def tiny_assistant(**overrides: Any) -> Any:

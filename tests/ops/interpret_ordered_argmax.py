@@ -1,0 +1,10 @@
+"""Runs the kernels of ordered_argmax under Triton's interpreter and prints a line a case. Started by test_ordered_argmax.py."""
+
+from functools import partial
+
+from tests.ops.interpret import attempt  # isort: skip  (before all that imports Triton: it switches the interpreter on)
+from tests.ops.ordered_argmax_cases import CASES
+
+if __name__ == "__main__":
+    for name, check in CASES.items():
+        attempt(name, partial(check, "cpu"))
