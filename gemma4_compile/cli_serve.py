@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .runtime.draft_length import SpeculativeTokens
     from .runtime.engine import Engine
     from .runtime.outputs import RequestOutput
     from .runtime.sampling_params import SamplingParams
@@ -43,7 +44,10 @@ def add_serving(commands: Any, add_common: Any, demo_prompt: str) -> None:
         parser.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt and answer together")
         parser.add_argument("--mtp", action="store_true", help="draft with the demo checkpoint's own assistant")
         parser.add_argument("--assistant", metavar="PATH", help="draft with this assistant, a folder or hub id")
-        parser.add_argument("--speculative-tokens", type=int, default=3, metavar="K", help="drafts of a step (default: 3)")
+        parser.add_argument(
+            "--speculative-tokens", default="3", metavar="K",
+            help="drafts of a step (default: 3), by running requests as in 1:4,16:2,64:0, or 'adaptive'",
+        )  # fmt: skip
         parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="default: the weights'")
         add_common(parser)
 
@@ -67,21 +71,29 @@ def _engine(options: argparse.Namespace) -> "Engine":
     )  # fmt: skip
     assistant = _assistant(options)
     model, tokenizer = load_model(options, None, text_only=True)
-    engine = Engine(model, config, tokenizer, assistant=assistant, speculative_tokens=options.speculative_tokens)
+    engine = Engine(model, config, tokenizer, assistant=assistant, speculative_tokens=_drafts(options))
     if engine.tokenizer is None:
         raise ValueError(f"text needs a tokenizer, got none in {options.model}; use a checkpoint folder with one")
     return engine
+
+
+def _drafts(options: argparse.Namespace) -> "SpeculativeTokens":
+    given = options.speculative_tokens
+    try:
+        if ":" in given:
+            return {int(requests): int(drafts) for requests, drafts in (pair.split(":") for pair in given.split(","))}
+        return int(given)
+    except ValueError:
+        return given  # "adaptive", or what an engine refuses
 
 
 def _assistant(options: argparse.Namespace) -> str | Path | None:
     """The assistant that is asked for, or None."""
     from . import demo_checkpoint
     from .demo import DEMO_NAMES
+    from .runtime.draft_length import DraftLength
 
-    if options.speculative_tokens < 1:
-        raise ValueError(
-            f"--speculative-tokens must be 1 or more, got {options.speculative_tokens}; leave --mtp and --assistant out"
-        )
+    DraftLength(_drafts(options))
     if options.assistant or not options.mtp:
         return options.assistant
     if options.model not in DEMO_NAMES:

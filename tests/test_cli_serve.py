@@ -51,7 +51,7 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_demo_with_its_assistant(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--demo", *SHORT]) == 0
     plain = capsys.readouterr().out
-    assert main(["generate", "--demo", "--mtp", "--speculative-tokens", "2", *SHORT]) == 0
+    assert main(["generate", "--demo", "--mtp", "--speculative-tokens", "1:2,8:0", *SHORT]) == 0
     out = capsys.readouterr()
     assert out.out == plain and " drafts accepted (" in out.err
 
@@ -60,7 +60,8 @@ def test_the_demo_with_its_assistant(capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         (["some/model", "text", "--mtp"], "--mtp knows the assistants of the demo checkpoints, got some/model; give"),
-        (["--demo", "--mtp", "--speculative-tokens", "0"], "--speculative-tokens must be 1 or more, got 0; leave"),
+        (["--demo", "--mtp", "--speculative-tokens", "0"], "speculative_tokens must be 1 or more, got 0; leave"),
+        (["--demo", "--mtp", "--speculative-tokens", "1:4,x"], "or 'adaptive', got '1:4,x'; leave"),
     ],
 )
 def test_assistants_that_cannot_be(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +172,7 @@ def test_a_request_that_fails_is_an_error(capsys: pytest.CaptureFixture[str], mo
     class Broken(Engine):
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **named)
-            self.runner.launch = lambda _: 1 / 0  # type: ignore
+            self.runner.launch = lambda *_: 1 / 0  # type: ignore
 
     monkeypatch.setattr("gemma4_compile.Engine", Broken)
     assert main(["generate", "--demo", *SHORT]) == 1

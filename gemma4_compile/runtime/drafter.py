@@ -92,7 +92,7 @@ class Drafter:
 
         self.recorder = CudaRecorder(target.device) if recorder is None and target.device.type == "cuda" else recorder
         self.refused: dict[int, str] = {}
-        self._graphs: dict[int, tuple[Callable[[], None], list[Tensor]]] = {}
+        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], list[Tensor]]] = {}
         self._sizes: tuple[int, ...] = ()
         self._width = width or -(-int(target.config.max_position_embeddings) // self._kv[names[0]].shape[1])
         if self.recorder is not None:
@@ -101,13 +101,16 @@ class Drafter:
             self._static = self._buffers(max(self._sizes, default=1), self._width)
 
     @torch.no_grad()
-    def draft(self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor]) -> Tensor:
-        """Draft tokens [R, K] int64, without waiting for the GPU. From a graph they are valid until the next call.
+    def draft(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor], drafts: int | None = None
+    ) -> Tensor:  # fmt: skip
+        """Draft tokens [R, drafts] int64, without waiting for the GPU. From a graph they are valid until the next call.
 
         tokens     [R] int64    the token chosen last, whose own key is not stored yet
         hidden     [R, H]       the target's final-normed state at the position before it, p
         positions  [R] int64    p: keys at positions 0 to p are read
         tables     kind -> [R, pages] int32: the pages of each request in the pool of that kind
+        drafts     1 to K; K unless given
 
         Raises ValueError for shapes and dtypes that do not fit; values stay unread.
         """
@@ -118,58 +121,58 @@ class Drafter:
         self._check(inputs)
         size = fitting(self._sizes, count)
         if size == 0 or size in self.refused:
-            return self._steps(inputs)[0]
+            return self._steps(inputs, drafts or self.speculative_tokens)[0]
         self._check_width(inputs)
-        return self.draft_from(count, lambda views: _fill(views, inputs))
+        return self.draft_from(count, lambda views: _fill(views, inputs), drafts)
 
     @torch.no_grad()
-    def draft_from(self, count: int, fill: Callable[[dict[str, Tensor]], None]) -> Tensor:
+    def draft_from(self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None) -> Tensor:
         """The same of so many requests, whose inputs `fill` writes: a buffer each for tokens, hidden, positions and the tables,
         [R or more, ...]. What is behind the R requests must read pages that exist. `fill` may be called more than once."""
-        size = fitting(self._sizes, count)
+        size, drafts = fitting(self._sizes, count), drafts or self.speculative_tokens
         if size and size not in self.refused:
             try:
-                return self._replayed(size, count, fill)
+                return self._replayed(size, count, fill, drafts)
             except RuntimeError as error:
                 self._give_up(size, f"its capture failed: {error}")
         inputs = self._buffers(count, self._width)
         fill(inputs)
-        return self._steps(inputs)[0]
+        return self._steps(inputs, drafts)[0]
 
-    def _steps(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """The drafts [R, K], and the states [R, H] that the first step passes on, which the first replay is compared by."""
+    def _steps(self, inputs: dict[str, Tensor], drafts: int) -> list[Tensor]:
+        """The drafts [R, drafts], and the states [R, H] that the first step passes on, by which a replay is compared."""
         inputs = inputs | self._kv
-        drafts, passed = [], []
-        for _ in range(self.speculative_tokens):
+        tokens, passed = [], []
+        for _ in range(drafts):
             token, hidden = self.program.run(inputs)
             inputs |= {"tokens": token, "hidden": hidden}
-            drafts.append(token)
+            tokens.append(token)
             passed.append(hidden)
-        return [torch.stack(drafts, 1), passed[0]]
+        return [torch.stack(tokens, 1), passed[0]]
 
-    def _replayed(self, size: int, count: int, fill: Callable[[dict[str, Tensor]], None]) -> Tensor:
+    def _replayed(self, size: int, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int) -> Tensor:
         views = {name: buffer[: size + (name == "starts")] for name, buffer in self._static.items()}
-        first = size not in self._graphs
+        first = (size, drafts) not in self._graphs
         if first:
             _fill(views, {})  # padding alone: what a graph keeps of its capture shows in the comparison
             assert self.recorder is not None
-            self.recorder.warm_up(lambda: self._steps(views))
-            self._graphs[size] = self.recorder.record(lambda: self._steps(views))
-        replay, (drafts, passed) = self._graphs[size]
+            self.recorder.warm_up(lambda: self._steps(views, drafts))
+            self._graphs[size, drafts] = self.recorder.record(lambda: self._steps(views, drafts))
+        replay, (tokens, passed) = self._graphs[size, drafts]
         fill(views)
         replay()
         if first:
-            expected, states = self._steps(views)
+            expected, states = self._steps(views, drafts)
             difference = (passed[:count].float() - states[:count].float()).square().mean().sqrt()
             scale = states[:count].float().square().mean().sqrt()
             if not difference <= 1e-2 * scale:  # also if either is not a number
                 self._give_up(size, f"a replay gave other states than the program (rms {difference:.3g} of {scale:.3g})")
                 return expected[:count]
-        return drafts[:count]
+        return tokens[:count]
 
     def _give_up(self, size: int, reason: str) -> None:
         self.refused[size] = reason
-        self._graphs.pop(size, None)
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] != size}
         warnings.warn(f"gemma4_compile drafts for {size} requests without CUDA graphs: {reason}", stacklevel=4)
 
     def _starts(self, count: int) -> Tensor:

@@ -22,6 +22,7 @@ from gemma4_compile.loading import load, text_part, tokenizer_of
 from gemma4_compile.optimize import existing_state, optimize
 
 from . import invariants
+from .draft_length import DraftLength, SpeculativeTokens
 from .metrics import EngineMetrics, RequestMetrics
 from .model import PackedModel
 from .model_runner import Launched, ModelRunner
@@ -62,7 +63,10 @@ class Engine:
     tokenizer  of text prompts; None: the checkpoint's, if there is one
     assistant  drafts for it (multi-token prediction): Gemma4AssistantForCausalLM, a folder or hub id. The same tokens in fewer
                steps
-    speculative_tokens   drafts of a request that a step verifies, at most
+    speculative_tokens   K, the drafts of a request that a step verifies; or {requests: K}, which depends on how many run; or
+                         "adaptive", the K up to 6 that gives most tokens a second by measured acceptance and times
+    draft_rope_offset    RoPE position of drafts less that of the last token whose key is stored: 0, as in vLLM and SGLang, or
+                         1, as in transformers. Which gets more drafts accepted: scripts/acceptance.py
 
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
 
@@ -71,15 +75,15 @@ class Engine:
 
     def __init__(
         self, model: nn.Module | str | Path, config: EngineConfig | None = None, tokenizer: Any = None, *,
-        assistant: nn.Module | str | Path | None = None, speculative_tokens: int = 3,
+        assistant: nn.Module | str | Path | None = None, speculative_tokens: SpeculativeTokens = 3, draft_rope_offset: int = 0,
     ):  # fmt: skip
         self.config = config = config or EngineConfig()
-        if assistant is not None:
-            _check_speculation(speculative_tokens)
+        self._draft_length = None if assistant is None else DraftLength(speculative_tokens)
+        most = self._draft_length.most if self._draft_length else 0
         self.model, self.tokenizer = _model_of(model, config, tokenizer)
         self.assistant = _assistant_of(assistant, self.model)
         self._stop_tokens = frozenset(i for i in _stop_tokens(self.model) if i < self.model.config.vocab_size)
-        self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens, self.assistant, speculative_tokens)
+        self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens, self.assistant, most, draft_rope_offset)
         self.scheduler = Scheduler(
             self.runner.pages, config.max_batched_tokens, reuse=config.prefix_reuse, drafts=self.runner.speculative_tokens
         )
@@ -89,6 +93,7 @@ class Engine:
         self._numbers = itertools.count()
         self._seeds = random.Random(config.seed)
         self._running: Launched | None = None
+        self._last_round: tuple[tuple[int, int] | None, float] = None, 0.0
         self._metrics = EngineMetrics()
         if config.capture_at_start:
             with tqdm(self.runner.capture(), desc="CUDA graphs", disable=not config.progress or not self.runner.on_gpu) as bar:
@@ -187,6 +192,8 @@ class Engine:
     def step(self) -> list[Chunk]:
         """Compute one step; returns what requests have got from it, or, where steps overlap, from the one before."""
         start, waited = time.perf_counter(), 0.0
+        if self._draft_length is not None:
+            self.scheduler.drafts = self._draft_length.choose(len(self.scheduler.running))
         work = self.scheduler.schedule()
         launched, chunks = None, []
         if work:
@@ -194,7 +201,7 @@ class Engine:
                 if w.begins and w.sequence.request.metrics.scheduled is None:
                     self._begun(w.sequence, start)
             try:
-                launched = self.runner.launch(work)
+                launched = self.runner.launch(work, self.scheduler.drafts)
             except Exception as error:
                 chunks = self._fail(work, error)
             self._metrics.steps += 1
@@ -318,13 +325,26 @@ class Engine:
             if sequence.finish_reason is None:
                 if w.drafts:
                     self._metrics.observe_round(w.drafts, count - 1)
+                    if self._draft_length is not None:
+                        self._draft_length.observe(w.drafts, count - 1)
                     request.metrics.drafted_tokens += w.drafts
                     request.metrics.accepted_tokens += count - 1
                 chunk = self._add_tokens(request, sequence, tokens[row : row + count], results, row, now, w.drafts)
                 if chunk is not None:
                     chunks += self._deliver(request, chunk)
             row += w.sampled
+        if self._draft_length is not None and self._draft_length.adaptive:
+            self._time_round(work, now)
         return chunks
+
+    def _time_round(self, work: Tokens[Work], now: float) -> None:
+        """A round's time is that since the round before, if both are of as many requests with as many drafts each."""
+        drafts = work[0].drafts
+        this = (len(work), drafts) if all(w.ahead >= 0 and w.drafts == drafts for w in work) else None
+        before, at = self._last_round
+        if this is not None and this == before and self._draft_length is not None:
+            self._draft_length.took(*this, now - at)
+        self._last_round = this, now
 
     def _decoded(self, work: Decodes, tokens: list[int], results: dict[str, Any], now: float) -> list[Chunk]:
         """Most tokens of a batch: one each, read by nobody yet. Those that end a sequence or fill a page go the long way."""
@@ -499,13 +519,6 @@ def _model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: An
     if not isinstance(text, nn.Module) or existing_state(text) is None:
         optimize(text.requires_grad_(False), config.optimize)
     return text, found if tokenizer is None else tokenizer
-
-
-def _check_speculation(speculative_tokens: int) -> None:
-    if isinstance(speculative_tokens, bool) or not isinstance(speculative_tokens, int) or speculative_tokens < 1:
-        raise ValueError(
-            f"speculative_tokens must be 1 or more, got {speculative_tokens!r}; leave the assistant out to draft nothing"
-        )
 
 
 def _assistant_of(assistant: nn.Module | str | Path | None, model: Any) -> nn.Module | None:

@@ -50,7 +50,7 @@ class ModelRunner:
 
     def __init__(
         self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int], assistant: nn.Module | None = None,
-        speculative_tokens: int = 0,
+        speculative_tokens: int = 0, draft_rope_offset: int = 0,
     ):  # fmt: skip
         self.packed, self.config = packed, config
         self.speculative_tokens = speculative_tokens if assistant is not None else 0
@@ -94,7 +94,7 @@ class ModelRunner:
         if assistant is not None:
             width = self.pages.tables[next(iter(self.windows))].shape[1]
             buckets = self._within(Buckets().decode, config.max_requests) if graphs else ()
-            self.drafter = Drafter(model, assistant, speculative_tokens, self.kv, width=width, sizes=buckets)
+            self.drafter = Drafter(model, assistant, speculative_tokens, self.kv, draft_rope_offset, width=width, sizes=buckets)
 
     # Memory
 
@@ -215,8 +215,9 @@ class ModelRunner:
     # Steps
 
     @torch.no_grad()
-    def launch(self, work: Sequence[Work]) -> Launched:
-        """Start a planned step. On a GPU this returns before it has run."""
+    def launch(self, work: Sequence[Work], drafts: int | None = None) -> Launched:
+        """Start a planned step, which makes so many drafts of each request, K unless given. On a GPU this returns before it has
+        run."""
         for w in () if isinstance(work, Decodes) else work:
             if w.begins:
                 self.sampler.begin(w)
@@ -235,7 +236,8 @@ class ModelRunner:
             positions = step["positions"] if greedy is not None else step["positions"][rows[:sampled]]
             results |= self.sampler(logits[:sampled], positions, step, arrays, greedy)
         if self.drafter is not None and arrays.rounds:
-            results["accepted"] = finish_round(self.drafter, self.state, results["tokens"], hidden, step)
+            drafts = self.speculative_tokens if drafts is None else drafts
+            results["accepted"] = finish_round(self.drafter, self.state, results["tokens"], hidden, step, drafts)
         return Launched(work, Fetched(results))
 
     def _logits(self, work: Sequence[Work], arrays: StepArrays) -> tuple[StepResult, dict[str, Tensor], Tensor | None]:

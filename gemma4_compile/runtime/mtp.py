@@ -34,15 +34,17 @@ class Drafts(Protocol):
 
     speculative_tokens: int
 
-    def draft(self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor]) -> Tensor:
-        """Draft tokens [R, K] to follow `tokens`."""
+    def draft(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor], drafts: int | None = None
+    ) -> Tensor:  # fmt: skip
+        """Draft tokens [R, drafts] to follow `tokens`; K unless given."""
 
-    def draft_from(self, count: int, fill: Callable[[dict[str, Tensor]], None]) -> Tensor:
-        """The same, [R, K], of so many requests, whose inputs `fill` writes to buffers on the GPU."""
+    def draft_from(self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None) -> Tensor:
+        """The same of so many requests, whose inputs `fill` writes to buffers on the GPU."""
 
 
 def finish_round(
-    drafter: Drafts, state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor]
+    drafter: Drafts, state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor], drafts: int
 ) -> Tensor:  # fmt: skip
     """How many drafts of each request are accepted, [R]; its last token, the position of that and its next drafts go to the
     state. Nothing waits for the device.
@@ -50,16 +52,21 @@ def finish_round(
     tokens  [S]     sampled
     hidden  [N, H]  final-normed states of the wanted rows
     step    `positions`, `rows` and page tables as the model saw them, and what a round is told
+    drafts  how many to make
     """
     accepted = count_accepted(tokens, step["first"], verified_drafts(state, step))
     rows = step["round_rows"]
-    if tokens.is_cuda:
-        drafts = drafter.draft_from(len(rows), lambda inputs: _launch_advance(state, tokens, hidden, step, accepted, inputs))
-    else:
-        last, states, reached = advance(state, tokens, hidden, step, accepted)
+    if tokens.is_cuda and drafts:
+
+        def fill(inputs: dict[str, Tensor]) -> None:
+            _launch_advance(state, tokens, hidden, step, accepted, inputs)
+
+        state.drafts[:, :drafts].index_copy_(0, rows, drafter.draft_from(len(rows), fill, drafts))
+        return accepted
+    last, states, reached = advance(state, tokens, hidden, step, accepted)
+    if drafts:
         tables = {kind: step[f"table.{kind}"][step["requests"]] for kind in KINDS}
-        drafts = drafter.draft(last, states, reached, tables)
-    state.drafts.index_copy_(0, rows, drafts)
+        state.drafts[:, :drafts].index_copy_(0, rows, drafter.draft(last, states, reached, tables, drafts))
     return accepted
 
 

@@ -29,7 +29,7 @@ class Scheduler:
     max_tokens  of a step
     max_rows    logits of prompts in a step, for requests that ask for them
     reuse       whether prompts begin with pages that earlier ones left
-    drafts      of a sequence that a step verifies, at most
+    drafts      of each sequence that a step makes, and the next one verifies; may be set anew before any step
     """
 
     def __init__(self, pages: KVPages, max_tokens: int, max_rows: int = 256, reuse: bool = True, drafts: int = 0):
@@ -93,16 +93,15 @@ class Scheduler:
                 prompts += [sequence] if todo else []
             elif holding is not None and _reach(sequence) < holding.capacity and sequence.params.prompt_logprobs is None:
                 # Most steps of most requests, so written out: one token more, in a page that it has.
-                ahead = sequence.ahead if sequence.drafted else -1
+                ahead = sequence.ahead if sequence.placed else -1
                 work.append(Work(sequence, sequence.computed, 1, holding.row, True, 0, 0, False, 0, ahead))
                 sequence.computed += 1
                 sequence.pending += 1
-                sequence.drafted = sequence.speculates
+                sequence.placed = sequence.speculates
             elif more := self._continue(sequence, 1, rows, work):
                 rows -= more.prompt
         budget -= len(work)
-        if self.drafts:
-            budget -= self._add_drafts(work, budget)
+        budget -= self._add_drafts(work, budget)
         for sequence in prompts:
             if more := self._continue(sequence, budget, rows, work):
                 budget, rows = budget - more.length, rows - more.prompt
@@ -114,6 +113,9 @@ class Scheduler:
             assert todo, "who is admitted has room for a page"
             work.append(self._plan(sequence, todo, begins=True))
             budget, rows = budget - todo, rows - work[-1].prompt
+        if self.drafts or any(w.drafts for w in work):
+            for w in work:
+                w.sequence.drafted = self.drafts if w.samples and w.sequence.speculates else 0
         return work
 
     def _add_drafts(self, work: list[Work], budget: int) -> int:
@@ -124,7 +126,7 @@ class Scheduler:
             if w.ahead < 0 or holding is None:
                 continue
             # One token more than is accepted is sampled: the last that it may have is drafted for nothing.
-            count = min(self.drafts, left, sequence.end - len(sequence.tokens) - sequence.pending)
+            count = min(sequence.drafted, left, sequence.end - len(sequence.tokens) - sequence.pending)
             if (wanted := min(w.start + w.ahead + 1 + count, sequence.end)) > holding.capacity:
                 count = min(count, self.pages.room(holding, w.start) - w.ahead - 1)
                 wanted = min(wanted, w.start + w.ahead + 1 + count)
@@ -178,10 +180,10 @@ class Scheduler:
             prompt = max(0, min(end, sequence.prompt_length - 1) - prompt_from)
             sequence.prompt_rows += prompt
         samples = end == len(sequence.tokens) + sequence.pending
-        ahead = sequence.ahead if sequence.drafted else -1
+        ahead = sequence.ahead if sequence.placed else -1
         sequence.computed = end
         sequence.pending += samples
-        sequence.drafted = samples and sequence.speculates
+        sequence.placed = samples and sequence.speculates
         if self.reuse and count > 1:
             self.pages.remember(holding, sequence.tokens, end)
         return Work(sequence, start, count, holding.row, samples, prompt, prompt_from, begins, 0, ahead)
@@ -214,7 +216,7 @@ class Scheduler:
         assert sequence.holding is not None
         self._steady = None
         self.pages.close(sequence.holding)
-        sequence.holding, sequence.computed, sequence.ahead, sequence.drafted = None, 0, 0, False
+        sequence.holding, sequence.computed, sequence.ahead, sequence.placed = None, 0, 0, False
         sequence.preemptions += 1
         self.preemptions += 1
         self.running.remove(sequence)
@@ -236,14 +238,14 @@ class Scheduler:
         self.pages.check()
         held = {id(holding) for holding in self.pages.holdings.values()}
         assert {id(s.holding) for s in self.running} == held, "rows are of running ones"
-        assert all(s.holding is None and not s.drafted and not s.ahead for s in self.waiting), "who waits holds nothing"
+        assert all(s.holding is None and not s.placed and not s.ahead for s in self.waiting), "who waits holds nothing"
         for queue in (self.running, self.waiting):
             assert queue == sorted(queue, key=_number), "first come, first served"
         for s in self.running:
             known = len(s.tokens) + s.pending
             assert s.computed <= known, f"sequence {s.number} has computed {s.computed} of {known} tokens"
-            assert not s.drafted or s.speculates, f"sequence {s.number} has drafts, which nobody made for it"
-            assert 0 <= s.ahead <= s.pending * self.drafts, f"sequence {s.number}: {s.ahead} drafts in {s.pending} steps"
+            assert not s.placed or s.speculates, f"sequence {s.number} has drafts, which nobody made for it"
+            assert s.ahead >= 0 and (s.pending or not s.ahead), f"sequence {s.number}: {s.ahead} drafts in {s.pending} steps"
             reach = min(s.computed + s.ahead, s.end)
             assert s.holding is not None and reach <= s.holding.capacity, f"sequence {s.number} lacks a page"
 

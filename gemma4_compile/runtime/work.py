@@ -24,7 +24,8 @@ class Sequence:
     pending       steps among them that sample a token, or more, which the host does not know yet
     prompt_rows   prompt tokens whose log probabilities have been asked for
     speculates    whether tokens are drafted for it
-    drafted       whether the device has drafts to follow its last token, and the position of that
+    placed        whether the device has its last token and the position of that
+    drafted       drafts to follow it that the device has
     ahead         drafts that steps verify whose results the host does not know yet: so many tokens more may be computed
     """
 
@@ -37,7 +38,8 @@ class Sequence:
     stops: frozenset[int] = frozenset()
     plain: bool = False
     speculates: bool = False
-    drafted: bool = False
+    placed: bool = False
+    drafted: int = 0
     ahead: int = 0
     prompt_length: int = 0
     computed: int = 0

@@ -101,16 +101,16 @@ def test_a_round_waits_for_nothing(params: SamplingParams) -> None:
     engine.generate(prompts, replace(params, ignore_eos=True))  # captures
     launch, rounds = engine.runner.launch, 0
 
-    def guarded(work: Any) -> Any:
+    def guarded(work: Any, drafts: int) -> Any:
         nonlocal rounds
         rounds += any(w.drafts for w in work)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return launch(work)
+            return launch(work, drafts)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    engine.runner.launch = guarded  # type: ignore[method-assign]
+    engine.runner.launch = guarded  # type: ignore[method-assign, assignment]
     outputs = engine.generate(prompts, replace(params, ignore_eos=True))
     assert all(len(output.token_ids) == 40 for output in outputs) and rounds > 10
 

@@ -215,12 +215,12 @@ def test_a_step_that_fails_ends_its_requests_alone(overlap: bool, monkeypatch: p
     engine = serve("e", EngineConfig(max_requests=3, max_batched_tokens=64, page_size=16, overlap=overlap))
     launch, calls = engine.runner.launch, 0
 
-    def failing(work: Any) -> Any:
+    def failing(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        return launch(work)
+        return launch(*arguments)
 
     monkeypatch.setattr(engine.runner, "launch", failing)
     outputs = engine.generate(models.prompts(8, 60), SamplingParams(max_tokens=8, ignore_eos=True))

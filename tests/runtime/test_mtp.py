@@ -51,14 +51,16 @@ class Scripted:
         self.speculative_tokens, self.change = drafts, change
         self.following = {(len(text[:i]) - 1, text[i - 1]): text[i:] for text in texts for i in range(1, len(text) + 1)}
 
-    def draft(self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor]) -> Tensor:
+    def draft(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor], drafts: int | None = None
+    ) -> Tensor:  # fmt: skip
         found = []
         for token, position in zip(tokens.tolist(), positions.tolist(), strict=True):
             after = self.following.get((position + 1, token), [])
             found.append([self.change(t) for t in (after + [0] * self.speculative_tokens)[: self.speculative_tokens]])
-        return torch.tensor(found)
+        return torch.tensor(found)[:, :drafts]
 
-    def draft_from(self, count: int, fill: Callable[[dict[str, Tensor]], None]) -> Tensor:
+    def draft_from(self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None) -> Tensor:
         raise AssertionError("on a GPU alone")
 
 
@@ -105,6 +107,32 @@ def test_greedy_tokens_are_hugging_faces(name: str, drafts: int, record_property
     shares = {place: metrics.accepted_at.get(place, 0) / count for place, count in metrics.drafted_at.items()}
     print(f"{name}, K={drafts}: {metrics.accepted_tokens / metrics.drafted_tokens:.2f} of drafts accepted, by place {shares}")
     assert shares[1] > 0.5, "the assistant reads other keys than its target's"
+
+
+@pytest.mark.parametrize("drafts", [{1: 3, 3: 1, 5: 0}, "adaptive"], ids=str)
+def test_any_length_at_any_time(drafts: Any) -> None:
+    """K falls to none and rises again as requests come and go; or changes from step to step, as an adaptive one may."""
+    models, engine = demo("e"), serve("e", drafts)
+    if drafts == "adaptive":
+        chooser = random.Random(0)
+        engine._draft_length.choose = lambda running: chooser.randrange(7)  # type: ignore[method-assign, union-attr]
+    prompts, params = models.prompts(12, 60), SamplingParams(max_tokens=16, ignore_eos=True)
+    outputs, lengths = [], set()
+    launch = engine.runner.launch
+
+    def noted(work: Any, drafts: int) -> Any:
+        lengths.add(drafts)
+        return launch(work, drafts)
+
+    engine.runner.launch = noted  # type: ignore[method-assign, assignment]
+    for prompt in prompts:
+        engine.add_request(prompt, params, stream=False)
+        outputs += [c.output for _ in range(2) for c in engine.step() if c.output]
+    while engine.has_work:
+        outputs += [c.output for c in engine.step() if c.output]
+    assert [models.divergence(output) for output in outputs] == [None] * 12
+    assert len(lengths) > 2 and engine.metrics.accepted_tokens > 0
+    assert_empty(engine)
 
 
 def test_one_request_at_a_time_and_generate_itself() -> None:
@@ -256,10 +284,10 @@ def test_aborts_and_failed_steps_leave_no_draft(monkeypatch: pytest.MonkeyPatch)
     params, outputs = SamplingParams(max_tokens=12, ignore_eos=True), []
     launch = engine.runner.launch
 
-    def failing(work: Any) -> Any:
+    def failing(*arguments: Any) -> Any:
         if chooser.random() < 0.05:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        return launch(work)
+        return launch(*arguments)
 
     monkeypatch.setattr(engine.runner, "launch", failing)
     for _ in range(6):
@@ -283,7 +311,7 @@ def test_aborts_and_failed_steps_leave_no_draft(monkeypatch: pytest.MonkeyPatch)
 def test_what_cannot_be() -> None:
     models = demo("e")
     for drafts in (0, -1, True, 1.5):
-        with pytest.raises(ValueError, match="speculative_tokens must be 1 or more, got"):
+        with pytest.raises(ValueError, match="speculative_tokens must be 1 or more"):
             Engine(models.served, SMALL, assistant=assistant("e"), speculative_tokens=drafts)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="use its own assistant"):
         Engine(models.served, SMALL, assistant=assistant("moe"))

@@ -142,7 +142,7 @@ def test_preempted_and_aborted_requests_keep_no_draft() -> None:
     for s in sequences:
         device.scheduler.add(s)
     device.step()
-    assert all(s.drafted for s in sequences)
+    assert all(s.drafted == 3 for s in sequences)
     device.scheduler._preempt(sequences[1])
     device.scheduler.finish(sequences[0], "abort")
     work = device.step()

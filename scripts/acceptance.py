@@ -1,0 +1,75 @@
+"""Drafts accepted on held-out text: the Engine with RoPE position p and p + 1, beside transformers' assisted generation.
+
+    python scripts/acceptance.py [--names e,moe] [--prompts 32] [--out FILE]
+
+Greedy, fp32, the demo checkpoints. The measure of all three is that of gemma4_compile/demo/evaluate.py: new tokens a
+verification, less the one that is free. Also the rounds of sampled text, where a draft is accepted if it is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
+
+from gemma4_compile import Engine, EngineConfig, SamplingParams, demo_checkpoint
+from gemma4_compile.assistant import load_assistant
+from gemma4_compile.demo import held_out_prompts
+from gemma4_compile.demo.evaluate import accepted_drafts_hf
+from gemma4_compile.loading import load
+
+DRAFTS = 3
+
+
+def served(
+    folder: Path, prompts: list[list[int]], new_tokens: int, device: str, offset: int, **params: Any
+) -> dict[str, float]:
+    """Tokens a round less one, and rounds, of an engine that drafts at this position."""
+    config = EngineConfig(max_requests=16, dtype="float32", device=device, progress=False, capture_at_start=False)
+    assistant: Any = load_assistant(folder / "assistant", dtype=torch.float32)
+    assistant = assistant.to(device).eval().requires_grad_(False)
+    engine = Engine(folder / "target", config, assistant=assistant, speculative_tokens=DRAFTS, draft_rope_offset=offset)
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=new_tokens, ignore_eos=True, **params))
+    tokens = sum(len(output.token_ids) - 1 for output in outputs)  # a prompt's first token needs no round
+    rounds = tokens - engine.metrics.accepted_tokens
+    return {"mean": tokens / rounds - 1, "rounds": rounds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", default="e,moe")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--length", type=int, default=96)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in arguments.names.split(","):
+        folder = demo_checkpoint(name)
+        target, tokenizer = load(folder / "target", arguments.device, torch.float32)
+        assistant: Any = load_assistant(folder / "assistant", dtype=torch.float32)
+        prompts = held_out_prompts(tokenizer, arguments.prompts, arguments.length, arguments.length)
+        row: dict[str, Any] = {"name": name, "hugging_face": accepted_drafts_hf(
+            target, assistant.to(arguments.device).eval(), prompts, arguments.new_tokens, DRAFTS
+        )}  # fmt: skip
+        for offset in (0, 1):
+            row[f"offset_{offset}"] = served(folder, prompts, arguments.new_tokens, arguments.device, offset)
+        for temperature in (0.7, 1.0):
+            row[f"temperature_{temperature}"] = served(
+                folder, prompts, arguments.new_tokens, arguments.device, 0, temperature=temperature, seed=0
+            )
+        rows.append(row)
+        print(name, *(f"{key} {value['mean']:.3f}" for key, value in row.items() if key != "name"), sep="  ", flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"drafts": DRAFTS, "torch": torch.__version__, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
