@@ -234,7 +234,7 @@ def test_a_stream_whose_step_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     engine = serve("e")
     stream = engine.stream([5, 6, 7])
     assert next(stream).finish_reason is None
-    monkeypatch.setattr(engine.runner, "launch", lambda work: 1 / 0)
+    monkeypatch.setattr(engine.runner, "launch", lambda *_: 1 / 0)
     [last] = list(stream)
     assert last.finish_reason == "error" and last.output is not None and "ZeroDivisionError" in last.output.error
 

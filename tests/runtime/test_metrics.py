@@ -106,7 +106,7 @@ def test_counts(metrics: EngineMetrics) -> None:
 
 def test_errors_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = serve()
-    monkeypatch.setattr(engine.runner, "launch", lambda _: 1 / 0)
+    monkeypatch.setattr(engine.runner, "launch", lambda *_: 1 / 0)
     output = engine.generate([5, 6])[0]
     assert "ZeroDivisionError" in output.error and (engine.metrics.errors, engine.metrics.requests) == (1, 1)
 
