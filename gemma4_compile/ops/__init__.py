@@ -12,7 +12,7 @@ from .feed_forward_tail import (
 from .geglu import geglu
 from .library import OPS
 from .linear import gate_up, linear, linear_pair, linear_triple
-from .ordered_argmax import ordered_argmax
+from .ordered_argmax import ordered_argmax, ordered_scores
 from .ple_inputs import ple_combine, ple_inputs
 from .ple_tail import ple_tail, ple_tail_norm
 from .post_attention_norms import post_attention_norm, post_attention_norms
@@ -37,6 +37,7 @@ __all__ = [
     "moe_feed_forward_tail",
     "moe_feed_forward_tail_norm",
     "ordered_argmax",
+    "ordered_scores",
     "ple_combine",
     "ple_inputs",
     "ple_tail",

@@ -1,6 +1,7 @@
-"""ordered_argmax: the token that an assistant's ordered embeddings score highest, without a tensor of vocabulary size.
+"""ordered_argmax: the token that an assistant's ordered embeddings score highest, without a tensor of vocabulary size;
+ordered_scores: all that they score.
 
-Source: Gemma4AssistantMaskedEmbedder (transformers), followed by argmax. The vocabulary lies in clusters; only tokens of the
+Source: Gemma4AssistantMaskedEmbedder (transformers), for the first followed by argmax. The vocabulary lies in clusters; only tokens of the
 clusters whose centroids score highest are scored. There the scattered row has a place for every token.
 
 What a row costs: two launches, and the embeddings of its clusters read once. One program a row finds the clusters by bisection
@@ -18,18 +19,19 @@ from .sample import _index_of, _ordered, _packed
 
 
 def ordered_argmax_reference(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> Tensor:
-    _check(states, scores, ordering, weight, top_k)
     vocabulary = weight.shape[0]
-    tokens = candidates(scores, ordering, top_k)
-    logits = (weight[tokens].float() * states[:, None].float()).sum(-1)
+    logits, tokens = ordered_scores_reference(states, scores, ordering, weight, top_k)
     highest = logits.amax(-1, keepdim=True)
     return torch.where(logits == highest, tokens, vocabulary).amin(-1).clamp(max=vocabulary - 1)
 
 
-def candidates(scores: Tensor, ordering: Tensor, top_k: int) -> Tensor:
-    """The tokens of the top_k clusters of each row, [R, top_k * tokens of a cluster] int64."""
-    best = torch.topk(scores, k=top_k, dim=-1).indices
-    return ordering.long().view(scores.shape[1], -1)[best].flatten(1)
+def ordered_scores_reference(
+    states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check(states, scores, ordering, weight, top_k)
+    clusters = torch.topk(scores, k=top_k, dim=-1).indices.sort(-1).values
+    tokens = ordering.long().view(scores.shape[1], -1)[clusters].flatten(1)
+    return (weight[tokens].float() * states[:, None].float()).sum(-1), tokens
 
 
 def _check(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> None:
@@ -69,10 +71,11 @@ def _clusters_kernel(
 
 @jit
 def _tokens_kernel(
-    states_ptr, weight_ptr, ordering_ptr, clusters_ptr, best_ptr, count_ptr, out_ptr, states_stride, weight_stride,
-    TOP_K: tl.constexpr, TOKENS: tl.constexpr, TOKENS_BLOCK: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+    states_ptr, weight_ptr, ordering_ptr, clusters_ptr, best_ptr, count_ptr, out_ptr, logits_ptr, states_stride,
+    weight_stride, TOP_K: tl.constexpr, TOKENS: tl.constexpr, TOKENS_BLOCK: tl.constexpr, HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """The highest of one cluster's tokens, and the row's if no other cluster is still at work."""
+    """The highest of one cluster's tokens, and the row's if no other cluster is still at work; or ALL of them with logits."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, TOKENS_BLOCK)
     inside = place < TOKENS
@@ -86,6 +89,11 @@ def _tokens_kernel(
         at = weight_ptr + token[:, None] * weight_stride + column[None, :]
         weight = tl.load(at, inside[:, None] & real[None, :], other=0.0).to(tl.float32)
         logits += tl.sum(weight * state[None, :], axis=1)
+    if ALL:
+        at = (row * TOP_K + tl.program_id(1)) * TOKENS + place
+        tl.store(logits_ptr + at, logits, inside)
+        tl.store(out_ptr + at, token, inside)
+        return
     best = tl.max(tl.where(inside, _packed(logits, token), -0x8000000000000000))
     tl.atomic_max(best_ptr + row, best)
     if tl.atomic_add(count_ptr + row, 1) == TOP_K - 1:
@@ -93,24 +101,38 @@ def _tokens_kernel(
 
 
 def launch_ordered_argmax(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> Tensor:
+    return _launch(states, scores, ordering, weight, top_k, every=False)[1]
+
+
+def launch_ordered_scores(
+    states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _launch(states, scores, ordering, weight, top_k, every=True)
+
+
+def _launch(
+    states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int, every: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(states, scores, ordering, weight, top_k)
     states, scores, weight, ordering = unit_stride(states), unit_stride(scores), unit_stride(weight), ordering.contiguous()
     (rows, hidden), clusters = states.shape, scores.shape[1]
-    out = torch.empty(rows, dtype=torch.int64, device=states.device)
-    if not rows:
-        return out
-    best, count = torch.empty_like(out), torch.empty(rows, dtype=torch.int32, device=states.device)
-    chosen = torch.empty((rows, top_k), dtype=torch.int32, device=states.device)
     tokens = weight.shape[0] // clusters
+    shape = (rows, top_k * tokens) if every else (rows,)
+    out = torch.empty(shape, dtype=torch.int64, device=states.device)
+    logits = torch.empty(shape, dtype=torch.float32, device=states.device)
+    if not rows:
+        return logits, out
+    best, count = (torch.empty(rows, dtype=dtype, device=states.device) for dtype in (torch.int64, torch.int32))
+    chosen = torch.empty((rows, top_k), dtype=torch.int32, device=states.device)
     _clusters_kernel[(rows,)](
         scores, chosen, best, count, scores.stride(0), clusters, top_k, power_of_two(clusters),
         16 if scores.dtype == torch.bfloat16 else 32, num_warps=8,
     )  # fmt: skip
     _tokens_kernel[(rows, top_k)](
-        states, weight, ordering, chosen, best, count, out, states.stride(0), weight.stride(0), top_k, tokens,
-        power_of_two(tokens), hidden, min(64, power_of_two(hidden)), num_warps=4,
+        states, weight, ordering, chosen, best, count, out, logits, states.stride(0), weight.stride(0), top_k, tokens,
+        power_of_two(tokens), hidden, min(64, power_of_two(hidden)), every, num_warps=4,
     )  # fmt: skip
-    return out
+    return logits, out
 
 
 def _fake(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> Tensor:
@@ -118,9 +140,21 @@ def _fake(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_
     return states.new_empty(states.shape[:1], dtype=torch.int64)
 
 
+def _scores_fake(
+    states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check(states, scores, ordering, weight, top_k)
+    shape = states.shape[0], top_k * (weight.shape[0] // scores.shape[1])
+    return states.new_empty(shape, dtype=torch.float32), states.new_empty(shape, dtype=torch.int64)
+
+
 define(
     "ordered_argmax(Tensor states, Tensor scores, Tensor ordering, Tensor weight, int top_k) -> Tensor",
     reference=ordered_argmax_reference, launch=launch_ordered_argmax, fake=_fake,
+)  # fmt: skip
+define(
+    "ordered_scores(Tensor states, Tensor scores, Tensor ordering, Tensor weight, int top_k) -> (Tensor, Tensor)",
+    reference=ordered_scores_reference, launch=launch_ordered_scores, fake=_scores_fake,
 )  # fmt: skip
 
 
@@ -136,3 +170,13 @@ def ordered_argmax(states: Tensor, scores: Tensor, ordering: Tensor, weight: Ten
     Raises ValueError for shapes that do not fit, and top_k outside of 1 to C.
     """
     return torch.ops.gemma4.ordered_argmax(states, scores, ordering, weight, top_k)
+
+
+def ordered_scores(
+    states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """All tokens of the top_k clusters: logits [R, top_k * V / C] fp32, and the tokens int64; arguments of ordered_argmax.
+
+    Raises ValueError as ordered_argmax.
+    """
+    return torch.ops.gemma4.ordered_scores(states, scores, ordering, weight, top_k)

@@ -20,18 +20,20 @@ from transformers import Gemma4AssistantForCausalLM, Gemma4ForCausalLM
 
 from gemma4_compile.assistant import load_assistant
 from gemma4_compile.geometry import Geometry, geometry
-from gemma4_compile.ops import ordered_argmax
+from gemma4_compile.ops import draw_draft, ordered_argmax, ordered_scores
 from gemma4_compile.optimize import state_of
-from gemma4_compile.program import compile_step, open_step
+from gemma4_compile.program import Program, compile_step, open_step
 
 from .batch import KINDS, PlainKV, require
 from .cuda_graphs import Buckets, CudaRecorder, Recorder, check_host, fitting
 from .memory import owners
+from .mtp import Drafted
 from .model import program_folder
 
 _INPUTS = {"tokens": torch.int64, "hidden": None, "positions": torch.int64, "starts": torch.int32} | {
     f"table.{kind}": torch.int32 for kind in KINDS
 }
+_DRAWS = {"temperature": torch.float32, "seeds": torch.int64, "offsets": torch.int64}
 _TRACED_REQUESTS = 8
 
 
@@ -44,6 +46,7 @@ class Drafter:
     kv                  keys.N and values.N, [pages, page size, Hk, D], of the target's layers that own them; graphs keep them
     rope_offset         RoPE position of the drafts less p, the last position whose key is stored: 0, as in vLLM and SGLang, or
                         1, as in transformers
+    draws               whether drafts can be drawn from the assistant's distribution too, for rejection sampling
     recorder            captures the K steps of a bucket of requests as one graph, see cuda_graphs.py. Unless given, CUDA graphs
                         on a GPU, in a memory pool of their own, and none on a CPU
     width               pages that a request may have at most; as many as the model's context needs unless given
@@ -56,7 +59,7 @@ class Drafter:
     def __init__(
         self, model: nn.Module, assistant: nn.Module | str | Path, speculative_tokens: int, kv: dict[str, Tensor],
         rope_offset: int = 0, recorder: Recorder | None = None, width: int | None = None,
-        sizes: Sequence[int] = Buckets().decode,
+        sizes: Sequence[int] = Buckets().decode, draws: bool = False,
     ):  # fmt: skip
         state = state_of(model)
         if not isinstance(model, Gemma4ForCausalLM):
@@ -80,19 +83,26 @@ class Drafter:
         require(kv, names)
         self._kv = {name: kv[name] for name in names}
 
-        module = _DraftModule(target.model.embed_tokens, assistant, owned, rope_offset)
-        step = _make_step(module, owned, rope_offset)
+        self._assistant = assistant
         traced = PlainKV(state.geometry, _TRACED_REQUESTS, 32, target.dtype, target.device).tensors
-        examples = self._buffers(_TRACED_REQUESTS, 1) | {name: traced[name] for name in names}
-        self.program = open_step(
-            module, state.backend, program_folder(module, state.backend, target.device),
-            lambda: compile_step(module, step, examples, _INPUTS, state.backend, [assistant.model], check=self._check),
-            self._check,
-        )  # fmt: skip
+        buffers = self._buffers(_TRACED_REQUESTS, 1)
+        examples = {name: buffers[name] for name in _INPUTS} | {name: traced[name] for name in names}
+
+        def program(ends: str) -> Program:
+            module = _DraftModule(target.model.embed_tokens, assistant, owned, rope_offset, ends)
+            step = _make_step(module, owned, rope_offset, ends)
+            return open_step(
+                module, state.backend, program_folder(module, state.backend, target.device),
+                lambda: compile_step(module, step, examples, _INPUTS, state.backend, [assistant.model], check=self._check),
+                self._check,
+            )  # fmt: skip
+
+        self.program = program("tokens")
+        self._drawing = program("states") if draws else None
 
         self.recorder = CudaRecorder(target.device) if recorder is None and target.device.type == "cuda" else recorder
         self.refused: dict[int, str] = {}
-        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], list[Tensor]]] = {}
+        self._graphs: dict[tuple[int, int, bool], tuple[Callable[[], None], list[Tensor]]] = {}
         self._sizes: tuple[int, ...] = ()
         self._width = width or -(-int(target.config.max_position_embeddings) // self._kv[names[0]].shape[1])
         if self.recorder is not None:
@@ -121,54 +131,81 @@ class Drafter:
         self._check(inputs)
         size = fitting(self._sizes, count)
         if size == 0 or size in self.refused:
-            return self._steps(inputs, drafts or self.speculative_tokens)[0]
+            return self._steps(inputs, drafts or self.speculative_tokens)[1]
         self._check_width(inputs)
-        return self.draft_from(count, lambda views: _fill(views, inputs), drafts)
+        return self.draft_from(count, lambda views: _fill(views, inputs), drafts).tokens
 
     @torch.no_grad()
-    def draft_from(self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None) -> Tensor:
-        """The same of so many requests, whose inputs `fill` writes: a buffer each for tokens, hidden, positions and the tables,
-        [R or more, ...]. What is behind the R requests must read pages that exist. `fill` may be called more than once."""
+    def draft_from(
+        self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None, draws: bool = False
+    ) -> Drafted:  # fmt: skip
+        """So many drafts, K unless given, of each of so many requests. From a graph they are valid until the next call.
+
+        fill   writes their inputs to buffers of R rows or more: tokens, hidden, positions and the tables, as of `draft`. What is
+               behind the R requests must read pages that exist. It may be called more than once
+        draws  whether drafts are drawn: then there are buffers, too, for temperature [R] fp32, seeds and offsets [R] int64, as
+               of draw_draft; temperature 0 is greedy
+        """
         size, drafts = fitting(self._sizes, count), drafts or self.speculative_tokens
         if size and size not in self.refused:
             try:
-                return self._replayed(size, count, fill, drafts)
+                return self._replayed(size, count, fill, drafts, draws)
             except RuntimeError as error:
                 self._give_up(size, f"its capture failed: {error}")
         inputs = self._buffers(count, self._width)
         fill(inputs)
-        return self._steps(inputs, drafts)[0]
+        return Drafted(*self._steps(inputs, drafts, draws)[1:])
 
-    def _steps(self, inputs: dict[str, Tensor], drafts: int) -> list[Tensor]:
-        """The drafts [R, drafts], and the states [R, H] that the first step passes on, by which a replay is compared."""
+    def _steps(self, inputs: dict[str, Tensor], drafts: int, draws: bool = False) -> list[Tensor]:
+        """The states [R, H] that the first step passes on, by which a replay is compared; the drafts [R, drafts]; where they are
+        drawn also scores and, unless they are the vocabulary, candidates [R, drafts, C]."""
         inputs = inputs | self._kv
-        tokens, passed = [], []
-        for _ in range(drafts):
-            token, hidden = self.program.run(inputs)
+        program = self.program if self._drawing is None or not draws else self._drawing
+        passed, found = [], []
+        for index in range(drafts):
+            token, hidden = program.run(inputs)
+            drawn = [token]
+            if draws:
+                scores, candidates = self._scores(token)
+                greedy = ~(inputs["temperature"] > 0)
+                scores = scores / torch.where(greedy, 1.0, inputs["temperature"])[:, None]
+                token = draw_draft(scores, candidates, inputs["seeds"], inputs["offsets"], index, greedy)
+                drawn = [token, scores] if candidates is None else [token, scores, candidates]
             inputs |= {"tokens": token, "hidden": hidden}
-            tokens.append(token)
             passed.append(hidden)
-        return [torch.stack(tokens, 1), passed[0]]
+            found.append(drawn)
+        return [passed[0], *(torch.stack(each, 1) for each in zip(*found, strict=True))]
 
-    def _replayed(self, size: int, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int) -> Tensor:
+    def _scores(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [R, C] fp32 of the candidates, and their tokens; None: C is the vocabulary."""
+        embedder, head = self._assistant.masked_embedding, self._assistant.lm_head
+        if embedder is None:
+            return head(states).float(), None
+        top_k = embedder.centroid_intermediate_top_k
+        return ordered_scores(states, embedder.centroids(states), embedder.token_ordering, head.weight, top_k)
+
+    def _replayed(
+        self, size: int, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int, draws: bool
+    ) -> Drafted:  # fmt: skip
         views = {name: buffer[: size + (name == "starts")] for name, buffer in self._static.items()}
-        first = (size, drafts) not in self._graphs
+        key = size, drafts, draws
+        first = key not in self._graphs
         if first:
             _fill(views, {})  # padding alone: what a graph keeps of its capture shows in the comparison
             assert self.recorder is not None
-            self.recorder.warm_up(lambda: self._steps(views, drafts))
-            self._graphs[size, drafts] = self.recorder.record(lambda: self._steps(views, drafts))
-        replay, (tokens, passed) = self._graphs[size, drafts]
+            self.recorder.warm_up(lambda: self._steps(views, drafts, draws))
+            self._graphs[key] = self.recorder.record(lambda: self._steps(views, drafts, draws))
+        replay, (passed, *found) = self._graphs[key]
         fill(views)
         replay()
         if first:
-            expected, states = self._steps(views, drafts)
+            states, *expected = self._steps(views, drafts, draws)
             difference = (passed[:count].float() - states[:count].float()).square().mean().sqrt()
             scale = states[:count].float().square().mean().sqrt()
             if not difference <= 1e-2 * scale:  # also if either is not a number
                 self._give_up(size, f"a replay gave other states than the program (rms {difference:.3g} of {scale:.3g})")
-                return expected[:count]
-        return tokens[:count]
+                return Drafted(*(each[:count] for each in expected))
+        return Drafted(*(each[:count] for each in found))
 
     def _give_up(self, size: int, reason: str) -> None:
         self.refused[size] = reason
@@ -185,7 +222,8 @@ class Drafter:
         device = self._device
         sizes: dict[str, tuple[int, ...]] = {"tokens": (count,), "positions": (count,)}
         sizes |= {f"table.{kind}": (count, width) for kind in KINDS}
-        buffers = {name: torch.zeros(size, dtype=_INPUTS[name], device=device) for name, size in sizes.items()}
+        sizes |= dict.fromkeys(_DRAWS, (count,))
+        buffers = {name: torch.zeros(size, dtype=(_INPUTS | _DRAWS)[name], device=device) for name, size in sizes.items()}
         hidden = torch.zeros((count, self._hidden), dtype=self._dtype, device=device)
         return buffers | {"hidden": hidden, "starts": self._starts(count)}
 
@@ -212,19 +250,20 @@ class Drafter:
 class _DraftModule(nn.Module):
     """Every weight that a draft step reads; its config is what a saved program is known by."""
 
-    def __init__(self, embed_tokens: nn.Module, assistant: Any, owned: tuple[int, ...], rope_offset: int):
+    def __init__(self, embed_tokens: nn.Module, assistant: Any, owned: tuple[int, ...], rope_offset: int, ends: str):
         super().__init__()
         self.embed_tokens, self.assistant = embed_tokens, assistant
         self.config = copy.deepcopy(assistant.config)
-        self.config.draft_step = {"owned": list(owned), "rope_offset": rope_offset}
+        self.config.draft_step = {"owned": list(owned), "rope_offset": rope_offset, "ends": ends}
 
 
-def _make_step(module: Any, owned: tuple[int, ...], rope_offset: int) -> Callable[..., Any]:
+def _make_step(module: Any, owned: tuple[int, ...], rope_offset: int, ends: str) -> Callable[..., Any]:
     embed_tokens, assistant = module.embed_tokens, module.assistant
     kinds = dict(zip(assistant.model.config.layer_types, owned, strict=True))
 
     def step(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Draft tokens [R], and what the next step takes as hidden, [1, R, H]."""
+        """Draft tokens [R], or the final-normed states [R, H] that they follow from; and what the next step takes as hidden,
+        [1, R, H]."""
         positions = inputs["positions"]
         states = assistant.model(
             inputs_embeds=assistant.pre_projection(
@@ -238,6 +277,8 @@ def _make_step(module: Any, owned: tuple[int, ...], rope_offset: int) -> Callabl
             packed=inputs | {f"slots.{kind}": positions for kind in KINDS},  # unread: no layer writes
             owners=owned,
         ).last_hidden_state
+        if ends == "states":
+            return states[0], assistant.post_projection(states)
         if assistant.masked_embedding is None:
             tokens = assistant.lm_head(states)[0].argmax(-1)
         else:

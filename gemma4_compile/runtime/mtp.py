@@ -2,8 +2,10 @@
 many were accepted when the next round runs already.
 
 The sampler samples behind each draft as it would without drafts: logits, seed and place of a token are the same if all tokens
-before it are. So a draft is right if it is the token sampled in its place, and the tokens up to the first that is wrong, with
-the one sampled there, are those that the request would have got one by one: greedy or sampled, whatever the drafts.
+before it are. A draft that is the token sampled in its place is right, and the tokens up to the first that is wrong, with the
+one sampled there, are those that the request would have got one by one: greedy or sampled, whatever the drafts. So it is with
+greedy requests, and with all by VERIFICATIONS' "match". The others are rejection sampling (ops/verify.py): drafts of sampled
+requests are drawn, more of them are accepted, and tokens are distributed as one by one, but are not those of the same seed.
 
 What a round is told of its R requests (`StepArrays.rounds`), each [R] int64:
 
@@ -16,17 +18,27 @@ What a round is told of its R requests (`StepArrays.rounds`), each [R] int64:
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from gemma4_compile.ops import verify
 from gemma4_compile.ops.library import jit, power_of_two, tl
 
 from .batch import KINDS
 from .row_state import RowState
 
+VERIFICATIONS = ("block", "token", "match")
 ROUND = ("round_rows", "requests", "first", "counts", "states", "room")
+
+
+class Drafted(NamedTuple):
+    """tokens [R, drafts], and where they are drawn what RowState's scores and candidates are, [R, drafts, C]."""
+
+    tokens: Tensor
+    scores: Tensor | None = None
+    candidates: Tensor | None = None
 
 
 class Drafts(Protocol):
@@ -34,40 +46,79 @@ class Drafts(Protocol):
 
     speculative_tokens: int
 
-    def draft(
-        self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor], drafts: int | None = None
-    ) -> Tensor:  # fmt: skip
-        """Draft tokens [R, drafts] to follow `tokens`; K unless given."""
+    def draft_from(
+        self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None, draws: bool = False
+    ) -> Drafted:  # fmt: skip
+        """So many drafts, K unless given, of each of so many requests, whose inputs `fill` writes to buffers; drawn or greedy."""
 
-    def draft_from(self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None) -> Tensor:
-        """The same of so many requests, whose inputs `fill` writes to buffers on the GPU."""
+
+def settle(
+    state: RowState, tokens: Tensor, logits: Tensor, offsets: Tensor, step: Mapping[str, Tensor], block: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rejection sampling of a round's drafts: the step's tokens with what is accepted and what follows, [S], and how many
+    drafts of each request are accepted, [R].
+
+    tokens   [S]     sampled
+    logits   [S, V]  with penalties and biases
+    offsets  [S]     new tokens that each request has before it
+    step     as of finish_round, with the sampling parameters
+    """
+    assert state.scores is not None
+    rows, first = step["round_rows"], step["first"]
+    drafts = state.drafts[rows]
+    candidates = None if state.candidates is None else state.candidates[rows]
+    shaping = (step[name][first] for name in ("temperature", "top_k", "top_p", "min_p", "seeds"))
+    accepted, last = verify(
+        logits, first, step["counts"], drafts, state.scores[rows], candidates, *shaping, offsets[first], block
+    )
+    place = torch.arange(drafts.shape[1], device=drafts.device)
+    nowhere = len(tokens)
+    found = torch.cat((tokens, tokens[:1]))
+    found[torch.where(place < accepted[:, None], first[:, None] + place, nowhere)] = drafts
+    found[first + accepted] = last
+    return found[:nowhere], accepted
 
 
 def finish_round(
-    drafter: Drafts, state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor], drafts: int
+    drafter: Drafts, state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor], drafts: int,
+    accepted: Tensor | None = None, draws: bool = False,
 ) -> Tensor:  # fmt: skip
     """How many drafts of each request are accepted, [R]; its last token, the position of that and its next drafts go to the
     state. Nothing waits for the device.
 
-    tokens  [S]     sampled
-    hidden  [N, H]  final-normed states of the wanted rows
-    step    `positions`, `rows` and page tables as the model saw them, and what a round is told
-    drafts  how many to make
+    tokens    [S]     sampled
+    hidden    [N, H]  final-normed states of the wanted rows
+    step      `positions`, `rows` and page tables as the model saw them, and what a round is told
+    drafts    how many to make
+    accepted  where it is decided already
+    draws     whether they are drawn, by the sampling parameters in `step`
     """
-    accepted = count_accepted(tokens, step["first"], verified_drafts(state, step))
-    rows = step["round_rows"]
-    if tokens.is_cuda and drafts:
-
-        def fill(inputs: dict[str, Tensor]) -> None:
-            _launch_advance(state, tokens, hidden, step, accepted, inputs)
-
-        state.drafts[:, :drafts].index_copy_(0, rows, drafter.draft_from(len(rows), fill, drafts))
+    if accepted is None:
+        accepted = count_accepted(tokens, step["first"], verified_drafts(state, step))
+    right, rows = accepted, step["round_rows"]
+    if not drafts:
+        advance(state, tokens, hidden, step, right)
         return accepted
-    last, states, reached = advance(state, tokens, hidden, step, accepted)
-    if drafts:
-        tables = {kind: step[f"table.{kind}"][step["requests"]] for kind in KINDS}
-        state.drafts[:, :drafts].index_copy_(0, rows, drafter.draft(last, states, reached, tables, drafts))
+
+    def fill(inputs: dict[str, Tensor]) -> None:
+        advanced = _launch_advance if tokens.is_cuda else _advance_into
+        advanced(state, tokens, hidden, step, right, inputs)
+        if draws:
+            for name in ("temperature", "seeds"):
+                fill_rows(inputs[name], step[name][step["first"]])
+            fill_rows(inputs["offsets"], state.positions[rows] + 1 - step["prompt_length"][step["first"]])
+
+    found = drafter.draft_from(len(rows), fill, drafts, draws)
+    for kept, new in zip((state.drafts, state.scores, state.candidates), found, strict=True):
+        if kept is not None and new is not None:
+            kept[:, :drafts].index_copy_(0, rows, new)
     return accepted
+
+
+def fill_rows(buffer: Tensor, rows: Tensor) -> None:
+    """Put these first, zeros behind."""
+    buffer[: len(rows)].copy_(rows)
+    buffer[len(rows) :].zero_()
 
 
 def verified_drafts(state: RowState, step: Mapping[str, Tensor]) -> Tensor:
@@ -94,6 +145,15 @@ def advance(
     state.last[step["round_rows"]] = last
     state.positions[step["round_rows"]] = reached + 1
     return last, hidden[states + accepted], torch.minimum(reached, step["room"] - 1)
+
+
+def _advance_into(
+    state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor], accepted: Tensor, out: dict[str, Tensor]
+) -> None:  # fmt: skip
+    found = dict(zip(("tokens", "hidden", "positions"), advance(state, tokens, hidden, step, accepted), strict=True))
+    found |= {name: step[name][step["requests"]] for name in (f"table.{kind}" for kind in KINDS)}
+    for name, rows in found.items():
+        fill_rows(out[name][:, : rows.shape[1]] if name.startswith("table.") else out[name], rows)
 
 
 @jit

@@ -18,18 +18,31 @@ class RowState:
     last       [rows + 1] int64     the token sampled last; the last entry is for padding, here and below
     positions  [rows + 1] int64     its position, for requests that are drafted for
     drafts     [rows + 1, K] int64  what may follow it
+    scores     [rows + 1, K, C] fp32: of the candidates that each draft was drawn from, over the temperature; None where no
+               draft is drawn
+    candidates [rows + 1, K, C] int64: their tokens; None where they are the vocabulary
     """
 
     last: Tensor
     positions: Tensor
     drafts: Tensor
+    scores: Tensor | None = None
+    candidates: Tensor | None = None
 
     @classmethod
-    def empty(cls, rows: int, drafts: int, device: torch.device) -> "RowState":
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.int64, device=device)
+    def empty(
+        cls, rows: int, drafts: int, device: torch.device, candidates: int = 0, whole: bool = False
+    ) -> "RowState":  # fmt: skip
+        """candidates: C, 0 where no draft is drawn. whole: they are the vocabulary."""
 
-        return cls(zeros(rows + 1), zeros(rows + 1), zeros(rows + 1, drafts))
+        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros((rows + 1, *size), dtype=dtype, device=device)
+
+        drawn = (drafts, candidates) if candidates else None
+        return cls(
+            zeros(), zeros(), zeros(drafts), None if drawn is None else zeros(*drawn, dtype=torch.float32),
+            None if drawn is None or whole else zeros(*drawn),
+        )  # fmt: skip
 
     def tokens(self, ids: Tensor, sources: Tensor, places: Tensor | None = None) -> Tensor:
         """Tokens [T]: those of the rows named in `sources`, and of `ids` where that is negative.

@@ -4,7 +4,7 @@ Order, as in transformers' generate: penalties, bias, tokens that must not come 
 only says what; nothing here waits for the device.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ _PARAMETERS: dict[str, Any] = {
     "temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32,
     "repetition_penalty": np.float32, "presence_penalty": np.float32, "frequency_penalty": np.float32,
 }  # fmt: skip
+Settle = Callable[[Tensor, Tensor, Tensor], Tensor]
 _SHAPING = ("temperature", "top_k", "top_p", "min_p")
 _EVER = 2**62  # tokens
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -93,28 +94,39 @@ class Sampler:
         rows, tokens, values, until = map(np.array, zip(*entries, strict=True))
         return {"bias_rows": rows, "bias_tokens": tokens, "bias": values.astype(np.float32), "bias_until": until}
 
+    def draws(self, rows: np.ndarray) -> bool:
+        """Whether any of these rows' tokens are drawn."""
+        return bool(self._host["temperature"][rows].any())
+
     @staticmethod
     def is_greedy(parameters: dict[str, Any]) -> bool:
         """Whether the likeliest tokens are wanted, by the model's own logits."""
         return len(parameters) == 1  # targets
 
     def __call__(
-        self, logits: Tensor, positions: Tensor, given: dict[str, Tensor], arrays: StepArrays, greedy: Tensor | None = None
-    ) -> dict[str, Tensor]:
+        self, logits: Tensor, positions: Tensor, given: dict[str, Tensor], arrays: StepArrays, greedy: Tensor | None = None,
+        settle: Settle | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Tokens [S] and, where asked for, their log probabilities.
 
         logits     [S, vocabulary], the model's own
         positions  [S] of the tokens that they follow
         given      what `parameters` named, on the device
         greedy     tokens that are in the state already
+        settle     has the last word: of the tokens, of logits with penalties and biases, and of how many new tokens each
+                   request has
         """
-        tokens = self._sample(logits, positions, given) if greedy is None else greedy
+        if greedy is None:
+            tokens, shaped, offsets = self._sample(logits, positions, given)
+            tokens = tokens if settle is None else settle(tokens, shaped, offsets)
+        else:
+            tokens = greedy
         found = {"tokens": tokens}
         if (top := int(self._logprobs[arrays.targets].max(initial=-1))) >= 0:
             found |= named_logprobs("", logits, tokens, top)
         return found
 
-    def _sample(self, logits: Tensor, positions: Tensor, given: dict[str, Tensor]) -> Tensor:
+    def _sample(self, logits: Tensor, positions: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         targets = given["targets"]
         # New tokens that each request has already.
         offsets = positions + 1 - given["prompt_length"] if "prompt_length" in given else positions
@@ -134,7 +146,7 @@ class Sampler:
         if "repetition_penalty" in given:
             ones = torch.ones_like(tokens, dtype=torch.int32)
             self._counts.index_put_((targets, tokens), ones, accumulate=True)  # type: ignore[union-attr]
-        return tokens
+        return tokens, logits, offsets
 
 
 def named_logprobs(prefix: str, logits: Tensor, tokens: Tensor, top: int) -> dict[str, Tensor]:

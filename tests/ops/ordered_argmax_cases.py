@@ -5,7 +5,12 @@ from typing import Any
 
 import torch
 
-from gemma4_compile.ops.ordered_argmax import launch_ordered_argmax, ordered_argmax_reference
+from gemma4_compile.ops.ordered_argmax import (
+    launch_ordered_argmax,
+    launch_ordered_scores,
+    ordered_argmax_reference,
+    ordered_scores_reference,
+)
 
 VOCABULARY, CLUSTERS, HIDDEN, TOP_K = 640, 40, 48, 7
 
@@ -24,6 +29,10 @@ def arguments(rows: int, dtype: torch.dtype, equal: int = 0, device: str = "cpu"
 def check(args: tuple[Any, ...]) -> None:
     wanted, found = ordered_argmax_reference(*args), launch_ordered_argmax(*args)
     assert found.dtype == torch.int64 and found.tolist() == wanted.tolist()
+    logits, tokens = launch_ordered_scores(*args)
+    wanted_logits, wanted_tokens = ordered_scores_reference(*args)
+    assert torch.equal(tokens, wanted_tokens)
+    torch.testing.assert_close(logits, wanted_logits)
 
 
 def plain(device: str) -> None:

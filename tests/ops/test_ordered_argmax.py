@@ -44,7 +44,8 @@ def test_rows_that_are_not_numbers_give_a_token() -> None:
 
 @dtypes
 def test_opcheck(dtype: torch.dtype) -> None:
-    torch.library.opcheck(torch.ops.gemma4.ordered_argmax.default, arguments(5, dtype))
+    for op in (torch.ops.gemma4.ordered_argmax.default, torch.ops.gemma4.ordered_scores.default):
+        torch.library.opcheck(op, arguments(5, dtype))
 
 
 @pytest.mark.parametrize(
