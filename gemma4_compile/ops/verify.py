@@ -23,15 +23,46 @@ is c less a sum of min(c p, q) as integers, for p sums to 1, and all else is ele
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import bitwise
-from .bitwise import ACCEPT, DRAFT, RESIDUAL, STREAMS, gumbel, gumbel_of, uniform, weights
-from .library import expect, register
-from .sample import MOST, PARAMETERS, kept_reference, sample_reference, scaled
+from .bitwise import (
+    ACCEPT,
+    DRAFT,
+    RESIDUAL,
+    STREAMS,
+    gumbel,
+    gumbel_kernel,
+    gumbel_of,
+    gumbel_of_kernel,
+    log_kernel,
+    philox_kernel,
+    uniform,
+    uniform_kernel,
+    weights,
+    weights_kernel,
+)
+from .library import UNFUSED, constant, expect, jit, power_of_two, register, tl, unit_stride
+from .sample import (
+    MOST,
+    PARAMETERS,
+    SamplePlan,
+    index_of,
+    kept_reference,
+    launch_kept,
+    ordered,
+    packed,
+    sample_reference,
+    scaled,
+    value_of,
+)
 
 _NORMAL = 2.0**-126  # the least fp32 whose log bitwise.py has
+# As kernels see them.
+ACCEPT_WORD, RESIDUAL_WORD, NORMAL = constant(ACCEPT), constant(RESIDUAL), constant(_NORMAL)
 
 
 def verify_reference(
@@ -148,14 +179,416 @@ def _check(
     expect(op, "drafts has a dtype of its own", drafts.dtype, torch.int64, "build it with dtype=torch.int64")
 
 
+@jit
+def _rows_kernel(
+    first_ptr, counts_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, offsets_ptr, row_temperature_ptr,
+    row_top_k_ptr, row_top_p_ptr, row_min_p_ptr, row_seeds_ptr, row_offsets_ptr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """A request's parameters, for each of its rows."""
+    request = tl.program_id(0)
+    place = tl.arange(0, PLACES)
+    row = tl.load(first_ptr + request) + place
+    own = place <= tl.load(counts_ptr + request)
+    tl.store(row_temperature_ptr + row, tl.load(temperature_ptr + request), own)
+    tl.store(row_top_k_ptr + row, tl.load(top_k_ptr + request), own)
+    tl.store(row_top_p_ptr + row, tl.load(top_p_ptr + request), own)
+    tl.store(row_min_p_ptr + row, tl.load(min_p_ptr + request), own)
+    tl.store(row_seeds_ptr + row, tl.load(seeds_ptr + request), own)
+    tl.store(row_offsets_ptr + row, tl.load(offsets_ptr + request) + place, own)
+
+
+@jit
+def _draft_scan_kernel(
+    scores_ptr, tokens_ptr, counts_ptr, drafts_ptr, temperature_ptr, tops_ptr, own_ptr, highest_ptr, drawn_ptr, mass_ptr,
+    common_ptr, CANDIDATES: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, MOST: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """The largest score of one tile of one draft's candidates, and the draft's own if it is among them; of a single tile all
+    that _draft_sum_kernel finds of several."""
+    draft = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    request = draft // MOST
+    if not ((draft % MOST < tl.load(counts_ptr + request)) & (tl.load(temperature_ptr + request) > 0.0)):
+        return
+    i = tile * TILE + tl.arange(0, TILE)
+    inside = i < CANDIDATES
+
+    scores = tl.load(scores_ptr + draft * CANDIDATES + i, inside, other=float("-inf"))
+    token = i if DENSE else tl.load(tokens_ptr + draft * CANDIDATES + i, inside, other=-1)
+
+    top = tl.max(tl.where(inside, packed(scores, i), -0x8000000000000000))
+    own = tl.max(tl.where(inside & (token == tl.load(drafts_ptr + draft)), scores, float("-inf")))
+    if TILES == 1:
+        highest = value_of(top)
+        tl.store(highest_ptr + draft, highest)
+        if tl.abs(highest) < float("inf"):
+            tl.store(mass_ptr + draft, tl.sum(weights_kernel(scores - highest).to(tl.int64)))
+            tl.store(drawn_ptr + draft, weights_kernel(own - highest).to(tl.int64))
+        tl.store(common_ptr + draft, 0)
+    else:
+        tl.store(tops_ptr + draft * TILES + tile, top)
+        tl.store(own_ptr + draft * TILES + tile, own)
+        if tile == 0:
+            tl.store(mass_ptr + draft, 0)
+            tl.store(common_ptr + draft, 0)
+
+
+@jit
+def _draft_sum_kernel(
+    scores_ptr, counts_ptr, temperature_ptr, tops_ptr, own_ptr, highest_ptr, drawn_ptr, mass_ptr, CANDIDATES: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """What one tile adds to the weight of all candidates; from the first tile also the highest score and the draft's weight."""
+    draft = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    request = draft // MOST
+    if not ((draft % MOST < tl.load(counts_ptr + request)) & (tl.load(temperature_ptr + request) > 0.0)):
+        return
+    other = tl.arange(0, TILES_BLOCK)
+    i = tile * TILE + tl.arange(0, TILE)
+
+    tops = tl.load(tops_ptr + draft * TILES + other, other < TILES, other=-0x8000000000000000)
+    highest = value_of(tl.max(tops))
+    if tile == 0:
+        tl.store(highest_ptr + draft, highest)
+    if tl.abs(highest) < float("inf"):
+        scores = tl.load(scores_ptr + draft * CANDIDATES + i, i < CANDIDATES, other=float("-inf"))
+        tl.atomic_add(mass_ptr + draft, tl.sum(weights_kernel(scores - highest).to(tl.int64)))
+        if tile == 0:
+            own = tl.max(tl.load(own_ptr + draft * TILES + other, other < TILES, other=float("-inf")))
+            tl.store(drawn_ptr + draft, weights_kernel(own - highest).to(tl.int64))
+
+
+@jit
+def _row(least_ptr, mass_ptr, row_highest_ptr, temperature_ptr, min_p_ptr, request, row, mask):
+    """What `_target_kernel` must know of a row."""
+    mass = tl.load(mass_ptr + row, mask, other=1).to(tl.float64)
+    return (
+        tl.load(temperature_ptr + request),
+        tl.load(least_ptr + row, mask, other=0),
+        tl.minimum(tl.load(min_p_ptr + request), 1.0) * 1099511627776.0,
+        tl.load(row_highest_ptr + row, mask, other=0.0),
+        1.0 / mass,
+    )
+
+
+@jit
+def _target_kernel(logits, of_row):
+    """p of these logits of a row, fp64, as `_target` has it."""
+    temperature, least, likely, highest, share = of_row
+    x = tl.div_rn(logits, temperature)
+    weight = weights_kernel(x - highest)
+    kept = (ordered(x) >= least) & (weight >= likely)
+    return tl.where(kept, weight.to(tl.int64), 0).to(tl.float64) * share
+
+
+@jit
+def _drafter_kernel(scores, highest, mass):
+    """q of these scores, fp64, as `_drafter` has it."""
+    return weights_kernel(scores - highest).to(tl.int64).to(tl.float64) * (1.0 / mass.to(tl.float64))
+
+
+@jit
+def _chain_kernel(
+    logits_ptr, first_ptr, counts_ptr, drafts_ptr, temperature_ptr, min_p_ptr, seeds_ptr, offsets_ptr, sampled_ptr, least_ptr,
+    mass_ptr, row_highest_ptr, highest_ptr, drawn_ptr, draft_mass_ptr, limit_ptr, accepted_ptr, carried_ptr, stride,
+    VOCABULARY: tl.constexpr, MOST: tl.constexpr, BY_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How many drafts of one request count (0 if it is greedy: nothing is left to decide), how many are accepted, and c behind
+    each of them; by block, how many is left to _decide_kernel."""
+    request = tl.program_id(0).to(tl.int64)
+    first = tl.load(first_ptr + request)
+    count = tl.load(counts_ptr + request)
+    greedy = not (tl.load(temperature_ptr + request) > 0.0)
+    seed = tl.load(seeds_ptr + request)
+    offset = tl.load(offsets_ptr + request)
+    limit = tl.full((), 0, tl.int64)
+    accepted = tl.full((), 0, tl.int64)
+    c = tl.full((), 1.0, tl.float64)
+    tl.store(carried_ptr + request * (MOST + 1), c)
+    usable = count > 0
+    running = usable
+
+    for j in tl.static_range(MOST):
+        draft = request * MOST + j
+        row = first + j
+        usable &= j < count
+        x = tl.load(drafts_ptr + draft, usable, other=-1)
+        usable &= (x >= 0) & (x < VOCABULARY)
+        usable &= tl.abs(tl.load(row_highest_ptr + row, usable, other=float("inf"))) < float("inf")
+        sampled = tl.load(sampled_ptr + row, usable, other=-1)
+        asked = usable & (not greedy)
+        highest = tl.load(highest_ptr + draft, asked, other=float("inf"))
+        asked &= tl.abs(highest) < float("inf")
+        usable = asked | (usable & greedy)
+
+        of_row = _row(least_ptr, mass_ptr, row_highest_ptr, temperature_ptr, min_p_ptr, request, row, asked)
+        p = _target_kernel(tl.load(logits_ptr + row * stride + x, asked, other=0.0).to(tl.float32), of_row)
+        share = 1.0 / tl.load(draft_mass_ptr + draft, asked, other=1).to(tl.float64)
+        q = tl.load(drawn_ptr + draft, asked, other=0).to(tl.float64) * share
+
+        if BY_BLOCK:
+            cp = c * p
+            c = tl.where(cp >= q, (cp > 0.0).to(tl.float64), cp / tl.where(q > 0.0, q, 1.0))
+            tl.store(carried_ptr + request * (MOST + 1) + j + 1, c)
+            running &= usable & (sampled == x)
+        else:
+            r0, r1, r2, r3 = philox_kernel(seed, offset, tl.full((), j, tl.int32), ACCEPT_WORD)
+            running &= tl.where(greedy, usable & (sampled == x), asked & (uniform_kernel(r0) * q < p))
+            tl.store(carried_ptr + request * (MOST + 1) + j + 1, c)
+        limit += usable.to(tl.int64)
+        accepted += running.to(tl.int64)
+    tl.store(limit_ptr + request, tl.where(greedy, 0, limit))
+    tl.store(accepted_ptr + request, accepted)
+
+
+@jit
+def _common_kernel(
+    logits_ptr, scores_ptr, tokens_ptr, first_ptr, temperature_ptr, min_p_ptr, least_ptr, mass_ptr, row_highest_ptr,
+    highest_ptr, draft_mass_ptr, limit_ptr, carried_ptr, common_ptr, stride, VOCABULARY: tl.constexpr,
+    CANDIDATES: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """What one tile of a draft's candidates adds to the sum of min(c p, q), in units of 2**-60."""
+    draft = tl.program_id(0).to(tl.int64)
+    request = draft // MOST
+    j = draft % MOST
+    if (j == 0) | (j >= tl.load(limit_ptr + request)):
+        return
+    c = tl.load(carried_ptr + request * (MOST + 1) + j)
+    if (c == 1.0) | (c == 0.0):  # accepted for certain up to here, or for certain not
+        return
+    row = tl.load(first_ptr + request) + j
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = i < CANDIDATES
+    of_row = _row(least_ptr, mass_ptr, row_highest_ptr, temperature_ptr, min_p_ptr, request, row, True)
+
+    token = i if DENSE else tl.load(tokens_ptr + draft * CANDIDATES + i, inside, other=-1)
+    known = inside & (token >= 0) & (token < VOCABULARY)
+    cp = c * _target_kernel(tl.load(logits_ptr + row * stride + token, known, other=float("-inf")).to(tl.float32), of_row)
+    known &= cp > 0.0
+    if tl.max(known.to(tl.int32)) > 0:
+        scores = tl.load(scores_ptr + draft * CANDIDATES + i, known, other=float("-inf"))
+        q = _drafter_kernel(scores, tl.load(highest_ptr + draft), tl.load(draft_mass_ptr + draft))
+        common = (tl.minimum(cp, q) * 1152921504606846976.0).to(tl.int64)
+        tl.atomic_add(common_ptr + draft, tl.sum(tl.where(known, common, 0)))
+
+
+@jit
+def _decide_kernel(
+    seeds_ptr, offsets_ptr, limit_ptr, carried_ptr, common_ptr, accepted_ptr, MOST: tl.constexpr,
+):  # fmt: skip
+    """By block, the longest run of drafts of one request that is accepted."""
+    request = tl.program_id(0).to(tl.int64)
+    limit = tl.load(limit_ptr + request)
+    if limit == 0:
+        return
+    seed = tl.load(seeds_ptr + request)
+    offset = tl.load(offsets_ptr + request)
+    accepted = tl.full((), 0, tl.int64)
+    for j in tl.static_range(1, MOST + 1):
+        c = tl.load(carried_ptr + request * (MOST + 1) + j)
+        common = tl.load(common_ptr + request * MOST + j, j < limit, other=0).to(tl.float64) * 8.673617379884035e-19
+        left = tl.maximum(c - common, 0.0)
+        asked = (j < limit) & (c < 1.0)
+        chance = tl.where(asked, left / tl.where(asked, left + (1.0 - c), 1.0), c)
+        r0, r1, r2, r3 = philox_kernel(seed, offset, tl.full((), j - 1, tl.int32), ACCEPT_WORD)
+        accepted = tl.where((j <= limit) & (uniform_kernel(r0) < chance), j, accepted)
+    tl.store(accepted_ptr + request, accepted)
+
+
+@jit
+def _mark_kernel(
+    tokens_ptr, limit_ptr, accepted_ptr, marks_ptr, VOCABULARY: tl.constexpr, CANDIDATES: tl.constexpr, TILE: tl.constexpr,
+    MOST: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """A bit for each token among a rejected draft's candidates."""
+    request = tl.program_id(0).to(tl.int64)
+    accepted = tl.load(accepted_ptr + request)
+    if accepted >= tl.load(limit_ptr + request):
+        return
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    token = tl.load(tokens_ptr + (request * MOST + accepted) * CANDIDATES + i, i < CANDIDATES, other=-1)
+    known = (token >= 0) & (token < VOCABULARY)
+    bit = tl.full((TILE,), 1, tl.int32) << (token % 32).to(tl.int32)
+    tl.atomic_or(marks_ptr + request * WORDS + token // 32, bit, known)
+
+
+@jit
+def _noise_of_tile(seed, place, tile, TILE: tl.constexpr):
+    """The residual's noise of the tokens of one tile."""
+    quad = tile * (TILE // 4) + tl.arange(0, TILE // 4)
+    r0, r1, r2, r3 = philox_kernel(seed, place, quad, RESIDUAL_WORD)
+    return gumbel_kernel(tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (TILE,)))
+
+
+@jit
+def _candidates_kernel(
+    logits_ptr, scores_ptr, tokens_ptr, first_ptr, temperature_ptr, min_p_ptr, seeds_ptr, offsets_ptr, least_ptr, mass_ptr,
+    row_highest_ptr, highest_ptr, draft_mass_ptr, limit_ptr, accepted_ptr, carried_ptr, best_ptr, stride,
+    VOCABULARY: tl.constexpr, CANDIDATES: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr,
+    DENSE: tl.constexpr,
+):  # fmt: skip
+    """The draw of one request's residual from one tile of the candidates of the draft that is rejected."""
+    request = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    accepted = tl.load(accepted_ptr + request)
+    if accepted >= tl.load(limit_ptr + request):
+        return
+    draft = request * MOST + accepted
+    row = tl.load(first_ptr + request) + accepted
+    place = tl.load(offsets_ptr + request) + accepted
+    c = tl.load(carried_ptr + request * (MOST + 1) + accepted)
+    i = tile * TILE + tl.arange(0, TILE)
+    of_row = _row(least_ptr, mass_ptr, row_highest_ptr, temperature_ptr, min_p_ptr, request, row, True)
+
+    token = i if DENSE else tl.load(tokens_ptr + draft * CANDIDATES + i, i < CANDIDATES, other=-1)
+    known = (i < CANDIDATES) & (token >= 0) & (token < VOCABULARY)
+    cp = c * _target_kernel(tl.load(logits_ptr + row * stride + token, known, other=float("-inf")).to(tl.float32), of_row)
+    known &= cp > 0.0
+    best = tl.full((), -0x8000000000000000, tl.int64)
+    if tl.max(known.to(tl.int32)) > 0:
+        scores = tl.load(scores_ptr + draft * CANDIDATES + i, known, other=float("-inf"))
+        q = _drafter_kernel(scores, tl.load(highest_ptr + draft), tl.load(draft_mass_ptr + draft))
+        left = (cp - q).to(tl.float32)
+        known &= left >= NORMAL
+        seed = tl.load(seeds_ptr + request)
+        noise = _noise_of_tile(seed, place, tile, TILE) if DENSE else gumbel_of_kernel(seed, place, token, RESIDUAL_WORD)
+        score = log_kernel(tl.maximum(left, NORMAL)) + noise
+        best = tl.max(tl.where(known, packed(score, token), -0x8000000000000000))
+    tl.store(best_ptr + request * PARTS + tile, best)
+
+
+@jit
+def _others_kernel(
+    logits_ptr, first_ptr, temperature_ptr, min_p_ptr, seeds_ptr, offsets_ptr, least_ptr, mass_ptr, row_highest_ptr, limit_ptr,
+    accepted_ptr, carried_ptr, marks_ptr, best_ptr, stride, VOCABULARY: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr,
+    TILES: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """As _candidates_kernel, of one tile of the vocabulary without the candidates."""
+    request = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    accepted = tl.load(accepted_ptr + request)
+    if accepted >= tl.load(limit_ptr + request):
+        return
+    row = tl.load(first_ptr + request) + accepted
+    place = tl.load(offsets_ptr + request) + accepted
+    c = tl.load(carried_ptr + request * (MOST + 1) + accepted)
+    token = tile * TILE + tl.arange(0, TILE)
+    of_row = _row(least_ptr, mass_ptr, row_highest_ptr, temperature_ptr, min_p_ptr, request, row, True)
+
+    logits = tl.load(logits_ptr + row * stride + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
+    left = (c * _target_kernel(logits, of_row)).to(tl.float32)
+    known = left >= NORMAL
+    best = tl.full((), -0x8000000000000000, tl.int64)
+    if tl.max(known.to(tl.int32)) > 0:
+        marks = tl.load(marks_ptr + request * WORDS + token // 32, known, other=0)
+        known &= ((marks >> (token % 32)) & 1) == 0
+        score = log_kernel(tl.maximum(left, NORMAL)) + _noise_of_tile(tl.load(seeds_ptr + request), place, tile, TILE)
+        best = tl.max(tl.where(known, packed(score, token), -0x8000000000000000))
+    tl.store(best_ptr + request * PARTS + TILES + tile, best)
+
+
+@jit
+def _token_kernel(
+    first_ptr, sampled_ptr, limit_ptr, accepted_ptr, best_ptr, token_ptr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr
+):
+    request = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS_BLOCK)
+    accepted = tl.load(accepted_ptr + request)
+    token = tl.load(sampled_ptr + tl.load(first_ptr + request) + accepted)
+    if accepted < tl.load(limit_ptr + request):
+        best = tl.max(tl.load(best_ptr + request * PARTS + part, part < PARTS, other=-0x8000000000000000))
+        token = tl.where(best == -0x8000000000000000, token, index_of(best))
+    tl.store(token_ptr + request, token)
+
+
+class VerifyPlan(NamedTuple):
+    """Candidates a program: all of a draft where they are no more than `single`, else a tile."""
+
+    tile: int = 1024
+    single: int = 4096
+
+
 def launch_verify(
     logits: Tensor, first: Tensor, counts: Tensor, drafts: Tensor, draft_scores: Tensor, draft_tokens: Tensor | None,
     temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor, block: bool,
+    *, plan: VerifyPlan | None = None, sample_plan: SamplePlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The reference, which waits for nothing and runs on CUDA too."""
-    return verify_reference(
-        logits, first, counts, drafts, draft_scores, draft_tokens, temperature, top_k, top_p, min_p, seeds, offsets, block
+    _check(logits, first, counts, drafts, draft_scores, draft_tokens, temperature, top_k, top_p, min_p, seeds, offsets)
+    requests, most = drafts.shape
+    rows, width = logits.shape
+    accepted, token = torch.empty_like(counts), torch.empty_like(counts)
+    if not requests:
+        return accepted, token
+    logits = unit_stride(logits)
+    first, counts, drafts, scores = (t.contiguous() for t in (first, counts, drafts, draft_scores))
+    dense = draft_tokens is None
+    tokens = drafts if draft_tokens is None else draft_tokens.contiguous()
+    parameters = tuple(t.contiguous() for t in (temperature, top_k, top_p, min_p))
+    seeds, offsets = seeds.contiguous(), offsets.contiguous()
+    temperature, _, _, min_p = parameters
+
+    # A row that is no request's is greedy: the least work.
+    of_rows = temperature.new_zeros(rows), *(t.new_empty(rows) for t in (*parameters[1:], seeds, offsets))
+    _rows_kernel[(requests,)](
+        first, counts, *parameters, seeds, offsets, *of_rows, power_of_two(most + 1), num_warps=1, **UNFUSED
     )
+    sampled, least, mass, row_highest = launch_kept(logits, of_rows[:4], *of_rows[4:], sample_plan)
+
+    candidates = scores.shape[2]
+    tile, single = plan or VerifyPlan()
+    whole = power_of_two(candidates)
+    tile = max(tile if whole > single else whole, 16)
+    tiles, tile_of_all = -(-candidates // tile), min(tile, max(16, power_of_two(width)))
+    warps = min(max(tile // 256, 1), 8)
+    grid = requests * most, tiles
+    tops, own = seeds.new_empty(grid), temperature.new_empty(grid)
+    highest = temperature.new_empty(requests * most)
+    drawn, draft_mass, common = (seeds.new_empty(requests * most) for _ in range(3))
+    _draft_scan_kernel[grid](
+        scores, tokens, counts, drafts, temperature, tops, own, highest, drawn, draft_mass, common, candidates, tile, tiles,
+        most, dense, num_warps=warps, **UNFUSED,
+    )  # fmt: skip
+    if tiles > 1:
+        _draft_sum_kernel[grid](
+            scores, counts, temperature, tops, own, highest, drawn, draft_mass, candidates, tile, tiles, power_of_two(tiles),
+            most, num_warps=warps, **UNFUSED,
+        )  # fmt: skip
+
+    limit, carried = torch.empty_like(counts), seeds.new_empty((requests, most + 1), dtype=torch.float64)
+    target = least, mass, row_highest
+    _chain_kernel[(requests,)](
+        logits, first, counts, drafts, temperature, min_p, seeds, offsets, sampled, *target, highest, drawn, draft_mass, limit,
+        accepted, carried, logits.stride(0), width, most, block, num_warps=1, **UNFUSED,
+    )  # fmt: skip
+    if block and most > 1:
+        _common_kernel[grid](
+            logits, scores, tokens, first, temperature, min_p, *target, highest, draft_mass, limit, carried, common,
+            logits.stride(0), width, candidates, tile, most, dense, num_warps=warps, **UNFUSED,
+        )  # fmt: skip
+    if block:
+        _decide_kernel[(requests,)](
+            seeds, offsets, limit, carried, common, accepted, most, num_warps=1, **UNFUSED
+        )  # fmt: skip
+
+    tiles_of_all = 0 if dense else -(-width // tile_of_all)
+    parts = tiles + tiles_of_all
+    best = seeds.new_empty((requests, parts))
+    _candidates_kernel[(requests, tiles)](
+        logits, scores, tokens, first, temperature, min_p, seeds, offsets, *target, highest, draft_mass, limit, accepted,
+        carried, best, logits.stride(0), width, candidates, tile, most, parts, dense, num_warps=warps, **UNFUSED,
+    )  # fmt: skip
+    if not dense:
+        words = -(-width // 32)
+        marks = counts.new_zeros((requests, words), dtype=torch.int32)
+        _mark_kernel[(requests, tiles)](
+            tokens, limit, accepted, marks, width, candidates, tile, most, words, num_warps=warps, **UNFUSED
+        )
+        _others_kernel[(requests, tiles_of_all)](
+            logits, first, temperature, min_p, seeds, offsets, *target, limit, accepted, carried, marks, best,
+            logits.stride(0), width, tile_of_all, most, tiles, parts, words, num_warps=4, **UNFUSED,
+        )  # fmt: skip
+    _token_kernel[(requests,)](first, sampled, limit, accepted, best, token, parts, power_of_two(parts), num_warps=4, **UNFUSED)
+    return accepted, token
 
 
 def _verify_fake(
