@@ -19,13 +19,16 @@ round begins, which no two rounds share, and by their own in it. Residuals are n
 
 Reference and kernels agree to the bit: p and q are integer weights (sample.py) times the reciprocal of their sum in fp64, S
 is c less a sum of min(c p, q) as integers, for p sums to 1, and all else is elementwise. So tokens that q lacks cost S nothing.
+
+What it costs. The rows of all requests go through sample's three launches. The drafter's scores are read once, and once more
+those of the one draft of each request that is rejected, and its row of logits whole: a bit a token says which are candidates.
+By block, rows and scores of drafts with c between 0 and 1 are read again.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import bitwise
@@ -60,6 +63,7 @@ from .sample import (
     value_of,
 )
 
+TILE = 1024  # candidates that are weighed at their own highest score: the drafter's scores are read once
 _NORMAL = 2.0**-126  # the least fp32 whose log bitwise.py has
 # As kernels see them.
 ACCEPT_WORD, RESIDUAL_WORD, NORMAL = constant(ACCEPT), constant(RESIDUAL), constant(_NORMAL)
@@ -70,33 +74,31 @@ def verify_reference(
     temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor, block: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(logits, first, counts, drafts, draft_scores, draft_tokens, temperature, top_k, top_p, min_p, seeds, offsets)
-    requests, most = drafts.shape
+    most, vocabulary = drafts.shape[1], logits.shape[1]
     place = torch.arange(most + 1, device=drafts.device)
-    rows = first[:, None] + torch.minimum(place, counts[:, None])  # behind the last row of a request: that row
-    given = logits[rows]
-    shaping = [t.repeat_interleave(most + 1) for t in (temperature, top_k, top_p, min_p, seeds)]
-    shaping.append((offsets[:, None] + place).flatten())
-    sampled = sample_reference(given.flatten(0, 1), *shaping).view(requests, most + 1)
-    p, possible = _target(given, *shaping[:4])
-    q, known = _drafter(draft_scores, draft_tokens, logits.shape[1])
+    given = logits[first[:, None] + torch.minimum(place, counts[:, None])]  # behind a request's last row: that row
+    shaping = temperature, top_k, top_p, min_p
+    p, possible = _target(given, *(t.repeat_interleave(most + 1) for t in shaping))
+    q, known = _drafter(draft_scores, draft_tokens, vocabulary)
 
     greedy = ~(temperature > 0)
     known |= greedy[:, None]  # nothing is asked of q
-    usable = (place[:-1] < counts[:, None]) & (drafts >= 0) & (drafts < logits.shape[1]) & possible[:, :-1] & known
+    usable = (place[:-1] < counts[:, None]) & (drafts >= 0) & (drafts < vocabulary) & possible[:, :-1] & known
     limit = usable.long().cumprod(1).sum(1)
-    x = drafts.clamp(0, logits.shape[1] - 1)[:, :, None]
+    x = drafts.clamp(0, vocabulary - 1)[:, :, None]
     chances = p[:, :-1].gather(2, x)[:, :, 0], q.gather(2, x)[:, :, 0]
     u = uniform(seeds, offsets, most, ACCEPT)
     accepted, carried = accept_block(p, q, *chances, limit, u) if block else accept_tokens(*chances, limit, u)
-    equal = (drafts == sampled[:, :-1]) & usable
+    equal = usable & (drafts == given[:, :-1].argmax(2))
     accepted = torch.where(greedy, equal.long().cumprod(1).sum(1), accepted)
 
-    here = accepted[:, None, None].expand(-1, 1, p.shape[2])
+    here = accepted[:, None, None].expand(-1, 1, vocabulary)
     left = residual(p.gather(1, here)[:, 0], q.gather(1, here.clamp(max=most - 1))[:, 0], carried).float()
-    noise = gumbel(seeds, offsets + accepted, p.shape[2], RESIDUAL)
+    noise = gumbel(seeds, offsets + accepted, vocabulary, RESIDUAL)
     score = torch.where(left >= _NORMAL, bitwise.log(left.clamp(min=_NORMAL)) + noise, -torch.inf)
     drawn = ~greedy & (accepted < limit) & (score.amax(1) > -torch.inf)  # rounding may leave nothing where p is q
-    return accepted, torch.where(drawn, score.argmax(1), sampled.gather(1, accepted[:, None])[:, 0])
+    sampled = sample_reference(given.gather(1, here)[:, 0], *shaping, seeds, offsets + accepted)
+    return accepted, torch.where(drawn, score.argmax(1), sampled)
 
 
 def accept_tokens(p: Tensor, q: Tensor, limit: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,24 +133,24 @@ def residual(p: Tensor, q: Tensor, c: Tensor) -> Tensor:
 def _target(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
     """What gemma4::sample draws from, [R, K+1, V] fp64, and whether it draws, [R, K+1]."""
     x = scaled(logits.flatten(0, 1), temperature)
-    p, possible = _shares(x, kept_reference(x, top_k, top_p, min_p))
-    return p.view(logits.shape), possible.view(logits.shape[:2])
+    highest = x.amax(1, keepdim=True)
+    amounts = torch.where(kept_reference(x, top_k, top_p, min_p), weights(x - highest).long(), 0)
+    p = amounts.double() * (1.0 / amounts.sum(1, keepdim=True).double())
+    return p.view(logits.shape), highest.isfinite().view(logits.shape[:2])
 
 
 def _drafter(scores: Tensor, tokens: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Softmax of the candidates, [R, K, V] fp64, and whether it is one, [R, K]."""
-    q, known = _shares(scores, None)
+    highest = scores.amax(2, keepdim=True)
+    tile = min(TILE, scores.shape[2])
+    tiles = F.pad(scores, (0, -scores.shape[2] % tile), value=-torch.inf).unflatten(2, (-1, tile))
+    tops = tiles.amax(3)
+    sums, factors = weights(tiles - tops[..., None]).long().sum(3), weights(tops - highest).long()
+    mass = (sums.double() * factors.double() * 2.0**-40).long().sum(2, keepdim=True)
+    q = weights(scores - highest).long().double() * (1.0 / mass.double())
     if tokens is not None:
         q = q.new_zeros((*q.shape[:2], vocabulary)).scatter_add(2, tokens.clamp(0, vocabulary - 1), q)
-    return q, known
-
-
-def _shares(x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    highest = x.amax(-1, keepdim=True)
-    amounts = weights(x - highest).long()
-    if kept is not None:
-        amounts = torch.where(kept, amounts, 0)
-    return amounts.double() * (1.0 / amounts.sum(-1, keepdim=True).double()), highest[..., 0].isfinite()
+    return q, highest[..., 0].isfinite()
 
 
 def _check(
@@ -199,11 +201,10 @@ def _rows_kernel(
 
 @jit
 def _draft_scan_kernel(
-    scores_ptr, tokens_ptr, counts_ptr, drafts_ptr, temperature_ptr, tops_ptr, own_ptr, highest_ptr, drawn_ptr, mass_ptr,
-    common_ptr, CANDIDATES: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, MOST: tl.constexpr, DENSE: tl.constexpr,
+    scores_ptr, tokens_ptr, counts_ptr, drafts_ptr, temperature_ptr, tops_ptr, sums_ptr, own_ptr, common_ptr,
+    CANDIDATES: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, MOST: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """The largest score of one tile of one draft's candidates, and the draft's own if it is among them; of a single tile all
-    that _draft_sum_kernel finds of several."""
+    """Of one tile of a draft's candidates the largest score, their weight beside it, and the draft's own score if it is one."""
     draft = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     request = draft // MOST
@@ -217,45 +218,11 @@ def _draft_scan_kernel(
 
     top = tl.max(tl.where(inside, packed(scores, i), -0x8000000000000000))
     own = tl.max(tl.where(inside & (token == tl.load(drafts_ptr + draft)), scores, float("-inf")))
-    if TILES == 1:
-        highest = value_of(top)
-        tl.store(highest_ptr + draft, highest)
-        if tl.abs(highest) < float("inf"):
-            tl.store(mass_ptr + draft, tl.sum(weights_kernel(scores - highest).to(tl.int64)))
-            tl.store(drawn_ptr + draft, weights_kernel(own - highest).to(tl.int64))
-        tl.store(common_ptr + draft, 0)
-    else:
-        tl.store(tops_ptr + draft * TILES + tile, top)
-        tl.store(own_ptr + draft * TILES + tile, own)
-        if tile == 0:
-            tl.store(mass_ptr + draft, 0)
-            tl.store(common_ptr + draft, 0)
-
-
-@jit
-def _draft_sum_kernel(
-    scores_ptr, counts_ptr, temperature_ptr, tops_ptr, own_ptr, highest_ptr, drawn_ptr, mass_ptr, CANDIDATES: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, MOST: tl.constexpr,
-):  # fmt: skip
-    """What one tile adds to the weight of all candidates; from the first tile also the highest score and the draft's weight."""
-    draft = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    request = draft // MOST
-    if not ((draft % MOST < tl.load(counts_ptr + request)) & (tl.load(temperature_ptr + request) > 0.0)):
-        return
-    other = tl.arange(0, TILES_BLOCK)
-    i = tile * TILE + tl.arange(0, TILE)
-
-    tops = tl.load(tops_ptr + draft * TILES + other, other < TILES, other=-0x8000000000000000)
-    highest = value_of(tl.max(tops))
+    tl.store(tops_ptr + draft * TILES + tile, top)
+    tl.store(sums_ptr + draft * TILES + tile, tl.sum(weights_kernel(scores - value_of(top)).to(tl.int64)))
+    tl.store(own_ptr + draft * TILES + tile, own)
     if tile == 0:
-        tl.store(highest_ptr + draft, highest)
-    if tl.abs(highest) < float("inf"):
-        scores = tl.load(scores_ptr + draft * CANDIDATES + i, i < CANDIDATES, other=float("-inf"))
-        tl.atomic_add(mass_ptr + draft, tl.sum(weights_kernel(scores - highest).to(tl.int64)))
-        if tile == 0:
-            own = tl.max(tl.load(own_ptr + draft * TILES + other, other < TILES, other=float("-inf")))
-            tl.store(drawn_ptr + draft, weights_kernel(own - highest).to(tl.int64))
+        tl.store(common_ptr + draft, 0)
 
 
 @jit
@@ -290,12 +257,14 @@ def _drafter_kernel(scores, highest, mass):
 @jit
 def _chain_kernel(
     logits_ptr, first_ptr, counts_ptr, drafts_ptr, temperature_ptr, min_p_ptr, seeds_ptr, offsets_ptr, sampled_ptr, least_ptr,
-    mass_ptr, row_highest_ptr, highest_ptr, drawn_ptr, draft_mass_ptr, limit_ptr, accepted_ptr, carried_ptr, stride,
-    VOCABULARY: tl.constexpr, MOST: tl.constexpr, BY_BLOCK: tl.constexpr,
+    mass_ptr, row_highest_ptr, tops_ptr, sums_ptr, own_ptr, highest_ptr, draft_mass_ptr, limit_ptr, accepted_ptr, carried_ptr,
+    stride, VOCABULARY: tl.constexpr, MOST: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr,
+    BY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many drafts of one request count (0 if it is greedy: nothing is left to decide), how many are accepted, and c behind
-    each of them; by block, how many is left to _decide_kernel."""
+    """Of one request how many drafts count (0 if it is greedy: nothing is left to decide), how many are accepted unless
+    _decide_kernel says it, and c behind each of them. Also the highest score of each draft, and its candidates' weight."""
     request = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, TILES_BLOCK)
     first = tl.load(first_ptr + request)
     count = tl.load(counts_ptr + request)
     greedy = not (tl.load(temperature_ptr + request) > 0.0)
@@ -317,14 +286,21 @@ def _chain_kernel(
         usable &= tl.abs(tl.load(row_highest_ptr + row, usable, other=float("inf"))) < float("inf")
         sampled = tl.load(sampled_ptr + row, usable, other=-1)
         asked = usable & (not greedy)
-        highest = tl.load(highest_ptr + draft, asked, other=float("inf"))
+        known = (tile < TILES) & asked
+        tops = tl.load(tops_ptr + draft * TILES + tile, known, other=-0x8000000000000000)
+        highest = value_of(tl.max(tops))
         asked &= tl.abs(highest) < float("inf")
         usable = asked | (usable & greedy)
 
         of_row = _row(least_ptr, mass_ptr, row_highest_ptr, temperature_ptr, min_p_ptr, request, row, asked)
         p = _target_kernel(tl.load(logits_ptr + row * stride + x, asked, other=0.0).to(tl.float32), of_row)
-        share = 1.0 / tl.load(draft_mass_ptr + draft, asked, other=1).to(tl.float64)
-        q = tl.load(drawn_ptr + draft, asked, other=0).to(tl.float64) * share
+        sums = tl.load(sums_ptr + draft * TILES + tile, known, other=0).to(tl.float64)
+        factors = tl.where(known, weights_kernel(value_of(tops) - highest), 0.0).to(tl.int64).to(tl.float64)
+        mass = tl.sum((sums * factors * 9.094947017729282e-13).to(tl.int64))
+        own = tl.max(tl.load(own_ptr + draft * TILES + tile, known, other=float("-inf")))
+        q = tl.where(asked, _drafter_kernel(own, highest, mass), 0.0)
+        tl.store(highest_ptr + draft, highest, asked)
+        tl.store(draft_mass_ptr + draft, mass, asked)
 
         if BY_BLOCK:
             cp = c * p
@@ -501,17 +477,10 @@ def _token_kernel(
     tl.store(token_ptr + request, token)
 
 
-class VerifyPlan(NamedTuple):
-    """Candidates a program: all of a draft where they are no more than `single`, else a tile."""
-
-    tile: int = 1024
-    single: int = 4096
-
-
 def launch_verify(
     logits: Tensor, first: Tensor, counts: Tensor, drafts: Tensor, draft_scores: Tensor, draft_tokens: Tensor | None,
     temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor, block: bool,
-    *, plan: VerifyPlan | None = None, sample_plan: SamplePlan | None = None,
+    *, plan: SamplePlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(logits, first, counts, drafts, draft_scores, draft_tokens, temperature, top_k, top_p, min_p, seeds, offsets)
     requests, most = drafts.shape
@@ -532,56 +501,47 @@ def launch_verify(
     _rows_kernel[(requests,)](
         first, counts, *parameters, seeds, offsets, *of_rows, power_of_two(most + 1), num_warps=1, **UNFUSED
     )
-    sampled, least, mass, row_highest = launch_kept(logits, of_rows[:4], *of_rows[4:], sample_plan)
+    sampled, *target = launch_kept(logits, of_rows[:4], of_rows[4], of_rows[5], plan)
 
     candidates = scores.shape[2]
-    tile, single = plan or VerifyPlan()
-    whole = power_of_two(candidates)
-    tile = max(tile if whole > single else whole, 16)
-    tiles, tile_of_all = -(-candidates // tile), min(tile, max(16, power_of_two(width)))
-    warps = min(max(tile // 256, 1), 8)
+    tile = min(TILE, max(16, power_of_two(candidates)))
+    tiles = -(-candidates // tile)
     grid = requests * most, tiles
-    tops, own = seeds.new_empty(grid), temperature.new_empty(grid)
-    highest = temperature.new_empty(requests * most)
-    drawn, draft_mass, common = (seeds.new_empty(requests * most) for _ in range(3))
+    tops, sums, own = seeds.new_empty(grid), seeds.new_empty(grid), temperature.new_empty(grid)
+    highest, draft_mass, common = (t.new_empty(requests * most) for t in (temperature, seeds, seeds))
     _draft_scan_kernel[grid](
-        scores, tokens, counts, drafts, temperature, tops, own, highest, drawn, draft_mass, common, candidates, tile, tiles,
-        most, dense, num_warps=warps, **UNFUSED,
+        scores, tokens, counts, drafts, temperature, tops, sums, own, common, candidates, tile, tiles, most, dense,
+        num_warps=4, **UNFUSED,
     )  # fmt: skip
-    if tiles > 1:
-        _draft_sum_kernel[grid](
-            scores, counts, temperature, tops, own, highest, drawn, draft_mass, candidates, tile, tiles, power_of_two(tiles),
-            most, num_warps=warps, **UNFUSED,
-        )  # fmt: skip
-
     limit, carried = torch.empty_like(counts), seeds.new_empty((requests, most + 1), dtype=torch.float64)
-    target = least, mass, row_highest
     _chain_kernel[(requests,)](
-        logits, first, counts, drafts, temperature, min_p, seeds, offsets, sampled, *target, highest, drawn, draft_mass, limit,
-        accepted, carried, logits.stride(0), width, most, block, num_warps=1, **UNFUSED,
+        logits, first, counts, drafts, temperature, min_p, seeds, offsets, sampled, *target, tops, sums, own, highest,
+        draft_mass, limit, accepted, carried, logits.stride(0), width, most, tiles, power_of_two(tiles), block,
+        num_warps=4 if tiles > 32 else 1, **UNFUSED,
     )  # fmt: skip
     if block and most > 1:
         _common_kernel[grid](
             logits, scores, tokens, first, temperature, min_p, *target, highest, draft_mass, limit, carried, common,
-            logits.stride(0), width, candidates, tile, most, dense, num_warps=warps, **UNFUSED,
+            logits.stride(0), width, candidates, tile, most, dense, num_warps=4, **UNFUSED,
         )  # fmt: skip
     if block:
         _decide_kernel[(requests,)](
             seeds, offsets, limit, carried, common, accepted, most, num_warps=1, **UNFUSED
         )  # fmt: skip
 
+    tile_of_all = min(TILE, max(16, power_of_two(width)))
     tiles_of_all = 0 if dense else -(-width // tile_of_all)
     parts = tiles + tiles_of_all
     best = seeds.new_empty((requests, parts))
     _candidates_kernel[(requests, tiles)](
         logits, scores, tokens, first, temperature, min_p, seeds, offsets, *target, highest, draft_mass, limit, accepted,
-        carried, best, logits.stride(0), width, candidates, tile, most, parts, dense, num_warps=warps, **UNFUSED,
+        carried, best, logits.stride(0), width, candidates, tile, most, parts, dense, num_warps=4, **UNFUSED,
     )  # fmt: skip
     if not dense:
         words = -(-width // 32)
         marks = counts.new_zeros((requests, words), dtype=torch.int32)
         _mark_kernel[(requests, tiles)](
-            tokens, limit, accepted, marks, width, candidates, tile, most, words, num_warps=warps, **UNFUSED
+            tokens, limit, accepted, marks, width, candidates, tile, most, words, num_warps=4, **UNFUSED
         )
         _others_kernel[(requests, tiles_of_all)](
             logits, first, temperature, min_p, seeds, offsets, *target, limit, accepted, carried, marks, best,

@@ -145,6 +145,16 @@ def test_drafts_are_distributed_as_softmax_of_their_scores():
     assert torch.equal(compiled(scores.gather(1, tokens), tokens, seeds, offsets, torch.tensor(1), sampled), second)
 
 
+def test_probabilities_of_drafts_in_tiles():
+    """Each tile is weighed at its own highest score; one of them has no finite score, one none that counts."""
+    scores = torch.randn(2, 3, 5000) * 4
+    scores[0, :, 1024:2048] = -torch.inf
+    scores[1, :, 2048:3072] -= 60
+    q, known = MODULE._drafter(scores, None, 5000)
+    torch.testing.assert_close(q, scores.double().softmax(2), rtol=2e-6, atol=1e-11)
+    assert known.all()
+
+
 def test_greedy_drafts():
     tokens = torch.stack([torch.randperm(1000)[:40] for _ in range(30)])
     scores = torch.randn(30, 40).round()
@@ -331,3 +341,14 @@ def test_no_requests_and_fake():
     assert [t.shape for t in verify(args[0], *(a[:0] for a in args[1:]), True)] == [(0,), (0,)]
     for fake in OP(*(a.to("meta") for a in args), True):
         assert (fake.shape, fake.dtype, fake.device.type) == ((5,), torch.int64, "meta")
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, str]:
+    return interpreted("tests.ops.interpret_verify")
+
+
+@pytest.mark.xdist_group("verify under the interpreter")
+@pytest.mark.parametrize("case", ("dense", "sparse", "all shapes", "no numbers", "dtypes", "widths", "strides"))
+def test_kernels_under_the_interpreter(case: str, report: dict[str, str]):
+    assert report.get(case) == "ok"

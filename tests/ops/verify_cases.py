@@ -12,11 +12,11 @@ from tests.ops.sample_cases import MIXES, awkward, parameters
 
 
 def mixture(
-    requests: int, most: int, width: int, candidates: int | None = None, *, greedy: int = 7, near: bool = True, spare: int = 2
+    requests: int, most: int, width: int, candidates: int | None = None, *, greedy: int = 7, spare: int = 2, mixes: Any = MIXES
 ) -> list[Any]:
     """Arguments of the op but for `block`: ragged counts, each mix of parameters, rows in any order and `spare` unused ones.
 
-    Drafts are drawn from scores that resemble the target's logits if `near`. Candidates include the draft's likeliest ones."""
+    The drafter's scores resemble the target's logits; its candidates are its likeliest, in any order."""
     counts = torch.randint(0, most + 1, (requests,))
     ends = (counts + 1).cumsum(0)
     order = torch.randperm(requests)
@@ -24,12 +24,11 @@ def mixture(
     lengths = (counts + 1)[order]
     first[order] = lengths.cumsum(0) - lengths + spare
     logits = torch.randn(int(ends[-1]) + 2 * spare, width) * 3
-    picked = [MIXES[i] for i in torch.randint(0, len(MIXES), (requests,)).tolist()]
+    picked = [mixes[i] for i in torch.randint(0, len(mixes), (requests,)).tolist()]
     temperature, *shaping, seeds, offsets = parameters(picked, greedy)
-    scores = torch.randn(requests, most, width) * 2
-    if near:
-        rows = first[:, None] + torch.minimum(torch.arange(most), counts[:, None])
-        scores = (logits[rows] + 0.5 * scores) / torch.where(temperature > 0, temperature, 1.0)[:, None, None]
+    rows = first[:, None] + torch.minimum(torch.arange(most), counts[:, None])
+    noisy = logits[rows] + torch.randn(requests, most, width)
+    scores = noisy / torch.where(temperature > 0, temperature, 1.0)[:, None, None]
     tokens = None
     if candidates is not None:
         likely = scores.topk(candidates, dim=2).indices
@@ -43,12 +42,12 @@ def mixture(
     return [logits, first, counts, drafts, scores, tokens, temperature, *shaping, seeds, offsets]
 
 
-def awkward_requests(width: int, most: int = 2) -> list[Any]:
+def awkward_requests(width: int, most: int = 2, *, greedy: int = 7, mixes: Any = MIXES) -> list[Any]:
     """Each row of `awkward` as each row of a request, and as the drafter's scores of another."""
     rows = awkward(width)
     plain = torch.randn(len(rows), width)
     requests = len(rows) * (2 * most + 1)
-    args = mixture(requests, most, width, spare=0)
+    args = mixture(requests, most, width, greedy=greedy, spare=0, mixes=mixes)
     args[1], args[2] = torch.arange(requests) * (most + 1), torch.full((requests,), most)
     logits = torch.randn(requests, most + 1, width)
     for j in range(most + 1):
@@ -59,9 +58,9 @@ def awkward_requests(width: int, most: int = 2) -> list[Any]:
         scores[begin : begin + len(rows), j] = rows
         scores[len(rows) * j : len(rows) * (j + 1), j] = plain  # of a broken row of the target, not broken itself
     seeds, offsets = args[10], args[11]
-    greedy = ~(args[6] > 0)
+    best = ~(args[6] > 0)
     args[0], args[4] = logits.flatten(0, 1), scores
-    args[3] = torch.stack([draw_draft(scores[:, j], None, seeds, offsets, j, greedy) for j in range(most)], dim=1)
+    args[3] = torch.stack([draw_draft(scores[:, j], None, seeds, offsets, j, best) for j in range(most)], dim=1)
     return args
 
 
