@@ -26,7 +26,7 @@ except ModuleNotFoundError:  # CPU-only installs and platforms without Triton wh
 
 
 def constant(value: Any) -> Any:
-    """A number of this module's that kernels may read: Triton reads no other globals."""
+    """A number as kernels read it from their module: other globals are refused."""
     return value if tl is None else tl.constexpr(value)
 
 
