@@ -21,11 +21,13 @@ from .rms_norm import rms_norm, rms_norm_noscale
 from .rope import rope
 from .route import route
 from .sample import sample
+from .verify import draw_draft, verify
 
 __all__ = [
     "OPS",
     "attention",
     "attention_qkv",
+    "draw_draft",
     "experts",
     "feed_forward_tail",
     "feed_forward_tail_norm",
@@ -51,4 +53,5 @@ __all__ = [
     "rope",
     "route",
     "sample",
+    "verify",
 ]

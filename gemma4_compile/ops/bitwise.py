@@ -12,6 +12,11 @@ from torch import Tensor
 from .library import jit, tl
 
 _WORD = 0xFFFFFFFF
+# What a random number is for: the second word of Philox's counter, so that no two uses of one request share a number.
+# Sampled tokens and residuals are numbered by the token's place; whether drafts are accepted, and the drafts themselves, by
+# the place where their round begins and by their own in it (verify.py says why).
+SAMPLE, ACCEPT, RESIDUAL, DRAFT = range(4)
+STREAMS = 4  # a draft's stream is DRAFT + STREAMS * its place in the round
 
 
 def weights(x: Tensor) -> Tensor:
@@ -26,24 +31,44 @@ def weights(x: Tensor) -> Tensor:
     return y * ((whole + 167.0).int() << 23).view(torch.float32)
 
 
-def gumbel(seeds: Tensor, offsets: Tensor, width: int) -> Tensor:
+def gumbel(seeds: Tensor, offsets: Tensor, width: int, stream: int | Tensor = SAMPLE) -> Tensor:
     """Gumbel noise, -log(-log(u)), of tokens 0 to width: [N, width] fp32, from -2.9 to 22.9.
 
     seeds    [N] int64  Philox's key
     offsets  [N] int64  with token // 4 its counter; the token's word is token % 4
+    stream   int, or [] int64: what the noise is for
 
     u is 1 - v with v from 2**-33 on: the noise is large where v is small, and there fp32 resolves v, as it would not u.
     """
     quad = torch.arange(-(-width // 4), device=seeds.device)[None, :]
-    bits = torch.stack(
-        philox(seeds[:, None], quad, torch.zeros_like(quad), offsets[:, None] & _WORD, offsets[:, None] >> 32 & _WORD), dim=-1
-    )
-    v = (bits.flatten(1)[:, :width].float() * 2.0**-32 + 2.0**-33).clamp(max=1.0 - 2.0**-24)
-    exponential = torch.where(v < 0.0078125, v * (v * (v * 0.33333334 + 0.5) + 1.0), -_log(1.0 - v))
-    return -_log(exponential)
+    bits = torch.stack(_words(seeds[:, None], offsets[:, None], quad, stream), dim=-1)
+    return _noise(bits.flatten(1)[:, :width])
 
 
-def _log(x: Tensor) -> Tensor:
+def gumbel_of(seeds: Tensor, offsets: Tensor, tokens: Tensor, stream: int | Tensor = SAMPLE) -> Tensor:
+    """The noise that `gumbel` has for these tokens [N, C] int64: [N, C] fp32."""
+    w0, w1, w2, w3 = _words(seeds[:, None], offsets[:, None], tokens // 4, stream)
+    turn = tokens % 4
+    return _noise(torch.where(turn < 2, torch.where(turn == 0, w0, w1), torch.where(turn == 2, w2, w3)))
+
+
+def uniform(seeds: Tensor, offsets: Tensor, count: int, stream: int | Tensor) -> Tensor:
+    """[N, count] fp64, between 2**-33 and 1 - 2**-33."""
+    index = torch.arange(count, device=seeds.device)[None, :]
+    return (_words(seeds[:, None], offsets[:, None], index, stream)[0].double() + 0.5) * 2.0**-32
+
+
+def _words(seed: Tensor, offset: Tensor, quad: Tensor, stream: int | Tensor) -> tuple[Tensor, ...]:
+    return philox(seed, quad, torch.zeros_like(quad) + stream, offset & _WORD, offset >> 32 & _WORD)
+
+
+def _noise(bits: Tensor) -> Tensor:
+    v = (bits.float() * 2.0**-32 + 2.0**-33).clamp(max=1.0 - 2.0**-24)
+    exponential = torch.where(v < 0.0078125, v * (v * (v * 0.33333334 + 0.5) + 1.0), -log(1.0 - v))
+    return -log(exponential)
+
+
+def log(x: Tensor) -> Tensor:
     """log(x) for positive normal x in fp32."""
     bits = x.contiguous().view(torch.int32)
     exponent = (bits - 0x3F3504F3) >> 23
@@ -92,8 +117,8 @@ def weights_kernel(x):
 
 
 @jit
-def _log_kernel(x):
-    """As `_log`, to the bit."""
+def log_kernel(x):
+    """As `log`, to the bit."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     part = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -114,14 +139,28 @@ def _log_kernel(x):
 def gumbel_kernel(bits):
     """As `gumbel`, to the bit, of Philox words."""
     v = tl.minimum(bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.999999940395355225)
-    exponential = tl.where(v < 0.0078125, v * (v * (v * 0.33333334 + 0.5) + 1.0), -_log_kernel(1.0 - v))
-    return -_log_kernel(exponential)
+    exponential = tl.where(v < 0.0078125, v * (v * (v * 0.33333334 + 0.5) + 1.0), -log_kernel(1.0 - v))
+    return -log_kernel(exponential)
 
 
 @jit
-def philox_kernel(seed, offset, quad):
+def uniform_kernel(bits):
+    """As `uniform`, to the bit, of Philox words."""
+    return (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+
+
+@jit
+def philox_kernel(seed, offset, quad, stream: tl.constexpr = 0):
     """The random words of tokens 4 quad to 4 quad + 3."""
     zero = (quad * 0).to(tl.uint32)
     low = (offset & 0xFFFFFFFF).to(tl.uint32)
     high = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    return tl.philox(seed, quad.to(tl.uint32), zero, zero + low, zero + high)
+    return tl.philox(seed, quad.to(tl.uint32), (zero + stream).to(tl.uint32), zero + low, zero + high)
+
+
+@jit
+def gumbel_of_kernel(seed, offset, token, stream: tl.constexpr = 0):
+    """As `gumbel_of`, to the bit."""
+    r0, r1, r2, r3 = philox_kernel(seed, offset, token // 4, stream)
+    turn = token % 4
+    return gumbel_kernel(tl.where(turn < 2, tl.where(turn == 0, r0, r1), tl.where(turn == 2, r2, r3)))

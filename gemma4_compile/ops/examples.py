@@ -150,6 +150,24 @@ def _experts(d: Draw) -> tuple:
     return d.flat(s.hidden), indices, weights, gate_up, down
 
 
+def _verify(d: Draw) -> tuple:
+    """A request a token, with three drafts or fewer of five candidates; four in eight are greedy."""
+    requests, most, width = d.batch * d.tokens, 3, d.sizes.vocabulary
+    counts = torch.arange(requests, device=d.device) % (most + 1)
+    first = (counts + 1).cumsum(0) - counts - 1
+    rows = sum(r % (most + 1) + 1 for r in range(requests))
+    logits = 2 * d.normal(rows, width)
+    tokens = torch.rand((requests, most, width), device=d.device).argsort(-1)[..., :5].contiguous()
+    behind = first[:, None] + torch.minimum(torch.arange(most, device=d.device), counts[:, None])
+    scores = logits[behind].float().gather(2, tokens) + torch.randn(tokens.shape, device=d.device)
+    drafts = tokens.gather(2, (scores - torch.empty_like(scores).exponential_().log()).argmax(2, keepdim=True))[..., 0]
+    temperature = (torch.arange(requests, device=d.device) // 4 + 1) % 2 * 0.8
+    top_k = torch.full((requests,), 7, dtype=torch.int32, device=d.device)
+    top_p, min_p = torch.full_like(temperature, 0.9), torch.full_like(temperature, 0.01)
+    seeds = torch.randint(2**62, (requests,), device=d.device)
+    return logits, first, counts, drafts, scores, tokens, temperature, top_k, top_p, min_p, seeds, seeds % 1000, True
+
+
 EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
     "rms_norm": lambda d: (d.states(), d.weight(), EPS),
     "rms_norm_noscale": lambda d: (d.states(), EPS),
@@ -173,6 +191,7 @@ EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
     "ple_combine": _ple_combine,
     "qkv_norm_rope": _qkv,
     "q_norm_rope": lambda d: (d.heads(d.sizes.q_heads), d.weight(d.sizes.head_dim), *d.angles(), EPS),
+    "verify": _verify,
 }
 
 

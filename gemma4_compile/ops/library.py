@@ -25,6 +25,11 @@ except ModuleNotFoundError:  # CPU-only installs and platforms without Triton wh
         return kernel if kernel is not None else jit
 
 
+def constant(value: Any) -> Any:
+    """A number as kernels read it from their module: other globals are refused."""
+    return value if tl is None else tl.constexpr(value)
+
+
 class Op(NamedTuple):
     """One registered op: what it computes, and the launcher of its kernel (runs under TRITON_INTERPRET=1 too)."""
 

@@ -1,8 +1,8 @@
 """ordered_argmax: the token that an assistant's ordered embeddings score highest, without a tensor of vocabulary size;
 ordered_scores: all that they score.
 
-Source: Gemma4AssistantMaskedEmbedder (transformers), for the first followed by argmax. The vocabulary lies in clusters; only tokens of the
-clusters whose centroids score highest are scored. There the scattered row has a place for every token.
+Source: Gemma4AssistantMaskedEmbedder (transformers), for the first followed by argmax. The vocabulary lies in clusters; only
+tokens of the clusters whose centroids score highest are scored. There the scattered row has a place for every token.
 
 What a row costs: two launches, and the embeddings of its clusters read once. One program a row finds the clusters by bisection
 of the scores' bits (_clusters_kernel), then one program a row and cluster scores its tokens; the last of a row's to finish has
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .library import define, expect, jit, power_of_two, tl, unit_stride
-from .sample import _index_of, _ordered, _packed
+from .sample import index_of, ordered, packed
 
 
 def ordered_argmax_reference(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> Tensor:
@@ -53,7 +53,7 @@ def _clusters_kernel(
     row = tl.program_id(0).to(tl.int64)
     cluster = tl.arange(0, BLOCK)
     inside = cluster < CLUSTERS
-    key = _ordered(tl.load(scores_ptr + row * stride + cluster, inside, other=float("-inf")).to(tl.float32)) >> (32 - BITS)
+    key = ordered(tl.load(scores_ptr + row * stride + cluster, inside, other=float("-inf")).to(tl.float32)) >> (32 - BITS)
     low = tl.full((), -(1 << (BITS - 1)), tl.int64)  # the largest key that TOP_K clusters reach lies in low to high
     high = tl.full((), (1 << (BITS - 1)) - 1, tl.int64)
     for _ in range(BITS):
@@ -94,10 +94,10 @@ def _tokens_kernel(
         tl.store(logits_ptr + at, logits, inside)
         tl.store(out_ptr + at, token, inside)
         return
-    best = tl.max(tl.where(inside, _packed(logits, token), -0x8000000000000000))
+    best = tl.max(tl.where(inside, packed(logits, token), -0x8000000000000000))
     tl.atomic_max(best_ptr + row, best)
     if tl.atomic_add(count_ptr + row, 1) == TOP_K - 1:
-        tl.store(out_ptr + row, _index_of(tl.atomic_max(best_ptr + row, best)).to(tl.int64))
+        tl.store(out_ptr + row, index_of(tl.atomic_max(best_ptr + row, best)).to(tl.int64))
 
 
 def launch_ordered_argmax(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> Tensor:

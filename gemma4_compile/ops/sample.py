@@ -19,12 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bitwise import gumbel, gumbel_kernel, philox_kernel, weights, weights_kernel
+from .bitwise import gumbel, gumbel_kernel, gumbel_of_kernel, philox_kernel, weights, weights_kernel
 from .library import UNFUSED, define, expect, jit, power_of_two, tl, unit_stride
 
 MOST = 2**22  # tokens: their weights then sum to less than 2**63
 WAYS = 8  # thresholds a pass of a search
-_PARAMETERS = {
+PARAMETERS = {
     "temperature": torch.float32,
     "top_k": torch.int32,
     "top_p": torch.float32,
@@ -67,32 +67,32 @@ def kept_reference(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
 def _check(logits: Tensor, *parameters: Tensor) -> None:
     expect("sample", "logits must be [N, V]", logits.dim(), 2, "pass the rows that ask for a token")
     expect("sample", "V must lie in 1..2**22", bool(1 <= logits.shape[1] <= MOST), True, "pass the model's vocabulary")
-    for (name, dtype), value in zip(_PARAMETERS.items(), parameters, strict=True):
+    for (name, dtype), value in zip(PARAMETERS.items(), parameters, strict=True):
         expect("sample", f"{name} must be [N] for logits [N, V]", value.shape, logits.shape[:1], "pass one a row")
         expect("sample", f"{name} has a dtype of its own", value.dtype, dtype, f"build it with dtype={dtype}")
 
 
 @jit
-def _ordered(x):
+def ordered(x):
     """int32 that orders as fp32 does: zeros alike, NaN the largest."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(x == x, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), 0x7FFFFFFF)
 
 
 @jit
-def _packed(x, index):
+def packed(x, index):
     """int64 whose maximum is the largest x and, among equals, the lowest index."""
-    return (_ordered(x).to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+    return (ordered(x).to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
 @jit
-def _value_of(packed):
+def value_of(packed):
     key = (packed >> 32).to(tl.int32)
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
 @jit
-def _index_of(packed):
+def index_of(packed):
     return 0x7FFFFFFF - (packed & 0x7FFFFFFF)
 
 
@@ -120,7 +120,7 @@ def _scan_kernel(
 
     logits = tl.load(logits_ptr + row * stride + token, inside, other=float("-inf")).to(tl.float32)
 
-    top = tl.max(tl.where(inside, _packed(logits, token), -0x8000000000000000))
+    top = tl.max(tl.where(inside, packed(logits, token), -0x8000000000000000))
     tl.store(tops_ptr + place, top)
     if tile == 0:
         tl.store(counters_ptr + row * 3, 0)
@@ -128,13 +128,13 @@ def _scan_kernel(
     if temperature > 0.0:
         if (top_k > 0) | (top_p < 1.0) | (min_p > 0.0):
             if top_p < 1.0:  # an estimate for a bound: any exp will do
-                tl.store(sums_ptr + place, tl.sum(tl.exp((logits - _value_of(top)) / temperature)))
+                tl.store(sums_ptr + place, tl.sum(tl.exp((logits - value_of(top)) / temperature)))
         else:
             quad = tile * (TILE // 4) + tl.arange(0, TILE // 4)
             r0, r1, r2, r3 = philox_kernel(tl.load(seeds_ptr + row), tl.load(offsets_ptr + row), quad)
             words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (TILE,))
             score = tl.div_rn(logits, temperature) + gumbel_kernel(words)
-            tl.store(best_ptr + place, tl.max(tl.where(inside, _packed(score, token), -0x8000000000000000)))
+            tl.store(best_ptr + place, tl.max(tl.where(inside, packed(score, token), -0x8000000000000000)))
 
 
 @jit
@@ -151,10 +151,10 @@ def _bound(tops, top_k, top_p, min_p, temperature, highest, sums_ptr, VOCABULARY
                 enough = tl.sum((keys >= middle).to(tl.int32)) >= top_k
                 low = tl.where(enough, middle, low)
                 high = tl.where(enough, high, middle - 1)
-            bound = tl.div_rn(_value_of(low << 32), temperature)
+            bound = tl.div_rn(value_of(low << 32), temperature)
     elif top_p < 1.0:  # all values below the bound weigh less than half of what top_p may leave out
         tile = tl.arange(0, tops.shape[0])
-        value = _value_of(tops)
+        value = value_of(tops)
         shares = tl.load(sums_ptr + tile, tile < TILES, other=0.0) * tl.exp(tl.div_rn(value, temperature) - highest)
         total = tl.sum(tl.where((tile < TILES) & (value > float("-inf")), shares, 0.0))
         bound = tl.minimum(highest + tl.log((1.0 - tl.maximum(top_p, 0.0)) * total * (0.5 / VOCABULARY)), highest)
@@ -167,28 +167,31 @@ def _bound(tops, top_k, top_p, min_p, temperature, highest, sums_ptr, VOCABULARY
 def _collect_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, tops_ptr, sums_ptr, counters_ptr, found_ptr, found_token_ptr,
     stride, VOCABULARY: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr,
-    GROUP: tl.constexpr, CAPACITY: tl.constexpr,
+    GROUP: tl.constexpr, CAPACITY: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """The candidates among GROUP tiles of a row with thresholds, behind those of other programs, in no set order.
 
-    The counters of a row: candidates, their bound's order; for a top_p without a top_k also the integer weight of the row.
+    The counters of a row: candidates, the integer weight of the row for a top_p without a top_k, the order of their bound.
+    KEPT weighs rows without thresholds too, and collects nothing of them.
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     temperature, top_k, top_p, min_p = _parameters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, VOCABULARY)
-    if not ((temperature > 0.0) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))):
+    shaped = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
+    if not ((temperature > 0.0) & (shaped | KEPT)):
         return
     tile = tl.arange(0, TILES_BLOCK)
     token = group * GROUP * TILE + tl.arange(0, GROUP * TILE)
     counters_ptr += row * 3
 
     tops = tl.load(tops_ptr + row * TILES + tile, tile < TILES, other=-0x8000000000000000)
-    highest = tl.div_rn(_value_of(tl.max(tops)), temperature)
+    highest = tl.div_rn(value_of(tl.max(tops)), temperature)
     bound = _bound(tops, top_k, top_p, min_p, temperature, highest, sums_ptr + row * TILES, VOCABULARY, TILES)
-    tl.store(counters_ptr + 2, _ordered(bound).to(tl.int64))  # all programs of the row store the same
+    bound = tl.where(shaped, bound, float("inf"))
+    tl.store(counters_ptr + 2, ordered(bound).to(tl.int64))  # all programs of the row store the same
     top = tl.max(tl.where(tile // GROUP == group, tops, -0x8000000000000000))
-    weigh = (top_k == 0) & (top_p < 1.0)
-    if (tl.div_rn(_value_of(top), temperature) < bound) & (not weigh):
+    weigh = (top_k == 0) & ((top_p < 1.0) | (not shaped))
+    if (tl.div_rn(value_of(top), temperature) < bound) & (not weigh):
         return
     logits = tl.load(logits_ptr + row * stride + token, token < VOCABULARY, other=float("-inf")).to(tl.float32)
 
@@ -220,7 +223,7 @@ def _reaching(thresholds, candidates, WEIGH: tl.constexpr, BLOCK: tl.constexpr):
     for first in range(0, candidates[0], BLOCK):
         x = _x_of(candidates, first + tl.arange(0, BLOCK))
         amounts = weights_kernel(x - candidates[5]).to(tl.int64) if WEIGH else tl.full((BLOCK,), 1, tl.int64)
-        totals += tl.sum(tl.where(_ordered(x)[:, None] >= thresholds[None, :], amounts[:, None], 0), axis=0)
+        totals += tl.sum(tl.where(ordered(x)[:, None] >= thresholds[None, :], amounts[:, None], 0), axis=0)
     return totals
 
 
@@ -241,22 +244,25 @@ def _search(wanted, low, high, candidates, WEIGH: tl.constexpr, BLOCK: tl.conste
 @jit
 def _finish_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, offsets_ptr, tops_ptr, best_ptr, counters_ptr,
-    found_ptr, found_token_ptr, out_ptr, stride, VOCABULARY: tl.constexpr, TILES: tl.constexpr, TILES_BLOCK: tl.constexpr,
-    CAPACITY: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+    found_ptr, found_token_ptr, out_ptr, least_ptr, mass_ptr, highest_ptr, stride, VOCABULARY: tl.constexpr,
+    TILES: tl.constexpr, TILES_BLOCK: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
-    """The token of one row."""
+    """The token of one row; with KEPT what else `Kept` holds."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES_BLOCK)
     temperature, top_k, top_p, min_p = _parameters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, VOCABULARY)
     best = tl.max(tl.load(tops_ptr + row * TILES + tile, tile < TILES, other=-0x8000000000000000))
-    highest = tl.div_rn(_value_of(best), tl.where(temperature > 0.0, temperature, 1.0))
+    highest = tl.div_rn(value_of(best), tl.where(temperature > 0.0, temperature, 1.0))
+    if KEPT:
+        tl.store(highest_ptr + row, highest)
 
     if (temperature > 0.0) & (tl.abs(highest) < float("inf")):
         if (top_k > 0) | (top_p < 1.0) | (min_p > 0.0):
             count = tl.load(counters_ptr + row * 3)
             total = tl.load(counters_ptr + row * 3 + 1)
             low = tl.load(counters_ptr + row * 3 + 2)
-            high = _ordered(highest).to(tl.int64)
+            high = ordered(highest).to(tl.int64)
             whole = count > CAPACITY
             length = tl.where(whole, VOCABULARY, count).to(tl.int32)
             candidates = (length, whole, logits_ptr + row * stride, found_ptr + row * CAPACITY, temperature, highest)
@@ -270,21 +276,29 @@ def _finish_kernel(
             seed = tl.load(seeds_ptr + row)
             offset = tl.load(offsets_ptr + row)
             best = tl.full((), -0x8000000000000000, tl.int64)
+            mass = tl.full((), 0, tl.int64)
             for first in range(0, length, BLOCK):
                 i = first + tl.arange(0, BLOCK)
                 x = _x_of(candidates, i)
-                kept = (i < length) & (_ordered(x) >= low) & (weights_kernel(x - highest) >= min_p * 1099511627776.0)
+                weight = weights_kernel(x - highest)
+                kept = (i < length) & (ordered(x) >= low) & (weight >= min_p * 1099511627776.0)
                 if tl.max(kept.to(tl.int32)) > 0:
                     token = tl.load(found_token_ptr + row * CAPACITY + i, kept & (not whole), other=0)
                     token = tl.where(whole, i, token)
-                    r0, r1, r2, r3 = philox_kernel(seed, offset, token // 4)
-                    turn = token % 4
-                    words = tl.where(turn < 2, tl.where(turn == 0, r0, r1), tl.where(turn == 2, r2, r3))
-                    score = tl.where(kept, _packed(x + gumbel_kernel(words), token), -0x8000000000000000)
+                    score = x + gumbel_of_kernel(seed, offset, token)
+                    score = tl.where(kept, packed(score, token), -0x8000000000000000)
                     best = tl.maximum(best, tl.max(score))
+                    if KEPT:
+                        mass += tl.sum(tl.where(kept, weight.to(tl.int64), 0))
+            if KEPT:
+                tl.store(least_ptr + row, low)
+                tl.store(mass_ptr + row, mass)
         else:
             best = tl.max(tl.load(best_ptr + row * TILES + tile, tile < TILES, other=-0x8000000000000000))
-    tl.store(out_ptr + row, _index_of(best))
+            if KEPT:
+                tl.store(least_ptr + row, -0x80000000)
+                tl.store(mass_ptr + row, tl.load(counters_ptr + row * 3 + 1))
+    tl.store(out_ptr + row, index_of(best))
 
 
 class SamplePlan(NamedTuple):
@@ -297,17 +311,45 @@ class SamplePlan(NamedTuple):
     block: int = 2048
 
 
+class Kept(NamedTuple):
+    """What the kernels know of the rows that they draw from: a token is kept if x reaches `least` and its weight min_p's.
+
+    tokens   [N] int64  as the op gives them
+    least    [N] int64  order of the least x that top-k and top-p keep, see `ordered`; unset for rows that are not drawn from
+    mass     [N] int64  what all kept tokens weigh; likewise
+    highest  [N] fp32   the largest x
+    """
+
+    tokens: Tensor
+    least: Tensor
+    mass: Tensor
+    highest: Tensor
+
+
 def launch_sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor,
     *, plan: SamplePlan | None = None,
 ) -> Tensor:  # fmt: skip
     _check(logits, temperature, top_k, top_p, min_p, seeds, offsets)
+    return _launch(logits, (temperature, top_k, top_p, min_p), seeds, offsets, plan, None)
+
+
+def launch_kept(
+    logits: Tensor, parameters: tuple[Tensor, ...], seeds: Tensor, offsets: Tensor, plan: SamplePlan | None = None
+) -> Kept:
+    """As launch_sample, for callers that go on to ask what a token's probability is. Rows without thresholds are read twice."""
+    kept = Kept(torch.empty_like(seeds), torch.empty_like(seeds), torch.empty_like(seeds), torch.empty_like(parameters[0]))
+    _launch(logits, parameters, seeds, offsets, plan, kept)
+    return kept
+
+
+def _launch(
+    logits: Tensor, parameters: tuple[Tensor, ...], seeds: Tensor, offsets: Tensor, plan: SamplePlan | None, kept: Kept | None
+) -> Tensor:
     logits = unit_stride(logits)
-    temperature, top_k, top_p, min_p, seeds, offsets = (
-        t.contiguous() for t in (temperature, top_k, top_p, min_p, seeds, offsets)
-    )
+    temperature, top_k, top_p, min_p, seeds, offsets = (t.contiguous() for t in (*parameters, seeds, offsets))
     rows, width = logits.shape
-    out = torch.empty_like(seeds)
+    out, least, mass, highest = kept or Kept(*(torch.empty_like(seeds),) * 3, temperature)  # three that nothing writes
     if not rows:
         return out
     tile, group, capacity, block = plan or SamplePlan()
@@ -326,11 +368,11 @@ def launch_sample(
     )
     _collect_kernel[(rows, -(-tiles // group))](
         logits, *parameters, tops, sums, counters, found, found_token, stride,
-        width, tile, tiles, tiles_block, group, capacity, num_warps=8, **UNFUSED,
+        width, tile, tiles, tiles_block, group, capacity, kept is not None, num_warps=8, **UNFUSED,
     )  # fmt: skip
     _finish_kernel[(rows,)](
-        logits, *parameters, seeds, offsets, tops, best, counters, found, found_token, out, stride,
-        width, tiles, tiles_block, capacity, min(block, power_of_two(width)), WAYS, num_warps=16, **UNFUSED,
+        logits, *parameters, seeds, offsets, tops, best, counters, found, found_token, out, least, mass, highest, stride,
+        width, tiles, tiles_block, capacity, min(block, power_of_two(width)), WAYS, kept is not None, num_warps=16, **UNFUSED,
     )  # fmt: skip
     return out
 

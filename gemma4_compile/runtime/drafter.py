@@ -27,8 +27,8 @@ from gemma4_compile.program import Program, compile_step, open_step
 from .batch import KINDS, PlainKV, require
 from .cuda_graphs import Buckets, CudaRecorder, Recorder, check_host, fitting
 from .memory import owners
-from .mtp import Drafted
 from .model import program_folder
+from .mtp import Drafted
 
 _INPUTS = {"tokens": torch.int64, "hidden": None, "positions": torch.int64, "starts": torch.int32} | {
     f"table.{kind}": torch.int32 for kind in KINDS
@@ -141,8 +141,8 @@ class Drafter:
     ) -> Drafted:  # fmt: skip
         """So many drafts, K unless given, of each of so many requests. From a graph they are valid until the next call.
 
-        fill   writes their inputs to buffers of R rows or more: tokens, hidden, positions and the tables, as of `draft`. What is
-               behind the R requests must read pages that exist. It may be called more than once
+        fill   writes their inputs to buffers of R rows or more: tokens, hidden, positions and the tables, as of `draft`. What
+               is behind the R requests must read pages that exist. It may be called more than once
         draws  whether drafts are drawn: then there are buffers, too, for temperature [R] fp32, seeds and offsets [R] int64, as
                of draw_draft; temperature 0 is greedy
         """
@@ -157,8 +157,8 @@ class Drafter:
         return Drafted(*self._steps(inputs, drafts, draws)[1:])
 
     def _steps(self, inputs: dict[str, Tensor], drafts: int, draws: bool = False) -> list[Tensor]:
-        """The states [R, H] that the first step passes on, by which a replay is compared; the drafts [R, drafts]; where they are
-        drawn also scores and, unless they are the vocabulary, candidates [R, drafts, C]."""
+        """The states [R, H] that the first step passes on, by which a replay is compared; the drafts [R, drafts]; where they
+        are drawn also scores and, unless they are the vocabulary, candidates [R, drafts, C]."""
         inputs = inputs | self._kv
         program = self.program if self._drawing is None or not draws else self._drawing
         passed, found = [], []
@@ -290,6 +290,14 @@ def _make_step(module: Any, owned: tuple[int, ...], rope_offset: int, ends: str)
         return tokens, assistant.post_projection(states)
 
     return step
+
+
+def candidates_of(assistant: Any) -> tuple[int, bool]:
+    """How many tokens a draft is chosen from, and whether that is the vocabulary."""
+    embedder, vocabulary = assistant.masked_embedding, assistant.config.get_text_config().vocab_size
+    if embedder is None:
+        return vocabulary, True
+    return embedder.centroid_intermediate_top_k * (vocabulary // embedder.num_centroids), False
 
 
 def check_fit(target: Any, assistant: Any, target_geometry: Geometry) -> tuple[int, ...]:

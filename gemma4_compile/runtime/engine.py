@@ -26,6 +26,7 @@ from .draft_length import DraftLength, SpeculativeTokens
 from .metrics import EngineMetrics, RequestMetrics
 from .model import PackedModel
 from .model_runner import Launched, ModelRunner
+from .mtp import VERIFICATIONS
 from .outputs import Chunk, RequestOutput, Sample, TokenLogprob
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
@@ -67,6 +68,8 @@ class Engine:
                          "adaptive", the K up to 6 that gives most tokens a second by measured acceptance and times
     draft_rope_offset    RoPE position of drafts less that of the last token whose key is stored: 0, as in vLLM and SGLang, or
                          1, as in transformers. Which gets more drafts accepted: scripts/acceptance.py
+    draft_verification   of sampled requests: "block" or "token", rejection sampling, which keeps the distribution; or "match",
+                         which accepts fewer drafts and keeps the very tokens of each seed. Greedy requests have theirs anyway
 
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
 
@@ -76,14 +79,20 @@ class Engine:
     def __init__(
         self, model: nn.Module | str | Path, config: EngineConfig | None = None, tokenizer: Any = None, *,
         assistant: nn.Module | str | Path | None = None, speculative_tokens: SpeculativeTokens = 3, draft_rope_offset: int = 0,
+        draft_verification: str = "block",
     ):  # fmt: skip
         self.config = config = config or EngineConfig()
         self._draft_length = None if assistant is None else DraftLength(speculative_tokens)
         most = self._draft_length.most if self._draft_length else 0
+        if draft_verification not in VERIFICATIONS:
+            known = ", ".join(VERIFICATIONS)
+            raise ValueError(f"draft_verification must be one of {known}, got {draft_verification!r}; choose one")
         self.model, self.tokenizer = _model_of(model, config, tokenizer)
         self.assistant = _assistant_of(assistant, self.model)
         self._stop_tokens = frozenset(i for i in _stop_tokens(self.model) if i < self.model.config.vocab_size)
-        self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens, self.assistant, most, draft_rope_offset)
+        self.runner = ModelRunner(
+            PackedModel(self.model), config, self._stop_tokens, self.assistant, most, draft_rope_offset, draft_verification
+        )
         self.scheduler = Scheduler(
             self.runner.pages, config.max_batched_tokens, reuse=config.prefix_reuse, drafts=self.runner.speculative_tokens
         )

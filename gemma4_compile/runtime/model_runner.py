@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from gemma4_compile.config import EngineConfig
 from gemma4_compile.program import StepResult
 
-from . import invariants
+from . import invariants, mtp
 from .batch import KINDS, STEP_INPUTS
 from .cuda_graphs import Buckets, GraphRunner
-from .drafter import Drafter
+from .drafter import Drafter, candidates_of
 from .memory import MemoryReport, PoolSizes, allocate, divide, naive_token_bytes, owners, token_bytes
 from .model import PackedModel
-from .mtp import Drafts, finish_round
+from .mtp import Drafts
 from .pages import KVPages
 from .row_state import RowState
 from .sampler import Sampler, named_logprobs
@@ -50,9 +50,9 @@ class ModelRunner:
 
     def __init__(
         self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int], assistant: nn.Module | None = None,
-        speculative_tokens: int = 0, draft_rope_offset: int = 0,
+        speculative_tokens: int = 0, draft_rope_offset: int = 0, verification: str = "match",
     ):  # fmt: skip
-        self.packed, self.config = packed, config
+        self.packed, self.config, self.verification = packed, config, verification
         self.speculative_tokens = speculative_tokens if assistant is not None else 0
         # Rows of a step that want logits at most, but for those of prompts.
         self._rows = min(config.max_requests * (1 + self.speculative_tokens), config.max_batched_tokens)
@@ -71,6 +71,9 @@ class ModelRunner:
 
         self.owning = {kind: [layer.index for layer in found] for kind, found in layers.items()}
 
+        # Before what is left is divided: scores of drafts can be as wide as the vocabulary.
+        candidates, whole = candidates_of(assistant) if assistant is not None and verification != "match" else (0, False)
+        self.state = RowState.empty(config.max_requests, self.speculative_tokens, self.device, candidates, whole)
         steps = self._measure_step(graphs) if self.on_gpu else 0
         sizes = self._divide(self._kv_bytes(steps))
         self.max_model_len = sizes.longest
@@ -84,7 +87,6 @@ class ModelRunner:
             naive_token_bytes=naive_token_bytes(packed.geometry, self.kv_dtype.itemsize),
         )  # fmt: skip
         self.kv = allocate(packed.geometry, sizes.pages, config.page_size, self.kv_dtype, self.device)
-        self.state = RowState.empty(config.max_requests, self.speculative_tokens, self.device)
         self.sampler = Sampler(config.max_requests, self.vocabulary, self.state, stop_tokens)
         self.graphs: GraphRunner | None = None
         if graphs:
@@ -94,7 +96,10 @@ class ModelRunner:
         if assistant is not None:
             width = self.pages.tables[next(iter(self.windows))].shape[1]
             buckets = self._within(Buckets().decode, config.max_requests) if graphs else ()
-            self.drafter = Drafter(model, assistant, speculative_tokens, self.kv, draft_rope_offset, width=width, sizes=buckets)
+            self.drafter = Drafter(
+                model, assistant, speculative_tokens, self.kv, draft_rope_offset, width=width, sizes=buckets,
+                draws=verification != "match",
+            )  # fmt: skip
 
     # Memory
 
@@ -234,10 +239,21 @@ class ModelRunner:
         if sampled := len(arrays.targets):
             rows = step["rows"] if arrays.prompt_rows is None else step["rows"][step["picks"]]
             positions = step["positions"] if greedy is not None else step["positions"][rows[:sampled]]
-            results |= self.sampler(logits[:sampled], positions, step, arrays, greedy)
-        if self.drafter is not None and arrays.rounds:
-            drafts = self.speculative_tokens if drafts is None else drafts
-            results["accepted"] = finish_round(self.drafter, self.state, results["tokens"], hidden, step, drafts)
+            draws = self.state.scores is not None and bool(arrays.rounds) and self.sampler.draws(arrays.rounds["round_rows"])
+            accepted: Tensor | None = None
+
+            def settle(tokens: Tensor, shaped: Tensor, offsets: Tensor) -> Tensor:
+                nonlocal accepted
+                block = self.verification == "block"
+                tokens, accepted = mtp.settle(self.state, tokens, shaped, offsets, step, block)
+                return tokens
+
+            results |= self.sampler(logits[:sampled], positions, step, arrays, greedy, settle if draws else None)
+            if self.drafter is not None and arrays.rounds:
+                drafts = self.speculative_tokens if drafts is None else drafts
+                results["accepted"] = mtp.finish_round(
+                    self.drafter, self.state, results["tokens"], hidden, step, drafts, accepted, draws
+                )
         return Launched(work, Fetched(results))
 
     def _logits(self, work: Sequence[Work], arrays: StepArrays) -> tuple[StepResult, dict[str, Tensor], Tensor | None]:

@@ -49,7 +49,7 @@ class Drafts(Protocol):
     def draft_from(
         self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None, draws: bool = False
     ) -> Drafted:  # fmt: skip
-        """So many drafts, K unless given, of each of so many requests, whose inputs `fill` writes to buffers; drawn or greedy."""
+        """So many drafts, K unless given, of each of so many requests, whose inputs `fill` writes; drawn or greedy."""
 
 
 def settle(
@@ -67,10 +67,13 @@ def settle(
     rows, first = step["round_rows"], step["first"]
     drafts = state.drafts[rows]
     candidates = None if state.candidates is None else state.candidates[rows]
-    shaping = (step[name][first] for name in ("temperature", "top_k", "top_p", "min_p", "seeds"))
-    accepted, last = verify(
-        logits, first, step["counts"], drafts, state.scores[rows], candidates, *shaping, offsets[first], block
+    temperature, top_k, top_p, min_p, seeds = (
+        step[name][first] for name in ("temperature", "top_k", "top_p", "min_p", "seeds")
     )
+    accepted, last = verify(
+        logits, first, step["counts"], drafts, state.scores[rows], candidates, temperature, top_k, top_p, min_p, seeds,
+        offsets[first], block,
+    )  # fmt: skip
     place = torch.arange(drafts.shape[1], device=drafts.device)
     nowhere = len(tokens)
     found = torch.cat((tokens, tokens[:1]))

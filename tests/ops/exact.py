@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma4_compile.ops.bitwise import ACCEPT, RESIDUAL, SAMPLE, gumbel, uniform
+
 
 def exact(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The outputs of gemma4::op on args, computed in fp64."""
@@ -76,6 +78,48 @@ def inputs(ids: Tensor, table: Tensor, embed_scale: Tensor, projection: Tensor, 
     return combine(tokens, projection, weight, *rest)
 
 
+def kept_softmax(x: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    falling = x.sort(descending=True).values
+    p = x.where(x >= falling[top_k - 1], -torch.inf).softmax(0)
+    falling = p.sort(descending=True).values
+    p = p.where(p >= falling[int((falling.cumsum(0) < top_p * (1 - 1e-7)).sum())], 0)
+    p = p.where(p >= min_p * p.max(), 0)
+    return p / p.sum()
+
+
+def verify(logits: Tensor, first: Tensor, counts: Tensor, drafts: Tensor, scores: Tensor, tokens: Tensor, *rest: Any) -> tuple:
+    """By block, a request at a time, without shortcuts: every probability is divided out, nothing is an integer."""
+    found = [
+        verified(logits[f : f + n + 1], drafts[r, :n].tolist(), scores[r], tokens[r], *(t[r].item() for t in rest[:-1]))
+        for r, (f, n) in enumerate(zip(first.tolist(), counts.tolist(), strict=True))
+    ]
+    return tuple(counts.new_tensor(values) for values in zip(*found, strict=True))
+
+
+def verified(
+    logits: Tensor, drafts: list[int], scores: Tensor, tokens: Tensor, temperature: float, top_k: int, top_p: float,
+    min_p: float, seed: int, offset: int,
+) -> tuple[int, int]:  # fmt: skip
+    best = logits.argmax(1).tolist()
+    if temperature == 0:
+        accepted = next((i for i, draft in enumerate(drafts) if draft != best[i]), len(drafts))
+        return accepted, best[accepted]
+    p = [kept_softmax(row / temperature, top_k, top_p, min_p) for row in logits]
+    q = [torch.zeros_like(row).scatter_(0, t, s.softmax(0)) for row, t, s in zip(logits, tokens, scores, strict=False)]
+    key, place = torch.tensor([seed]), torch.tensor([offset])
+    u = uniform(key, place, len(drafts), ACCEPT)[0].tolist() if drafts else []
+    c, accepted, left = 1.0, 0, p[0] if not drafts else (p[0] - q[0]).clamp(min=0)
+    for j, x in enumerate(drafts):
+        c = min(1.0, c * (p[j][x] / q[j][x]).item())
+        last = j + 1 == len(drafts)
+        rest = p[j + 1] if last else (c * p[j + 1] - q[j + 1]).clamp(min=0)
+        chance = c if last or c == 1 else (rest.sum() / (rest.sum() + 1 - c)).item()
+        if u[j] < chance:
+            accepted, left = j + 1, rest
+    stream = SAMPLE if accepted == len(drafts) else RESIDUAL
+    return accepted, int((left.log() + gumbel(key, place + accepted, len(left), stream)[0]).argmax())
+
+
 EXACT: dict[str, Callable[..., Any]] = {
     "rms_norm": norm,
     "rms_norm_noscale": lambda x, eps: norm(x, None, eps),
@@ -105,4 +149,5 @@ EXACT: dict[str, Callable[..., Any]] = {
         norm(v, None, eps),
     ),
     "q_norm_rope": lambda q, w, cos, sin, eps: rope(norm(q, w, eps), cos, sin),
+    "verify": verify,
 }

@@ -14,7 +14,8 @@ from gemma4_compile.assistant import load_assistant
 from gemma4_compile.demo import DEMO_NAMES
 from gemma4_compile.runtime import invariants
 from gemma4_compile.runtime.cuda_graphs import Buckets, GraphRunner
-from gemma4_compile.runtime.mtp import count_accepted
+from gemma4_compile.runtime.drafter import Drafter
+from gemma4_compile.runtime.mtp import Drafted, count_accepted
 from gemma4_compile.runtime.outputs import RequestOutput
 from tests.runtime.demo_models import demo
 from tests.runtime.host_recorder import HostRecorder
@@ -39,29 +40,31 @@ def plain(name: str) -> Engine:
     return Engine(demo(name).served, SMALL, demo(name).tokenizer)
 
 
-def serve(name: str, drafts: int = 3, config: EngineConfig = SMALL) -> Engine:
+def serve(name: str, drafts: Any = 3, config: EngineConfig = SMALL, verification: str = "match") -> Engine:
     models = demo(name)
-    return Engine(models.served, config, models.tokenizer, assistant=assistant(name), speculative_tokens=drafts)
+    return Engine(models.served, config, models.tokenizer, assistant=assistant(name), speculative_tokens=drafts,
+                  draft_verification=verification)  # fmt: skip
 
 
 class Scripted:
     """Drafts from known texts: `change` makes what it says of what is right."""
 
-    def __init__(self, texts: list[list[int]], drafts: int, change: Callable[[int], int] = lambda token: token):
-        self.speculative_tokens, self.change = drafts, change
+    def __init__(self, engine: Engine, texts: list[list[int]], drafts: int, change: Callable[[int], int] = lambda token: token):
+        made = engine.runner.drafter
+        assert isinstance(made, Drafter)
+        self.made, self.speculative_tokens, self.change = made, drafts, change
         self.following = {(len(text[:i]) - 1, text[i - 1]): text[i:] for text in texts for i in range(1, len(text) + 1)}
 
-    def draft(
-        self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor], drafts: int | None = None
-    ) -> Tensor:  # fmt: skip
+    def draft_from(
+        self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None, draws: bool = False
+    ) -> Drafted:  # fmt: skip
+        inputs = self.made._buffers(count, self.made._width)
+        fill(inputs)
         found = []
-        for token, position in zip(tokens.tolist(), positions.tolist(), strict=True):
+        for token, position in zip(inputs["tokens"].tolist(), inputs["positions"].tolist(), strict=True):
             after = self.following.get((position + 1, token), [])
             found.append([self.change(t) for t in (after + [0] * self.speculative_tokens)[: self.speculative_tokens]])
-        return torch.tensor(found)[:, :drafts]
-
-    def draft_from(self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None) -> Tensor:
-        raise AssertionError("on a GPU alone")
+        return Drafted(torch.tensor(found)[:, :drafts])
 
 
 def ids(outputs: list[RequestOutput]) -> list[list[int]]:
@@ -157,7 +160,7 @@ def test_tokens_whoever_drafts(who: str) -> None:
         "wrong": lambda token: (token + 1) % 2048,
         "random": lambda token: token if chooser.random() < 0.6 else chooser.randrange(2048),
     }[who]
-    engine.runner.drafter = Scripted(texts, 4, change)
+    engine.runner.drafter = Scripted(engine, texts, 4, change)
     assert ids(engine.generate(prompts, params)) == ids(expected)
     assert_empty(engine)
     share = engine.metrics.accepted_tokens / engine.metrics.drafted_tokens
@@ -204,7 +207,7 @@ def test_requests_end_in_the_middle_of_an_accepted_run() -> None:
     prompt = models.prompts(3, 60)[0] + models.prompts(3, 60)[1]
     [whole] = plain("e").generate(prompt, SamplingParams(max_tokens=14, ignore_eos=True))
     engine = serve("e", 4)
-    engine.runner.drafter = Scripted([prompt + whole.token_ids], 4)
+    engine.runner.drafter = Scripted(engine, [prompt + whole.token_ids], 4)
     cases: list[dict[str, Any]] = [{"max_tokens": n} for n in range(1, 12)]
     cases += [{"stop_token_ids": [token]} for token in dict.fromkeys(whole.token_ids)]
     pieces = [models.tokenizer.decode(whole.token_ids[i : i + 2]) for i in range(10)]
