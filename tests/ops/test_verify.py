@@ -88,7 +88,7 @@ def numbers(tokens: Tensor, width: int) -> Tensor:
 
 
 @FORMS
-@pytest.mark.parametrize(("temperature", "shape"), list(product((1.0, 0.7), SHAPES)))
+@pytest.mark.parametrize(("temperature", "shape"), [(0.7, "all"), *product((1.0, 0.7), list(SHAPES)[:-1])])
 def test_tokens_are_distributed_as_the_targets(temperature: float, shape: str, block: bool):
     """The first one, and the first two; not as those of another temperature."""
     chain = Chain(width=12, most=3, nearness=0.6)
@@ -181,8 +181,8 @@ def accepted_by(block: bool, p: Tensor, q: Tensor, count: int, most: int) -> flo
 def test_by_block_accepts_more():
     """10/9 and 11/9 of two drafts, by hand: of p = (1/3, 2/3) and q = (2/3, 1/3)."""
     p, q = torch.tensor([1 / 3, 2 / 3]), torch.tensor([2 / 3, 1 / 3])
-    assert abs(accepted_by(False, p, q, 40_000, 2) - 10 / 9) < 0.02  # standard error 0.0045
-    assert abs(accepted_by(True, p, q, 40_000, 2) - 11 / 9) < 0.02
+    assert abs(accepted_by(False, p, q, COUNT, 2) - 10 / 9) < 0.025  # standard error 0.006
+    assert abs(accepted_by(True, p, q, COUNT, 2) - 11 / 9) < 0.025
     for nearness in (0.0, 0.5, 0.9):
         x, y = torch.randn(2, 10)
         p, q = x.softmax(0), (nearness * x + (1 - nearness) * y).softmax(0)
