@@ -3,7 +3,7 @@
     python scripts/acceptance.py [--names e,moe] [--prompts 32] [--out FILE]
 
 Greedy, fp32, the demo checkpoints. The measure of all three is that of gemma4_compile/demo/evaluate.py: new tokens a
-verification, less the one that is free. Also the rounds of sampled text, where a draft is accepted if it is drawn.
+verification, less the one that is free. Also sampled text, by each kind of verification.
 """
 
 from __future__ import annotations
@@ -23,18 +23,32 @@ from gemma4_compile.assistant import load_assistant
 from gemma4_compile.demo import held_out_prompts
 from gemma4_compile.demo.evaluate import accepted_drafts_hf
 from gemma4_compile.loading import load
+from gemma4_compile.runtime.mtp import VERIFICATIONS
 
 DRAFTS = 3
 
 
 def served(
-    folder: Path, prompts: list[list[int]], new_tokens: int, device: str, offset: int, **params: Any
+    folder: Path,
+    prompts: list[list[int]],
+    new_tokens: int,
+    device: str,
+    offset: int,
+    verification: str = "block",
+    **params: Any,
 ) -> dict[str, float]:
     """Tokens a round less one, and rounds, of an engine that drafts at this position."""
     config = EngineConfig(max_requests=16, dtype="float32", device=device, progress=False, capture_at_start=False)
     assistant: Any = load_assistant(folder / "assistant", dtype=torch.float32)
     assistant = assistant.to(device).eval().requires_grad_(False)
-    engine = Engine(folder / "target", config, assistant=assistant, speculative_tokens=DRAFTS, draft_rope_offset=offset)
+    engine = Engine(
+        folder / "target",
+        config,
+        assistant=assistant,
+        speculative_tokens=DRAFTS,
+        draft_rope_offset=offset,
+        draft_verification=verification,
+    )
     outputs = engine.generate(prompts, SamplingParams(max_tokens=new_tokens, ignore_eos=True, **params))
     tokens = sum(len(output.token_ids) - 1 for output in outputs)  # a prompt's first token needs no round
     rounds = tokens - engine.metrics.accepted_tokens
@@ -62,9 +76,10 @@ def main() -> None:
         for offset in (0, 1):
             row[f"offset_{offset}"] = served(folder, prompts, arguments.new_tokens, arguments.device, offset)
         for temperature in (0.7, 1.0):
-            row[f"temperature_{temperature}"] = served(
-                folder, prompts, arguments.new_tokens, arguments.device, 0, temperature=temperature, seed=0
-            )
+            for verification in VERIFICATIONS:
+                row[f"{temperature}_{verification}"] = served(
+                    folder, prompts, arguments.new_tokens, arguments.device, 0, verification, temperature=temperature, seed=0
+                )
         rows.append(row)
         print(name, *(f"{key} {value['mean']:.3f}" for key, value in row.items() if key != "name"), sep="  ", flush=True)
     if arguments.out:

@@ -28,11 +28,14 @@ def assistant(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return found.to("cuda").eval().requires_grad_(False)
 
 
-def serve(name: str, drafts: int, dtype: torch.dtype = torch.float32, **config: Any) -> Engine:
+def serve(
+    name: str, drafts: Any, dtype: torch.dtype = torch.float32, verification: str = "block", **config: Any
+) -> Engine:  # fmt: skip
     torch.set_float32_matmul_precision("highest")
     models = demo(name, "cuda", dtype)
     given = EngineConfig(**{"max_requests": 32, **LIMITS, **config})
-    return Engine(models.served, given, models.tokenizer, assistant=assistant(name, dtype), speculative_tokens=drafts)
+    return Engine(models.served, given, models.tokenizer, assistant=assistant(name, dtype), speculative_tokens=drafts,
+                  draft_verification=verification)  # fmt: skip
 
 
 def accepted(engine: Engine) -> float:
@@ -87,9 +90,37 @@ def test_sampled_tokens_are_those_of_their_seeds() -> None:
     ]
     config = EngineConfig(max_requests=32, **LIMITS)
     plain = Engine(models.served, config, models.tokenizer).generate(prompts, params)
-    engine = serve("e", 3)
+    engine = serve("e", 3, verification="match")
     assert [o.token_ids for o in engine.generate(prompts, params)] == [o.token_ids for o in plain]
     assert engine.metrics.accepted_tokens > 0
+
+
+@both
+def test_rejection_sampling_gives_the_tokens_of_the_cpu(name: str) -> None:
+    """As far as logits agree: nearly all texts, token by token; and more drafts are accepted than by match."""
+    models, config = demo(name), EngineConfig(max_requests=16)
+    prompts = models.prompts(16, 200)
+    params = [SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.9, top_p=0.95, seed=i) for i in range(16)]
+    on_cpu = load_assistant(demo_checkpoint(name) / "assistant", dtype=torch.float32).eval().requires_grad_(False)
+    cpu = Engine(models.served, config, models.tokenizer, assistant=on_cpu, speculative_tokens=3)
+    wanted = [o.token_ids for o in cpu.generate(prompts, params)]
+    engine, match = serve(name, 3), serve(name, 3, verification="match")
+    found = [o.token_ids for o in engine.generate(prompts, params)]
+    match.generate(prompts, params)
+    print(f"\n{name}: {accepted(engine):.2f} of drafts accepted, {accepted(match):.2f} by match")
+    assert sum(a == b for a, b in zip(found, wanted, strict=True)) >= 14
+    assert accepted(engine) > accepted(match)
+
+
+def test_adaptive() -> None:
+    engine = serve("e", "adaptive")
+    models = demo("e", "cuda", torch.float32)
+    outputs = engine.generate(models.prompts(8, 100), SamplingParams(max_tokens=400, ignore_eos=True))
+    assert all(d.margin <= 1e-3 for d in report(models, outputs, "adaptive"))
+    length = engine._draft_length
+    assert length is not None
+    print({key: f"{1e3 * sorted(times)[len(times) // 2]:.2f} ms" for key, times in sorted(length._times.items())})
+    print([f"{length.tokens(k):.2f}" for k in range(7)], length.choose(8))
 
 
 @pytest.mark.parametrize("params", [SamplingParams(max_tokens=40), SamplingParams(max_tokens=40, temperature=0.8, top_p=0.9)])

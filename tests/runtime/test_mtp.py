@@ -1,7 +1,9 @@
 """Engines with an assistant: the tokens of an engine without one, whoever drafts, whatever ends a request or takes pages."""
 
 import random
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -180,6 +182,61 @@ def test_sampled_tokens_are_those_of_their_seeds(name: str) -> None:
         same(output, other)
     assert engine.metrics.accepted_tokens > 0
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("verification", ["block", "token"])
+def test_sampled_text_is_distributed_as_the_targets(verification: str) -> None:
+    """Chi-square of the first three tokens, two of which may be drafts, of 500 seeds; the target's probabilities by Hugging
+    Face."""
+    models, engine = demo("e"), serve("e", 3, replace(SMALL, max_requests=32), verification)
+    prompt, top_k, temperature = models.prompts(3, 60)[0], 3, 1.0
+    params = [
+        SamplingParams(max_tokens=6, ignore_eos=True, temperature=temperature, top_k=top_k, seed=i) for i in range(500)
+    ]  # fmt: skip
+    found = Counter(tuple(tokens[:3]) for tokens in ids(engine.generate([prompt] * len(params), params)))
+    assert engine.metrics.accepted_tokens > 0.5 * len(params)
+
+    expected: dict[tuple[int, ...], float] = {(): float(len(params))}
+    for _ in range(3):
+        longer = {}
+        for text, count in expected.items():
+            with torch.no_grad():
+                logits = models.plain(torch.tensor([prompt + list(text)]), use_cache=False).logits[0, -1].double() / temperature
+            values, tokens = logits.topk(top_k)
+            for token, share in zip(tokens.tolist(), values.softmax(0).tolist(), strict=True):
+                longer[(*text, token)] = count * share
+        expected = longer
+    assert set(found) <= set(expected)
+    rare = {text for text, count in expected.items() if count < 8}
+    cells = [(found[text], count) for text, count in expected.items() if text not in rare]
+    cells.append((sum(found[text] for text in rare), sum(expected[text] for text in rare)))
+    statistic = sum((seen - count) ** 2 / count for seen, count in cells if count)
+    bound = 2 * float(torch.distributions.Gamma((len(cells) - 1) / 2, 1.0).sample((200_000,)).quantile(1 - 1e-4))
+    assert len(cells) > 6 and statistic < bound
+    assert_empty(engine)
+
+
+def test_seeds_and_parameters_of_rejection_sampling() -> None:
+    """Greedy requests beside sampled ones have their own tokens; the same engine gives a seed's text again; penalized ones and
+    those with biases and least lengths are served."""
+    models = demo("e")
+    prompts = models.prompts(6, 80)
+    given: list[dict[str, Any]] = [
+        {}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 20, "logprobs": 2}, {"temperature": 0.9, "top_p": 0.9, "n": 2},
+        {"temperature": 0.6, "repetition_penalty": 1.2}, {"temperature": 0.8, "logit_bias": {100: -4.0}, "min_tokens": 7},
+    ]  # fmt: skip
+    params = [SamplingParams(max_tokens=20, ignore_eos=i != 5, seed=i, **more) for i, more in enumerate(given)]
+    texts = []
+    for _ in range(2):
+        engine = serve("e", 3, verification="block")
+        outputs = engine.generate(prompts, params)
+        texts.append([[s.token_ids for s in output.samples] for output in outputs])
+        assert engine.metrics.accepted_tokens > 0
+        assert_empty(engine)
+    assert texts[0] == texts[1] and models.divergence(outputs[0]) is None
+    assert len(texts[0][3]) == 2 and len(texts[0][5][0]) >= 7
+    chosen = [p.token_id for p in outputs[2].logprobs or ()]
+    assert chosen == outputs[2].token_ids
 
 
 def test_tokens_through_graphs() -> None:
