@@ -34,6 +34,10 @@ _ROW_WISE = {
     torch._C._nn.linear, torch._C._nn.gelu, F.gelu, torch.pow, torch.tanh, operator.add, operator.sub, operator.mul,
     operator.truediv, operator.neg, _OPS.rms_norm, _OPS.rms_norm_noscale, _OPS.rope, _OPS.geglu, _OPS.route,
 }  # fmt: skip
+_OVER_RANKS = {
+    "_c10d_functional.all_reduce",
+    "_c10d_functional.wait_tensor",
+}  # by name: a torch without distributed has neither
 _ROW_WISE_METHODS = {
     "float", "to", "type_as", "pow", "view", "reshape", "transpose", "contiguous", "unsqueeze", "expand", "size",
 }  # fmt: skip
@@ -323,7 +327,7 @@ def _is_row_wise(node: Node) -> bool:
         return node.target in _ROW_WISE_METHODS
     if node.target is operator.getitem:
         return _keeps_rows(node)
-    return node.target in _ROW_WISE
+    return node.target in _ROW_WISE or str(node.target) in _OVER_RANKS
 
 
 def _keeps_rows(node: Node) -> bool:
