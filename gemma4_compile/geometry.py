@@ -58,6 +58,7 @@ class Geometry:
             "ple_inputs": (WHOLE_MODEL,) if ple else (),
             "ple_tail": every if ple else (),
             "linear": every,
+            "all_reduce_norm": every if self.ranks > 1 else (),
             "yoco": tuple(shared[:1]),
         }
 

@@ -12,6 +12,7 @@ from .base import Miss, Pass, PatternPass, Record, Site, run
 from .drop_unread import DropUnread
 from .experts import Experts
 from .fuse import (
+    FUSE_ALL_REDUCE_NORM,
     FUSE_ATTENTION_QKV,
     FUSE_FEED_FORWARD_TAIL,
     FUSE_GATE_UP,
@@ -35,6 +36,7 @@ _FUSE = (
     FUSE_PLE_INPUTS,
     FUSE_PLE_TAIL,  # before feed_forward_tail, whose scalar form it contains; takes the gate's geglu with it
     FUSE_FEED_FORWARD_TAIL,
+    FUSE_ALL_REDUCE_NORM,  # behind the fusions of norms, whose ops it takes into the sum over the ranks
     FUSE_GATE_UP,
     FUSE_LINEAR,  # last: the products inside other patterns are theirs
 )

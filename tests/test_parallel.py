@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def in_parallel(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    cases = [f"{folders[kind]}:{cache}:{mode}" for kind, cache, mode in CASES]
+    cases = ["ops", *(f"{folders[kind]}:{cache}:{mode}" for kind, cache, mode in CASES)]
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "tests.generate_in_parallel", *cases],
@@ -59,6 +59,12 @@ def test_two_processes_give_the_tokens_of_one(
     assert found["tokens"] == generate(alone, cache)
     if mode != "plain":
         assert all(expected == matched for expected, matched in found["counts"].values()), found["counts"]
+        assert found["counts"]["all_reduce_norm"][1] == len(alone.model.layers)
+
+
+@pytest.mark.xdist_group("two processes")
+def test_each_op_sums_in_the_order_of_the_ranks(in_parallel: dict[str, dict[str, Any]]) -> None:
+    assert in_parallel["ops"]["wrong"] == []
 
 
 def test_the_plan_is_transformers_own_where_the_heads_divide() -> None:

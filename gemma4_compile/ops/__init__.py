@@ -1,5 +1,6 @@
 """The `gemma4::` ops: importing this registers them all, also where there is no GPU and no Triton."""
 
+from .all_reduce_norm import all_reduce_norm
 from .attention import attention
 from .attention_qkv import attention_qkv
 from .experts import experts
@@ -23,6 +24,7 @@ from .sample import sample
 
 __all__ = [
     "OPS",
+    "all_reduce_norm",
     "attention",
     "attention_qkv",
     "experts",

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma4_compile.ops.all_reduce_norm import FORMS, PREFIX
+
 
 def exact(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The outputs of gemma4::op on args, computed in fp64."""
@@ -106,3 +108,4 @@ EXACT: dict[str, Callable[..., Any]] = {
     ),
     "q_norm_rope": lambda q, w, cos, sin, eps: rope(norm(q, w, eps), cos, sin),
 }
+EXACT |= {PREFIX + op: lambda *args, op=op: EXACT[op](*args[:-1]) for op in FORMS}  # type: ignore[misc]
