@@ -146,16 +146,16 @@ def row_at(addresses_ptr, rank, offset, dtype: tl.constexpr):
 @jit
 def meet(addresses_ptr, row, number, RANK: tl.constexpr, RANKS: tl.constexpr, FLAGS: tl.constexpr, MOST_RANKS: tl.constexpr):
     """Come for the number-th time, and wait until all ranks have. What each wrote before is seen by all behind it."""
+    peer = tl.arange(0, MOST_RANKS)
+    others = (peer < RANKS) & (peer != RANK)
     flags = FLAGS + row * (4 * MOST_RANKS)
-    tl.debug_barrier()  # one thread signals for all of the program: the others have written by then
-    for peer in tl.static_range(RANKS):
-        if peer != RANK:
-            flag = (tl.load(addresses_ptr + peer) + flags + 4 * RANK).to(tl.pointer_type(tl.int32))
-            tl.atomic_add(flag, 1, sem="release", scope="sys")
-    for peer in tl.static_range(RANKS):
-        if peer != RANK:
-            flag = (tl.load(addresses_ptr + RANK) + flags + 4 * peer).to(tl.pointer_type(tl.int32))
-            come = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-            while come - number < 0:  # a difference: counts wrap around, and a rank may be one meeting ahead
-                come = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    tl.debug_barrier()  # and one thread has waited for all
+    mine = tl.load(addresses_ptr + RANK) + flags + 4 * peer
+    theirs = tl.load(addresses_ptr + peer, others, other=0) + flags + 4 * RANK
+    tl.debug_barrier()  # a thread a rank signals for all of the program: the others have written by then
+    tl.atomic_add(theirs.to(tl.pointer_type(tl.int32)), 1, others, sem="release", scope="sys")
+    waiting = 1
+    while waiting > 0:
+        come = tl.atomic_add(mine.to(tl.pointer_type(tl.int32)), 0, others, sem="acquire", scope="sys")
+        # A difference: counts wrap around, and a rank may be one meeting ahead.
+        waiting = tl.sum((others & (come - number < 0)).to(tl.int32))
+    tl.debug_barrier()  # and few threads have waited for all
