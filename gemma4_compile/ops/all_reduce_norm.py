@@ -280,9 +280,11 @@ def by_nccl(op: str, *arguments: Any) -> Any:
 
 
 def by_one_shot(op: str, *arguments: Any) -> Any:
-    """The way of few tokens: one launch. None where this group has no memory that all ranks read."""
+    """The way of few tokens: one launch. None for more rows than the memory has, or where all ranks have none in common."""
     *rest, group = arguments
     form, x = FORMS[op], rest[0]
+    if x.numel() > MOST_ROWS * x.shape[-1]:
+        return None
     space = workspace(group, x.device, slot_bytes(x, form.sums))
     return None if space is None else form.one_shot(space, *rest)
 
@@ -302,8 +304,7 @@ def _launch(op: str) -> Callable[..., Any]:
         x, ranks = rest[0], ranks_in(group)
         if ranks == 1 or not x.numel():
             return OPS[op].launch(*rest)
-        rows = x.numel() // x.shape[-1]
-        if one_shot_pays(rows, slot_bytes(x, FORMS[op].sums), ranks) and rows <= MOST_ROWS:
+        if one_shot_pays(x.numel() // x.shape[-1], slot_bytes(x, FORMS[op].sums), ranks):
             result = by_one_shot(op, *arguments)
             if result is not None:
                 return result

@@ -174,7 +174,8 @@ def tokens_of_one_process(kind: str, graphs: bool) -> None:
     from gemma4_compile.parallel import load
 
     folder = demo_checkpoint(kind) / "target"
-    alone = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
+    alone: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    alone = alone.eval().to("cuda")
     model = load(folder, dtype=torch.float32)
     for either in (alone, model):
         if kind == "moe":
