@@ -12,28 +12,38 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma4 import modeling_gemma4 as hf
 
+from .geometry import geometry
+from .loading import text_of_multimodal
+
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
 
 
 def load(folder: str | Path, ranks: int | None = None, dtype: torch.dtype | None = None) -> Any:
-    """The model of a checkpoint, sharded over the ranks of a torchrun, in eval mode; each rank calls it.
+    """The model of a checkpoint, divided between the ranks of a torchrun, in eval mode; each rank calls it.
 
-    folder   what from_pretrained takes: a folder, or the id of a checkpoint on the hub
+    folder   what from_pretrained takes: a folder, or the id of a checkpoint on the hub. Of a multimodal one, its text part
     ranks    size of the group; None: all ranks of the torchrun
     dtype    of the weights; the checkpoint's own unless given
 
-    Raises ValueError where the heads cannot be divided between the ranks."""
+    Raises ValueError for a checkpoint that is no Gemma-4, and where the heads cannot be divided between the ranks."""
     from transformers.distributed import DistributedConfig
 
     config = AutoConfig.from_pretrained(folder)
+    if config.model_type not in ("gemma4", "gemma4_text"):
+        raise ValueError(
+            f"a checkpoint must have model_type gemma4 or gemma4_text, got {config.model_type!r} in {folder}; use a Gemma-4"
+        )
     chosen = DistributedConfig(tp_size=ranks, tp_plan="auto")
     chosen.tp_plan = plan(config, int(chosen.tp_size or 1))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", distributed_config=chosen)
+    if config.model_type == "gemma4":  # transformers 5.24 mixes the divided embedding with whole tensors in front of the towers
+        model = text_of_multimodal(folder, dtype, distributed_config=chosen)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", distributed_config=chosen)
     return share_kv_heads(model.eval())
 
 
 def plan(config: Any, ranks: int) -> Any:
-    """The tp_plan of a DistributedConfig: "auto", or the rules that replace some of the model's own.
+    """The tp_plan of a DistributedConfig for a Gemma4ForCausalLM: "auto", or the rules that replace some of the model's own.
 
     config   of the checkpoint, Gemma4Config or Gemma4TextConfig
 
@@ -47,8 +57,7 @@ def plan(config: Any, ranks: int) -> Any:
     if all(count % ranks == 0 for count in counts):
         return "auto"
     # A rule names a projection of all layers: those that could be divided are loaded whole too, and lose rows afterwards.
-    prefix = "model.layers" if text is config else "model.language_model.layers"
-    return {f"{prefix}.*.self_attn.{name}": "replicate" for name in _KEYS_AND_VALUES}
+    return {f"model.layers.*.self_attn.{name}": "replicate" for name in _KEYS_AND_VALUES}
 
 
 def share_kv_heads(model: Any) -> Any:
@@ -108,8 +117,6 @@ def _keep_heads(projection: Any, first: int, count: int, head_dim: int, total: i
 
 
 def _kv_heads(config: Any) -> list[int]:
-    from .geometry import geometry
-
     return [layer.kv_heads for layer in geometry(config).layers]
 
 

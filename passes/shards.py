@@ -6,7 +6,7 @@ would not find its later weights there.
 
 from dataclasses import dataclass
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from .base import Record
 
@@ -18,5 +18,10 @@ class Shards:
     def __call__(self, graph: Graph, record: Record) -> None:
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         for node in reversed(list(graph.nodes)):
-            if node.op == "call_method" and node.target == "to_local" and node.all_input_nodes[0].op == "placeholder":
+            if is_shard(node):
                 inputs[-1].append(node)
+
+
+def is_shard(node: Node) -> bool:
+    """A rank's part of a weight."""
+    return node.op == "call_method" and node.target == "to_local" and node.all_input_nodes[0].op == "placeholder"

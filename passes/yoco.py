@@ -23,6 +23,7 @@ from gemma4_compile.patterns.rewrite import module_path
 from gemma4_compile.patterns.template import value_of
 
 from .base import Miss, Record, Site, evaluate, fake_mode_of, inherit
+from .shards import is_shard
 
 _OPS = torch.ops.gemma4
 _LAYER = re.compile(r"layers\.(\d+)")
@@ -289,6 +290,8 @@ def _tail(graph: Graph, boundary: int, selection: Node) -> dict[Node, None]:
     for node in graph.nodes:
         if node is selection:
             break
+        if is_shard(node):  # as a weight does, it comes from outside
+            continue
         if node.op in ("call_function", "call_method") and (
             _layer(node) >= boundary or any(source in tail for source in node.all_input_nodes)
         ):

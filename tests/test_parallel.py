@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma4TextConfig
+from transformers import AutoModelForCausalLM, Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, LlamaConfig
 
 from gemma4_compile import demo_checkpoint
 from gemma4_compile.checkpoints import TEXT_CONFIGS
 from gemma4_compile.geometry import geometry
-from gemma4_compile.parallel import check_kv_heads, plan, ranks_of, share_kv_heads
+from gemma4_compile.parallel import check_kv_heads, load, plan, ranks_of, share_kv_heads
 from tests.generate_in_parallel import generate
 from tests.models import CONFIGS, tiny
 
@@ -22,6 +22,7 @@ pytest.importorskip("accelerate", reason="transformers' tensor parallel needs ac
 ROOT = Path(__file__).parents[1]
 CASES = [
     ("e", "static", "plain"),
+    ("multimodal", "dynamic", "plain"),
     ("e", "dynamic", "passes"),
     ("moe", "dynamic", "passes"),
     ("dense", "static", "inductor"),
@@ -32,7 +33,15 @@ CASES = [
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     dense = tmp_path_factory.mktemp("dense")
     tiny("dense").save_pretrained(dense)
-    return {"e": demo_checkpoint("e") / "target", "moe": demo_checkpoint("moe") / "target", "dense": dense}
+    multimodal = tmp_path_factory.mktemp("multimodal")
+    config = Gemma4Config(text_config=CONFIGS["e"], vision_config=None, audio_config=None)
+    Gemma4ForConditionalGeneration(config).save_pretrained(multimodal)
+    return {
+        "multimodal": multimodal,
+        "e": demo_checkpoint("e") / "target",
+        "moe": demo_checkpoint("moe") / "target",
+        "dense": dense,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +116,9 @@ def test_a_part_of_a_kv_head_is_refused() -> None:
     projection.weight.data = projection.weight.data[:8]
     with pytest.raises(ValueError, match="whole KV heads of 16, got 8 rows of k_proj in layer 0; load the model with"):
         check_kv_heads(model)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must have model_type gemma4 or gemma4_text, got 'llama'"):
+        load(tmp_path)

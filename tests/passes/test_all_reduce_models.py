@@ -69,3 +69,41 @@ def test_switched_off_the_sums_stay(rank: tuple[str, Any]) -> None:
     kind, model = rank
     found, done = forms_of(model, NORMS)
     assert not found and sums_left(done) == {"e": 8, "moe": 9, "dense": 4}[kind]
+
+
+def test_yoco_takes_the_sums_with_the_rows(rank: tuple[str, Any]) -> None:
+    """A sum over the ranks treats rows one by one, so it follows the wanted rows; and the fusion still finds it there."""
+    kind, model = rank
+    if kind != "e":
+        pytest.skip("no layer of this model shares KV")
+    wanted = torch.tensor([1, 4])
+    done = compile_passes(lambda ids: model(ids, use_cache=False, logits_to_keep=wanted).logits, (FUSION, *NORMS, "yoco"))
+    ids = prompt(2, 7)
+    torch._dynamo.mark_dynamic(ids, 1)
+    with torch.no_grad():
+        done.call(ids)
+    (record,) = done.records
+    assert [site.path for site in record.matched("yoco")] == ["layers.2"]
+    assert len(record.matched(FUSION)) == 8 and sums_left(done) == 0
+
+
+def test_shards_stand_before_everything(rank: tuple[str, Any]) -> None:
+    """Else the fusion of Q, K and V, and that of their products, would stand before their weights."""
+    kind, model = rank
+    done = compile_passes(lambda ids: model(ids, use_cache=False).logits, ("qkv_norm_rope", "linear"))
+    with torch.no_grad():
+        done.call(prompt(2, 70))
+    (graph,) = done.graphs
+    calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    shards = [node for node in calls if node.target == "to_local" and node.all_input_nodes[0].op == "placeholder"]
+    assert shards and shards == calls[: len(shards)]
+    (record,) = done.records
+    whole = tiny(kind).requires_grad_(False)
+    if kind == "moe":
+        whole.set_experts_implementation("grouped_mm")
+    alone = compile_passes(lambda ids: whole(ids, use_cache=False).logits, ("qkv_norm_rope", "linear"))
+    with torch.no_grad():
+        alone.call(prompt(2, 70))
+    for fusion in ("qkv_norm_rope", "linear"):
+        found, expected = (Counter(s.rewrite for s in r.matched(fusion)) for r in (record, alone.records[0]))
+        assert found == expected
