@@ -77,7 +77,7 @@ def share_kv_heads(model: Any) -> Any:
             if projection is not None and hasattr(projection, "weight"):
                 _keep_heads(projection, rank * total // ranks, here, attention.head_dim, total)
     rules = getattr(model, "_tp_plan", None) or {}
-    for name, rule in rules.items():  # what generate() reads to size a static cache: None of the heads are whole any more
+    for name, rule in rules.items():  # generate() sizes a static cache by it, and no projection is whole any more
         if rule == "replicate" and name.rsplit(".", 1)[-1] in _KEYS_AND_VALUES:
             rules[name] = "colwise"
     return model
@@ -124,4 +124,4 @@ def _check_heads(name: str, heads: int, ranks: int, may_be_shared: bool) -> None
     if heads % ranks == 0 or (may_be_shared and ranks % heads == 0):
         return
     rule = "divide or be divided by the number of ranks" if may_be_shared else "be a multiple of the number of ranks"
-    raise ValueError(f"{name} must {rule}, got {heads} for {ranks} ranks; use a power of two that is at most {heads}")
+    raise ValueError(f"{name} must {rule}, got {heads} for {ranks} ranks; use {heads & -heads}, or a smaller power of two")
