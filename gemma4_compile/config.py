@@ -69,7 +69,7 @@ class OptimizeConfig:
         if name in self.disable:
             return "disabled in the config"
         if not SWITCHES[name].on_by_default and name not in self.enable:
-            return "off by default: no faster than Inductor, see docs/fusions.md"
+            return f"off by default: {SWITCHES[name].why_off}, see docs/fusions.md"
         return f"disabled by {DISABLE_VARIABLE}"
 
 

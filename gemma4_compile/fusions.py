@@ -11,6 +11,7 @@ class Fusion:
 
     replaces: str
     on_by_default: bool
+    why_off: str = ""
 
 
 _REPLACES = {
@@ -25,8 +26,11 @@ _REPLACES = {
     "ple_inputs": "per-layer embedding gather + projection norm + combine",
     "ple_tail": "PLE gate, projection, norm, residual, scalar [+ the next layer's norm]",
     "linear": "projections of few tokens, those of one input in one launch",
+    "all_reduce_norm": "the sum over the ranks in front of the norms; tensor parallel",
 }
-FUSIONS: dict[str, Fusion] = {name: Fusion(text, MEASURED[name].on_by_default) for name, text in _REPLACES.items()}
+FUSIONS: dict[str, Fusion] = {
+    name: Fusion(text, MEASURED[name].on_by_default, MEASURED[name].why_off) for name, text in _REPLACES.items()
+}
 
 # Rewrites of the whole graph, with a switch like a fusion's.
 TRANSFORMS: dict[str, Fusion] = {

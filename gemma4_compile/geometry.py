@@ -31,13 +31,16 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A text model: its layers and what they have in common. Sizes in elements."""
+    """A text model: its layers and what they have in common. Sizes in elements; heads are those of one rank.
+
+    ranks    that the model is divided between (tensor parallel)"""
 
     layers: tuple[LayerGeometry, ...]
     hidden: int
     per_layer_input: int  # 0 without PLE
     experts: int  # 0 without experts
     top_k: int
+    ranks: int = 1
 
     def expected_sites(self) -> dict[str, tuple[str, ...]]:
         """fusion or transform -> the sites where it should match in any graph, `layers.N` or `model`."""
@@ -55,6 +58,7 @@ class Geometry:
             "ple_inputs": (WHOLE_MODEL,) if ple else (),
             "ple_tail": every if ple else (),
             "linear": every,
+            "all_reduce_norm": every if self.ranks > 1 else (),
             "yoco": tuple(shared[:1]),
         }
 
@@ -63,8 +67,9 @@ class Geometry:
         return {"attention_qkv": tuple(layer.site for layer in self.layers if not layer.shares_kv)}
 
 
-def geometry(config: Gemma4TextConfig) -> Geometry:
-    """The geometry of a Gemma4TextConfig; works for transformers 5.17 and later, which differ in how they tell it."""
+def geometry(config: Gemma4TextConfig, ranks: int = 1) -> Geometry:
+    """The geometry of a Gemma4TextConfig, as one of `ranks` ranks has it; works for transformers 5.17 and later, which differ
+    in how they tell it."""
     kinds = list(config.layer_types or ())
     first_shared = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
     layers = []
@@ -79,8 +84,8 @@ def geometry(config: Gemma4TextConfig) -> Geometry:
             LayerGeometry(
                 index=index,
                 kind=kind,
-                heads=config.num_attention_heads,
-                kv_heads=kv_heads,
+                heads=config.num_attention_heads // ranks,
+                kv_heads=max(1, kv_heads // ranks),  # fewer heads than ranks: several ranks have the same one
                 head_dim=head_dim,
                 kv_from=owner,
                 k_eq_v=k_eq_v,
@@ -94,6 +99,7 @@ def geometry(config: Gemma4TextConfig) -> Geometry:
         per_layer_input=config.hidden_size_per_layer_input or 0,
         experts=(config.num_experts or 0) if moe else 0,
         top_k=(config.top_k_experts or 0) if moe else 0,
+        ranks=ranks,
     )
 
 

@@ -51,7 +51,7 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
         )
     try:
         if text_only and model_type == "gemma4":
-            model = _text_only(folder, dtype)
+            model = text_of_multimodal(folder, dtype, local_files_only=True)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
     except Exception as error:  # safetensors, JSON and OS errors alike: the user needs the file, not the traceback
@@ -67,14 +67,22 @@ def tokenizer_of(folder: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
 
 
-def _text_only(folder: Path, dtype: torch.dtype | None) -> Any:
+def text_of_multimodal(folder: str | Path, dtype: torch.dtype | None, **options: Any) -> Any:
+    """A Gemma4ForCausalLM of the text part of a multimodal checkpoint; its towers are not read.
+
+    options   of from_pretrained
+
+    Raises ValueError where weights of the text part are missing."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # the towers' weights are left out on purpose: no table of them
     try:
         loaded: Any = Gemma4ForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True,
+            folder,
+            dtype=dtype or "auto",
+            output_loading_info=True,
             key_mapping={r"^model\.language_model\.": "model."},
-        )  # fmt: skip
+            **options,
+        )
     finally:
         logging.set_verbosity(before)
     model, found = loaded

@@ -25,6 +25,7 @@ from .config import OptimizeConfig
 from .dynamo import dense, own_code
 from .experts import fused_experts
 from .geometry import Geometry, geometry
+from .parallel import check_kv_heads, ranks_of
 from .passes import prepare
 from .program import Program
 from .progress import compiling
@@ -96,7 +97,8 @@ def compiled_part(model: nn.Module) -> Any:
 
 
 def check_model(target: Any, config: OptimizeConfig) -> None:
-    """Raises ValueError for training mode, experts that cannot be traced, or a device other than config.device."""
+    """Raises ValueError for training mode, experts that cannot be traced, a device other than config.device, or parts of KV
+    heads (tensor parallel)."""
     if target.training:
         raise ValueError("the model must be in eval mode, got training mode; call model.eval() first")
     experts = getattr(target.config, "_experts_implementation", None)
@@ -110,6 +112,7 @@ def check_model(target: Any, config: OptimizeConfig) -> None:
         raise ValueError(
             f"the model must be on {config.device}, as the config asks, got {device}; call model.to({config.device!r})"
         )
+    check_kv_heads(target)
 
 
 class CompiledModel:
@@ -119,7 +122,7 @@ class CompiledModel:
         self.backend = backend
         if backend.config.progress:
             backend.progress = compiling
-        self.geometry: Geometry = geometry(module.config)
+        self.geometry: Geometry = geometry(module.config, ranks_of(module))
         self.signature = inspect.signature(module.forward)
         self.eager_reason = ""  # why the last call was not compiled
         self.programs: list[Program] = []  # packed steps, see runtime/model.py

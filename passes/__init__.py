@@ -1,6 +1,6 @@
 """The whole compiler on one screen: what runs on the graph that Dynamo hands over, and why in this order.
 
-    drop_unread -> functionalize -> raise -> yoco -> fuse -> lower
+    drop_unread -> shards -> functionalize -> raise -> yoco -> fuse -> lower
 
 All of it works on Dynamo's graph, before AOT: there a norm is the same nine nodes in every dtype, a linear is one node, the
 order is program order, and the passes run on each compile, also where Inductor's cache already holds the code.
@@ -12,6 +12,7 @@ from .base import Miss, Pass, PatternPass, Record, Site, run
 from .drop_unread import DropUnread
 from .experts import Experts
 from .fuse import (
+    FUSE_ALL_REDUCE_NORM,
     FUSE_ATTENTION_QKV,
     FUSE_FEED_FORWARD_TAIL,
     FUSE_GATE_UP,
@@ -23,6 +24,7 @@ from .fuse import (
 )
 from .lower import Lower
 from .raise_ops import RAISE_GEGLU, RAISE_RMS_NORM, RAISE_ROPE, RAISE_ROUTE, Functionalize
+from .shards import Shards
 from .yoco import Yoco
 
 __all__ = ["Miss", "Pass", "PatternPass", "Record", "Site", "pipeline", "prepare", "run"]
@@ -34,6 +36,7 @@ _FUSE = (
     FUSE_PLE_INPUTS,
     FUSE_PLE_TAIL,  # before feed_forward_tail, whose scalar form it contains; takes the gate's geglu with it
     FUSE_FEED_FORWARD_TAIL,
+    FUSE_ALL_REDUCE_NORM,  # behind the fusions of norms, whose ops it takes into the sum over the ranks
     FUSE_GATE_UP,
     FUSE_LINEAR,  # last: the products inside other patterns are theirs
 )
@@ -56,6 +59,7 @@ def pipeline(enabled: Collection[str]) -> tuple[Pass, ...]:
     """The steps with the fusions in `enabled`; every other fusion's sites are left to Inductor."""
     return (
         DropUnread(),  # first: an unread view of shared keys is no reason to leave them out of a fusion
+        Shards(),  # before fuse: a fused op stands before its first output, and its weights must be there
         Functionalize(),  # before raise: Hugging Face's in-place forms would need patterns of their own
         RAISE_RMS_NORM,
         RAISE_ROPE,

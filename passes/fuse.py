@@ -1,6 +1,7 @@
 """fuse: compositions of raised ops become one op with a kernel. What each one looks like is in patterns/."""
 
 from gemma4_compile.patterns import (
+    all_reduce_norm,
     attention_qkv,
     feed_forward_tail,
     gate_up,
@@ -21,3 +22,4 @@ FUSE_PLE_TAIL = PatternPass("ple_tail", ple_tail.rewrites)
 FUSE_GATE_UP = PatternPass("gate_up", gate_up.rewrites)
 FUSE_LINEAR = PatternPass("linear", linear.rewrites)
 FUSE_FEED_FORWARD_TAIL = PatternPass("feed_forward_tail", feed_forward_tail.rewrites)
+FUSE_ALL_REDUCE_NORM = PatternPass("all_reduce_norm", all_reduce_norm.rewrites)

@@ -23,6 +23,7 @@ from gemma4_compile.patterns.rewrite import module_path
 from gemma4_compile.patterns.template import value_of
 
 from .base import Miss, Record, Site, evaluate, fake_mode_of, inherit
+from .shards import is_shard
 
 _OPS = torch.ops.gemma4
 _LAYER = re.compile(r"layers\.(\d+)")
@@ -34,6 +35,10 @@ _ROW_WISE = {
     torch._C._nn.linear, torch._C._nn.gelu, F.gelu, torch.pow, torch.tanh, operator.add, operator.sub, operator.mul,
     operator.truediv, operator.neg, _OPS.rms_norm, _OPS.rms_norm_noscale, _OPS.rope, _OPS.geglu, _OPS.route,
 }  # fmt: skip
+_OVER_RANKS = {
+    "_c10d_functional.all_reduce",
+    "_c10d_functional.wait_tensor",
+}  # by name: a torch without distributed has neither
 _ROW_WISE_METHODS = {
     "float", "to", "type_as", "pow", "view", "reshape", "transpose", "contiguous", "unsqueeze", "expand", "size",
 }  # fmt: skip
@@ -285,6 +290,8 @@ def _tail(graph: Graph, boundary: int, selection: Node) -> dict[Node, None]:
     for node in graph.nodes:
         if node is selection:
             break
+        if is_shard(node):  # as a weight does, it comes from outside
+            continue
         if node.op in ("call_function", "call_method") and (
             _layer(node) >= boundary or any(source in tail for source in node.all_input_nodes)
         ):
@@ -323,7 +330,7 @@ def _is_row_wise(node: Node) -> bool:
         return node.target in _ROW_WISE_METHODS
     if node.target is operator.getitem:
         return _keeps_rows(node)
-    return node.target in _ROW_WISE
+    return node.target in _ROW_WISE or str(node.target) in _OVER_RANKS
 
 
 def _keeps_rows(node: Node) -> bool:

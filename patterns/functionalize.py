@@ -1,11 +1,14 @@
 """In-place arithmetic on a value that nothing reads afterwards becomes plain arithmetic, so that templates see one form.
 
-Hugging Face writes `hidden_states *= layer_scalar` and `top_k_weights /= ...`. AOT would functionalize them later; fusions are
-found before. Everything else in place (KV cache writes) is left alone.
+Hugging Face writes `hidden_states *= layer_scalar` and `top_k_weights /= ...`, and adds the ranks' parts of a product up in
+place: dist.all_reduce, which Dynamo writes as all_reduce, wait_tensor and copy_. AOT would functionalize them later; fusions
+are found before. Everything else in place (KV cache writes) is left alone.
 """
 
 import operator
+from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from .template import value_of
@@ -18,6 +21,10 @@ FUNCTIONAL = {
 }
 # Their results own their memory: writing to them cannot be seen through another name.
 _FRESH = {operator.add, operator.sub, operator.mul, operator.truediv}
+# By name: a torch without distributed has neither.
+_ALL_REDUCE, _WAIT = "_c10d_functional.all_reduce", "_c10d_functional.wait_tensor"
+# Methods that may hand on their input's memory: nobody sees it written to where they alone read it.
+_VIEWS = {"to", "float", "type_as", "view", "reshape", "contiguous"}
 
 
 def functionalize(graph: Graph) -> int:
@@ -27,7 +34,40 @@ def functionalize(graph: Graph) -> int:
         if node.op == "call_function" and node.target in FUNCTIONAL and _may_change(node):
             node.target = FUNCTIONAL[node.target]
             changed += 1
+    for node in list(graph.nodes):
+        if node.op == "call_method" and node.target == "copy_" and _is_reduced_in_place(node):
+            part, total = node.args
+            graph.erase_node(node)
+            part.replace_all_uses_with(total, delete_user_cb=lambda user: not _is_call(user, _ALL_REDUCE))
+            changed += 1
     return changed
+
+
+def _is_reduced_in_place(copy: Node) -> bool:
+    """`part.copy_(wait_tensor(all_reduce(part, ...)))` where nothing but the all-reduce has read the part by then."""
+    part, total = copy.args[0], copy.args[1]
+    if copy.users or len(copy.args) != 2 or copy.kwargs or not isinstance(part, Node) or not _is_call(total, _WAIT):
+        return False
+    reduced: Any = total.args[0]  # type: ignore[union-attr]
+    if not _is_call(reduced, _ALL_REDUCE) or reduced.args[0] is not part or not _owns_its_memory(part):
+        return False
+    return all(user in (reduced, copy) or copy < user for user in part.users)
+
+
+def _is_call(node: Any, name: str) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and str(node.target) == name
+
+
+def _owns_its_memory(node: Node) -> bool:
+    """No other value of the graph, and no input, has this memory."""
+    if node.op == "call_method" and node.target in _VIEWS:
+        source: Any = node.args[0]
+        return len(source.users) == 1 and _owns_its_memory(source)
+    if node.op == "call_method":
+        return node.target == "sum"
+    return node.op == "call_function" and (
+        node.target in _FRESH or node.target is torch._C._nn.linear or str(node.target).startswith("gemma4.")
+    )
 
 
 def _may_change(node: Node) -> bool:

@@ -20,6 +20,7 @@ def test_e2b() -> None:
     assert {name: len(sites) for name, sites in found.expected_sites().items()} == {
         "qkv_norm_rope": 35, "post_attention_norms": 35, "geglu": 35, "route": 0, "experts": 0, "feed_forward_tail": 35,
         "ple_inputs": 1, "ple_tail": 35, "gate_up": 35, "linear": 35, "yoco": 1,
+        "all_reduce_norm": 0,
     }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The `gemma4::` ops: importing this registers them all, also where there is no GPU and no Triton."""
 
+from .all_reduce_norm import all_reduce_norm
 from .attention import attention
 from .attention_qkv import attention_qkv
 from .experts import experts
@@ -25,6 +26,7 @@ from .verify import draw_draft, verify
 
 __all__ = [
     "OPS",
+    "all_reduce_norm",
     "attention",
     "attention_qkv",
     "draw_draft",

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .all_reduce_norm import FORMS, PREFIX
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -193,6 +195,8 @@ EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
     "q_norm_rope": lambda d: (d.heads(d.sizes.q_heads), d.weight(d.sizes.head_dim), *d.angles(), EPS),
     "verify": _verify,
 }
+# Of one process alone: what more of them compute is tested where there are more.
+EXAMPLES |= {PREFIX + op: lambda d, op=op: (*EXAMPLES[op](d), "") for op in FORMS}  # type: ignore[misc]
 
 
 def example(

@@ -25,14 +25,14 @@ def scale_by(hidden: Tensor, layer_scalar: Tensor | None) -> Tensor:
 
 
 def feed_forward_tail_reference(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
-    _check("feed_forward_tail", x, residual, layer_scalar, weight)
+    check_tail("feed_forward_tail", x, residual, layer_scalar, weight)
     return scale_by(residual + normalize(x, weight, eps), layer_scalar)
 
 
 def feed_forward_tail_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    _check("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
+    check_tail("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
     hidden = scale_by(residual + normalize(x, weight, eps), layer_scalar)
     return hidden, normalize(hidden, next_weight, eps)
 
@@ -47,8 +47,8 @@ def moe_feed_forward_tail_reference(
     layer_scalar: Tensor | None,
     eps: float,
 ) -> Tensor:
-    _check("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
-    _check_experts("moe_feed_forward_tail", experts, residual)
+    check_tail("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
+    check_experts("moe_feed_forward_tail", experts, residual)
     joined = normalize(dense, dense_weight, eps) + normalize(experts.reshape(residual.shape), expert_weight, eps)
     return scale_by(residual + normalize(joined, weight, eps), layer_scalar)
 
@@ -68,7 +68,7 @@ def moe_feed_forward_tail_norm_reference(
     return hidden, normalize(hidden, next_weight, eps)
 
 
-def _check(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, *weights: Tensor) -> None:
+def check_tail(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, *weights: Tensor) -> None:
     expect(op, "residual must have the input's shape", residual.shape, x.shape, "pass the state before the block")
     expect(op, "residual must have the input's dtype", residual.dtype, x.dtype, "cast one of them")
     for weight in weights:
@@ -77,7 +77,7 @@ def _check(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, *w
         expect(op, "layer_scalar must be one number", layer_scalar.numel(), 1, "pass the layer's buffer, or None")
 
 
-def _check_experts(op: str, experts: Tensor, residual: Tensor) -> None:
+def check_experts(op: str, experts: Tensor, residual: Tensor) -> None:
     expect(
         op,
         "experts must be [..., H] with as many elements as residual",
@@ -165,14 +165,14 @@ def launch_tail(
 
 
 def launch_feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
-    _check("feed_forward_tail", x, residual, layer_scalar, weight)
+    check_tail("feed_forward_tail", x, residual, layer_scalar, weight)
     return launch_tail(x, residual, weight, layer_scalar, None, eps)[0]
 
 
 def launch_feed_forward_tail_norm(
     x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    _check("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
+    check_tail("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
     return launch_tail(x, residual, weight, layer_scalar, next_weight, eps)
 
 
@@ -186,8 +186,8 @@ def launch_moe_feed_forward_tail(
     layer_scalar: Tensor | None,
     eps: float,
 ) -> Tensor:
-    _check("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
-    _check_experts("moe_feed_forward_tail", experts, residual)
+    check_tail("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
+    check_experts("moe_feed_forward_tail", experts, residual)
     return launch_tail(dense, residual, weight, layer_scalar, None, eps, experts, dense_weight, expert_weight)[0]
 
 
@@ -202,20 +202,20 @@ def launch_moe_feed_forward_tail_norm(
     next_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    _check("moe_feed_forward_tail_norm", dense, residual, layer_scalar, dense_weight, expert_weight, weight, next_weight)
-    _check_experts("moe_feed_forward_tail_norm", experts, residual)
+    check_tail("moe_feed_forward_tail_norm", dense, residual, layer_scalar, dense_weight, expert_weight, weight, next_weight)
+    check_experts("moe_feed_forward_tail_norm", experts, residual)
     return launch_tail(dense, residual, weight, layer_scalar, next_weight, eps, experts, dense_weight, expert_weight)
 
 
 def _feed_forward_tail_fake(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
-    _check("feed_forward_tail", x, residual, layer_scalar, weight)
+    check_tail("feed_forward_tail", x, residual, layer_scalar, weight)
     return fresh(residual)
 
 
 def _feed_forward_tail_norm_fake(
     x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    _check("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
+    check_tail("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
     return fresh(residual), fresh(residual)
 
 
@@ -229,8 +229,8 @@ def _moe_feed_forward_tail_fake(
     layer_scalar: Tensor | None,
     eps: float,
 ) -> Tensor:
-    _check("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
-    _check_experts("moe_feed_forward_tail", experts, residual)
+    check_tail("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
+    check_experts("moe_feed_forward_tail", experts, residual)
     return fresh(residual)
 
 
@@ -245,8 +245,8 @@ def _moe_feed_forward_tail_norm_fake(
     next_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    _check("moe_feed_forward_tail_norm", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
-    _check_experts("moe_feed_forward_tail_norm", experts, residual)
+    check_tail("moe_feed_forward_tail_norm", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
+    check_experts("moe_feed_forward_tail_norm", experts, residual)
     return fresh(residual), fresh(residual)
 
 

@@ -21,10 +21,11 @@ ALWAYS: Ranges = ((1, None),)
 
 @dataclass(frozen=True)
 class Measured:
-    """One fusion: on by default or not, and for each of its ops the token counts at which it pays."""
+    """One fusion: on by default or not and why, and for each of its ops the token counts at which it pays."""
 
     on_by_default: bool
     pays: dict[str, Ranges]
+    why_off: str = "no faster than Inductor"
 
 
 FUSIONS: dict[str, Measured] = {
@@ -53,6 +54,8 @@ FUSIONS: dict[str, Measured] = {
     "linear": Measured(True, {"linear": ALWAYS, "linear_pair": ALWAYS, "linear_triple": ALWAYS}),
     # Inductor's kernel is at the copy bandwidth; ours gains a little up to 128 tokens and loses 3 to 6% in prefills.
     "geglu": Measured(False, {"geglu": ((1, 128),)}),
+    # Without ranges: the op chooses between its own kernel and NCCL by the size of the message.
+    "all_reduce_norm": Measured(False, {}, "not measured on several GPUs yet"),
 }
 
 

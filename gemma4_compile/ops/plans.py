@@ -32,6 +32,12 @@ def row_plan(rows: int, width: int) -> tuple[int, bool]:
     return 8, rows <= 256
 
 
+def one_shot_pays(rows: int, row_bytes: int, ranks: int) -> bool:
+    """Whether each rank reads the parts of all ranks itself: one launch, but (ranks - 1) times the bytes, where a ring moves
+    less than twice. Not measured yet; scripts/bench_all_reduce.py times both ways."""
+    return 1 < ranks <= 8 and rows <= 512 and rows * row_bytes * (ranks - 1) <= 2**21
+
+
 def head_plan(rows: int, dim: int) -> tuple[int, int]:
     """Heads a program, warps of a kernel that norms and rotates heads."""
     if dim <= 256:

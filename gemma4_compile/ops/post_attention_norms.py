@@ -21,7 +21,7 @@ from .rows import add_rows, chunk_size, inverse_rms, load_row, norm_row, scale_r
 def post_attention_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    _check("post_attention_norm", x, residual, weight, next_weight)
+    check_norms("post_attention_norm", x, residual, weight, next_weight)
     hidden = residual + normalize(x, weight, eps)
     return hidden, normalize(hidden, next_weight, eps)
 
@@ -36,13 +36,13 @@ def post_attention_norms_reference(
     expert_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check("post_attention_norms", x, residual, weight, feed_forward_weight, router_scale, expert_weight)
+    check_norms("post_attention_norms", x, residual, weight, feed_forward_weight, router_scale, expert_weight)
     hidden = residual + normalize(x, weight, eps)
     router_in = normalize(hidden, None, eps) * router_scale * router_root
     return hidden, normalize(hidden, feed_forward_weight, eps), router_in, normalize(hidden, expert_weight, eps)
 
 
-def _check(op: str, x: Tensor, residual: Tensor, *weights: Tensor) -> None:
+def check_norms(op: str, x: Tensor, residual: Tensor, *weights: Tensor) -> None:
     expect(op, "residual must have x's shape", residual.shape, x.shape, "pass the hidden state before attention")
     expect(op, "residual must have x's dtype", residual.dtype, x.dtype, "cast one of them")
     for weight in weights:
@@ -86,7 +86,7 @@ def _post_attention_norms_kernel(
 def launch_post_attention_norm(
     x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    _check("post_attention_norm", x, residual, weight, next_weight)
+    check_norms("post_attention_norm", x, residual, weight, next_weight)
     return launch_tail(x, residual, weight, None, next_weight, eps)
 
 
@@ -100,7 +100,7 @@ def launch_post_attention_norms(
     expert_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    _check("post_attention_norms", x, residual, weight, feed_forward_weight, router_scale, expert_weight)
+    check_norms("post_attention_norms", x, residual, weight, feed_forward_weight, router_scale, expert_weight)
     outputs = fresh(x), fresh(x), fresh(x), fresh(x)
     if x.numel():
         x_rows, residual_rows = as_rows(x), as_rows(residual)
@@ -117,7 +117,7 @@ def launch_post_attention_norms(
 def _post_attention_norm_fake(
     x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    _check("post_attention_norm", x, residual, weight, next_weight)
+    check_norms("post_attention_norm", x, residual, weight, next_weight)
     return fresh(x), fresh(x)
 
 
@@ -131,7 +131,7 @@ def _post_attention_norms_fake(
     expert_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check("post_attention_norms", x, residual, weight, feed_forward_weight, router_scale, expert_weight)
+    check_norms("post_attention_norms", x, residual, weight, feed_forward_weight, router_scale, expert_weight)
     return fresh(x), fresh(x), fresh(x), fresh(x)
 
 

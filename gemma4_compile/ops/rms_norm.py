@@ -24,7 +24,7 @@ def normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    _check(x, weight)
+    check_norm(x, weight)
     return normalize(x, weight, eps)
 
 
@@ -32,7 +32,7 @@ def rms_norm_noscale_reference(x: Tensor, eps: float) -> Tensor:
     return normalize(x, None, eps)
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def check_norm(x: Tensor, weight: Tensor) -> None:
     expect("rms_norm", "weight must be [H] for x [..., H]", weight.shape, x.shape[-1:], "pass the weight of this norm")
 
 
@@ -53,7 +53,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, eps, WIDTH: tl.conste
 
 def launch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is not None:
-        _check(x, weight)
+        check_norm(x, weight)
         weight = weight.contiguous()
     rows, out = as_rows(x), fresh(x)
     if out.numel():
@@ -69,7 +69,7 @@ def launch_rms_norm_noscale(x: Tensor, eps: float) -> Tensor:
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    _check(x, weight)
+    check_norm(x, weight)
     return fresh(x)
 
 

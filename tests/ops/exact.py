@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma4_compile.ops.all_reduce_norm import FORMS, PREFIX
 from gemma4_compile.ops.bitwise import ACCEPT, RESIDUAL, SAMPLE, gumbel, uniform
 
 
@@ -151,3 +152,4 @@ EXACT: dict[str, Callable[..., Any]] = {
     "q_norm_rope": lambda q, w, cos, sin, eps: rope(norm(q, w, eps), cos, sin),
     "verify": verify,
 }
+EXACT |= {PREFIX + op: lambda *args, op=op: EXACT[op](*args[:-1]) for op in FORMS}  # type: ignore[misc]

@@ -1,11 +1,14 @@
 """Every Rewrite computes what it replaces; a new one is covered by being listed in its pattern module."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.fx import GraphModule
 
 import gemma4_compile.ops  # noqa: F401
 from gemma4_compile.patterns import (
+    all_reduce_norm,
     attention_qkv,
     feed_forward_tail,
     gate_up,
@@ -21,12 +24,21 @@ from gemma4_compile.patterns import (
 )
 from gemma4_compile.patterns.rewrite import Rewrite
 from gemma4_compile.patterns.template import Template
+from tests.passes.one_process import alone
 
 MODULES = (
     *(rms_norm, rope, geglu, route),
-    *(qkv_norm_rope, attention_qkv, post_attention_norms, ple_inputs, ple_tail, feed_forward_tail, gate_up, linear),
+    *(qkv_norm_rope, attention_qkv, post_attention_norms, ple_inputs, ple_tail, feed_forward_tail, all_reduce_norm),
+    *(gate_up, linear),
 )
 REWRITES = [rewrite for module in MODULES for rewrite in module.rewrites()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    """Sums over the ranks are those of one."""
+    with alone():
+        yield
 
 
 def evaluate(template: Template, inputs: dict) -> tuple[torch.Tensor, ...]:

@@ -134,3 +134,31 @@ def test_functionalize_fresh_values_only() -> None:
     assert functionalize(in_place(read_after=False)) == 1
     assert functionalize(in_place(read_after=True)) == 0
     assert functionalize(in_place(read_after=False, view=True)) == 0
+
+
+def reduced_in_place(read_before: bool = False, view: bool = False, into_other: bool = False) -> Graph:
+    """As Dynamo writes dist.all_reduce(part)."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    part = graph.call_method("view", (x, -1)) if view else graph.call_function(torch._C._nn.linear, (x, x))
+    before = [graph.call_method("relu", (part,))] if read_before else []
+    part = graph.call_method("view", (part, 4)) if into_other else part
+    ops = torch.ops._c10d_functional
+    total = graph.call_function(ops.wait_tensor, (graph.call_function(ops.all_reduce, (part, "sum", "0")),))
+    graph.call_method("copy_", (x if into_other else part, total))
+    graph.output((graph.call_method("exp", (part,)), *before))
+    return graph
+
+
+def test_functionalize_all_reduce() -> None:
+    graph = reduced_in_place()
+    assert functionalize(graph) == 1
+    graph.lint()
+    (exp,) = (node for node in graph.nodes if node.target == "exp")
+    assert "wait_tensor" in str(exp.args[0]) and not any(node.target == "copy_" for node in graph.nodes)
+
+
+def test_functionalize_leaves_an_all_reduce_that_others_see() -> None:
+    """Of a view of an input, of a value that was read before (by what may be a view), into another tensor."""
+    for graph in (reduced_in_place(view=True), reduced_in_place(read_before=True), reduced_in_place(into_other=True)):
+        assert functionalize(graph) == 0

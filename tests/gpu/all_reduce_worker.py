@@ -1,0 +1,234 @@
+"""What the all-reduces of several GPUs are tested with: a line `case: ok` or `case: what went wrong` from rank 0.
+
+    torchrun --nproc-per-node 2 -m tests.gpu.all_reduce_worker [rounds]
+
+Started by test_all_reduce.py, or by hand. NVLink multicast stays off."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # before torch reads it: some hosts must not set multicast up
+os.environ["NCCL_NVLS_ENABLE"] = "0"
+
+import importlib.util  # noqa: E402
+import random  # noqa: E402
+import sys  # noqa: E402
+import traceback  # noqa: E402
+import warnings  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from dataclasses import replace  # noqa: E402
+from datetime import timedelta  # noqa: E402
+from functools import partial  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from gemma4_compile import OptimizeConfig, demo_checkpoint, optimize, report  # noqa: E402
+from gemma4_compile.ops import OPS, all_reduce_norm  # noqa: E402
+from gemma4_compile.ops.all_reduce_norm import FORMS, by_nccl, by_one_shot, slot_bytes, sum_over_ranks  # noqa: E402
+from gemma4_compile.ops.examples import SMALL, Sizes, example  # noqa: E402
+from gemma4_compile.ops.symmetric import forget, workspace  # noqa: E402
+from tests.ops.accuracy import assert_as_accurate  # noqa: E402
+from tests.ops.exact import exact  # noqa: E402
+
+WIDTHS = (2816, 5376)
+TOKENS = (1, 2, 8, 33, 64)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Result = tuple[Tensor, ...]
+
+
+def group() -> str:
+    everyone: Any = dist.group.WORLD
+    return everyone.group_name
+
+
+def arguments(op: str, sizes: Sizes, tokens: int, dtype: torch.dtype, seed: int) -> list[Any]:
+    """What is summed is the rank's own; everything else is equal on all."""
+    torch.manual_seed(seed)
+    common = list(example(op, sizes, tokens, dtype, "cuda"))
+    torch.manual_seed(7919 * seed + dist.get_rank() + 1)
+    for i in range(FORMS[op].sums):
+        common[i] = torch.randn_like(common[i])
+    return common
+
+
+def outputs(result: Any) -> Result:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def gathered(x: Tensor) -> list[Tensor]:
+    """A tensor of each rank, as bytes: NaNs are equal too."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return parts
+
+
+def assert_right(op: str, mine: list[Any], found: Result, what: str) -> None:
+    """The same bits on all ranks, and as near to fp64 as the op alone over the sum that the reference makes."""
+    sums = FORMS[op].sums
+    parts = [torch.stack(gathered(t)) for t in mine[:sums]]
+    eager = OPS[op].reference(*(sum_over_ranks(t, group()) for t in mine[:sums]), *mine[sums:])
+    wanted = exact(op, (*(p.double().sum(0) for p in parts), *mine[sums:]))
+    for actual, reference, best in zip(found, outputs(eager), wanted, strict=True):
+        for rank, other in enumerate(gathered(actual.view(torch.uint8) if actual.dtype != torch.uint8 else actual)):
+            assert torch.equal(actual.view(torch.uint8), other), f"{what}: rank {rank} has other bits"
+        assert_as_accurate(actual, reference, best)
+
+
+def one_shot(op: str, mine: list[Any]) -> Result:
+    found = by_one_shot(op, *mine, group())
+    assert found is not None, "no memory that all ranks read: see the warning above"
+    return outputs(found)
+
+
+def memory_is_shared() -> None:
+    space = workspace(group(), torch.device("cuda", torch.cuda.current_device()), slot_bytes(torch.empty(1, 2816), 1))
+    assert space is not None and space.ranks == dist.get_world_size(), "no memory that all ranks read: see the warning above"
+    print(f"rank {space.rank}: {torch.cuda.get_device_name()}, addresses {space.addresses[: space.ranks].tolist()}", flush=True)
+
+
+def form(op: str) -> None:
+    """Each width, number of tokens and dtype."""
+    seed = 0
+    for width in WIDTHS:
+        for tokens in TOKENS:
+            for dtype in DTYPES:
+                mine = arguments(op, replace(SMALL, hidden=width), tokens, dtype, seed := seed + 1)
+                assert_right(op, mine, one_shot(op, mine), f"{width} x {tokens} {dtype}")
+                assert_right(op, mine, outputs(by_nccl(op, *mine, group())), f"NCCL, {width} x {tokens} {dtype}")
+
+
+def rounds(count: int) -> None:
+    """Many, of changing forms and row counts, with no wait of the host in between; now and then one rank is late."""
+    late = random.Random(dist.get_rank())
+    names = list(FORMS)
+    for first in range(0, count, 50):
+        kept = []
+        for turn in range(first, min(first + 50, count)):
+            op = names[turn % len(names)]
+            mine = arguments(op, replace(SMALL, hidden=2816), (1, 8, 3, 64, 2)[turn % 5], torch.bfloat16, 100 + turn)
+            if late.random() < 0.3:
+                torch.cuda._sleep(late.randrange(400_000))
+            kept.append((op, mine, one_shot(op, mine), f"round {turn}"))
+        for op, mine, found, what in kept:
+            assert_right(op, mine, found, what)
+
+
+def captured(count: int) -> None:
+    """Three in a CUDA graph: an odd number, so that each replay begins with the other slot."""
+    late = random.Random(dist.get_rank())
+    ops = ("post_attention_norms", "moe_feed_forward_tail_norm", "feed_forward_tail_norm")
+    for tokens in (1, 16):
+        static = [arguments(op, replace(SMALL, hidden=2816), tokens, torch.bfloat16, 5) for op in ops]
+        for _ in range(2):
+            for op, mine in zip(ops, static, strict=True):
+                all_reduce_norm(op, *mine, group=group())
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = [outputs(all_reduce_norm(op, *mine, group=group())) for op, mine in zip(ops, static, strict=True)]
+        for replay in range(count // (2 * len(ops)) + 1):
+            for op, mine in zip(ops, static, strict=True):
+                for i, fresh in enumerate(arguments(op, replace(SMALL, hidden=2816), tokens, torch.bfloat16, 1000 + replay)):
+                    if isinstance(fresh, Tensor):
+                        mine[i].copy_(fresh)
+            if late.random() < 0.3:
+                torch.cuda._sleep(late.randrange(400_000))
+            graph.replay()
+            copies = [tuple(t.clone() for t in result) for result in results]
+            for op, mine, found in zip(ops, static, copies, strict=True):
+                assert_right(op, mine, found, f"replay {replay} of {tokens} tokens")
+
+
+def captured_without_memory() -> None:
+    """A graph that is captured before the memory was made holds NCCL's all-reduce, and says so."""
+    mine = arguments("rms_norm", replace(SMALL, hidden=1160), 3, torch.bfloat16, 3)
+    outputs(by_nccl("rms_norm", *mine, group()))  # NCCL's own start is not for a capture either
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with warnings.catch_warnings(record=True) as said, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        warnings.simplefilter("always")
+        found = outputs(all_reduce_norm("rms_norm", *mine, group=group()))
+    assert any("cannot be made while a graph is captured" in str(w.message) for w in said)
+    graph.replay()
+    assert_right("rms_norm", mine, found, "the replay")
+
+
+def many_tokens() -> None:
+    """Through the op itself, which leaves these to NCCL."""
+    for op in ("feed_forward_tail_norm", "moe_feed_forward_tail_norm"):
+        mine = arguments(op, replace(SMALL, hidden=5376), 700, torch.bfloat16, 11)
+        assert_right(op, mine, outputs(all_reduce_norm(op, *mine, group=group())), op)
+
+
+def tokens_of_one_process(kind: str, graphs: bool) -> None:
+    """generate() of the demo checkpoint, sharded and optimized, static cache: the tokens of transformers on one GPU."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise ModuleNotFoundError("transformers' tensor parallel needs accelerate; pip install accelerate")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gemma4_compile.demo import held_out_prompts
+    from gemma4_compile.parallel import load
+
+    folder = demo_checkpoint(kind) / "target"
+    alone: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    alone = alone.eval().to("cuda")
+    model = load(folder, dtype=torch.float32)
+    for either in (alone, model):
+        if kind == "moe":
+            either.set_experts_implementation("batched_mm")  # grouped_mm on a GPU is for bf16
+    optimize(model, OptimizeConfig(enable=("all_reduce_norm",), cuda_graphs=None if graphs else False))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "cache_implementation": "static"}
+    for prompt in held_out_prompts(tokenizer, count=2, min_tokens=16, max_tokens=64):
+        ids = torch.tensor([prompt], device="cuda")
+        with torch.no_grad():
+            found, wanted = (m.generate(ids, attention_mask=torch.ones_like(ids), **options) for m in (model, alone))
+        assert torch.equal(found, wanted), f"{found.tolist()} is not {wanted.tolist()}"
+        assert all(torch.equal(found, other) for other in gathered(found)), "the ranks' tokens differ"
+    fusion = report(model).fusions["all_reduce_norm"]
+    assert fusion.matched == fusion.expected > 0, str(report(model))
+
+
+def cases(count: int) -> dict[str, Callable[[], None]]:
+    """In order: each needs what those before it showed."""
+    return {
+        "shared memory": memory_is_shared,
+        **{f"form {op}": partial(form, op) for op in FORMS},
+        f"{count} rounds": partial(rounds, count),
+        "CUDA graph": partial(captured, count),
+        "CUDA graph without memory": captured_without_memory,
+        "many tokens": many_tokens,
+        "tokens e": partial(tokens_of_one_process, "e", False),
+        "tokens e in CUDA graphs": partial(tokens_of_one_process, "e", True),
+        "tokens moe": partial(tokens_of_one_process, "moe", False),
+        "tokens moe in CUDA graphs": partial(tokens_of_one_process, "moe", True),
+    }
+
+
+def main() -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=5))
+    torch.set_grad_enabled(False)
+    for name, case in cases(int(sys.argv[1]) if len(sys.argv) > 1 else 1000).items():
+        error = ""
+        try:
+            case()
+        except Exception as caught:  # every case gets its line
+            error = f"{type(caught).__name__} {' '.join(str(caught).split())[-600:]}"
+            traceback.print_exc()
+        torch.cuda.synchronize()
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        if dist.get_rank() == 0:
+            print(f"{name}: {next((e for e in errors if e), 'ok')}", flush=True)
+    forget()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The one-shot all-reduce without a GPU: two processes on shared memory under the interpreter (interpret_all_reduce.py)."""
+
+from __future__ import annotations
+
+import pytest
+
+from gemma4_compile.ops.all_reduce_norm import FORMS
+from gemma4_compile.ops.plans import one_shot_pays
+from tests.ops.interpreted import interpreted
+
+pytest.importorskip("triton", reason="the interpreter is Triton's own")
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, str]:
+    return interpreted("tests.ops.interpret_all_reduce")
+
+
+@pytest.mark.xdist_group("one-shot all-reduce")
+@pytest.mark.parametrize("op", FORMS)
+def test_one_shot_is_the_op_over_the_sum(op: str, report: dict[str, str]) -> None:
+    """Bit for bit on both ranks, with delays, other row counts each round and counts that wrap around."""
+    assert report.get(op) == "ok"
+
+
+def test_plan() -> None:
+    assert one_shot_pays(64, 2 * 5376, 2) and one_shot_pays(1, 2 * 5376, 8)
+    assert not one_shot_pays(1, 2 * 5376, 1), "nothing to add"
+    assert not one_shot_pays(512, 2 * 5376, 2) and not one_shot_pays(64, 2 * 5376, 8), "too many bytes"

@@ -1,0 +1,124 @@
+"""Tensor parallel: two processes over gloo generate what one process does, plain and optimized; KV heads and their errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, LlamaConfig
+
+from gemma4_compile import demo_checkpoint
+from gemma4_compile.checkpoints import TEXT_CONFIGS
+from gemma4_compile.geometry import geometry
+from gemma4_compile.parallel import check_kv_heads, load, plan, ranks_of, share_kv_heads
+from tests.generate_in_parallel import generate
+from tests.models import CONFIGS, tiny
+
+pytest.importorskip("accelerate", reason="transformers' tensor parallel needs accelerate: NOT tested without it")
+ROOT = Path(__file__).parents[1]
+CASES = [
+    ("e", "static", "plain"),
+    ("multimodal", "dynamic", "plain"),
+    ("e", "dynamic", "passes"),
+    ("moe", "dynamic", "passes"),
+    ("dense", "static", "inductor"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    dense = tmp_path_factory.mktemp("dense")
+    tiny("dense").save_pretrained(dense)
+    multimodal = tmp_path_factory.mktemp("multimodal")
+    config = Gemma4Config(text_config=CONFIGS["e"], vision_config=None, audio_config=None)
+    Gemma4ForConditionalGeneration(config).save_pretrained(multimodal)
+    return {
+        "multimodal": multimodal,
+        "e": demo_checkpoint("e") / "target",
+        "moe": demo_checkpoint("moe") / "target",
+        "dense": dense,
+    }
+
+
+@pytest.fixture(scope="module")
+def in_parallel(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    cases = ["ops", *(f"{folders[kind]}:{cache}:{mode}" for kind, cache, mode in CASES)]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "tests.generate_in_parallel", *cases],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {line.pop("case"): line for line in lines}
+
+
+@pytest.mark.xdist_group("two processes")
+@pytest.mark.parametrize(("kind", "cache", "mode"), CASES)
+def test_two_processes_give_the_tokens_of_one(
+    kind: str, cache: str, mode: str, folders: dict[str, Path], in_parallel: dict[str, dict[str, Any]]
+) -> None:
+    alone = AutoModelForCausalLM.from_pretrained(folders[kind], dtype=torch.float32).eval()
+    found = in_parallel[f"{folders[kind]}:{cache}:{mode}"]
+    assert found["tokens"] == generate(alone, cache)
+    if mode != "plain":
+        assert all(expected == matched for expected, matched in found["counts"].values()), found["counts"]
+        assert found["counts"]["all_reduce_norm"][1] == len(alone.model.layers)
+
+
+@pytest.mark.xdist_group("two processes")
+def test_each_op_sums_in_the_order_of_the_ranks(in_parallel: dict[str, dict[str, Any]]) -> None:
+    assert in_parallel["ops"]["wrong"] == []
+
+
+def test_the_plan_is_transformers_own_where_the_heads_divide() -> None:
+    config = Gemma4TextConfig(**TEXT_CONFIGS["26B-A4B"])
+    assert plan(config, 1) == plan(config, 2) == "auto"
+    replicated = {f"model.layers.*.self_attn.{name}": "replicate" for name in ("k_proj", "v_proj")}
+    assert plan(config, 4) == replicated  # two heads in full layers
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "message"),
+    [("E2B", 3, "num_attention_heads must be a multiple"), ("E2B", 16, "num_attention_heads must be a multiple")],
+)
+def test_heads_that_cannot_be_divided(name: str, ranks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(Gemma4TextConfig(**TEXT_CONFIGS[name]), ranks)
+
+
+def test_kv_heads_that_cannot_be_divided() -> None:
+    config = Gemma4TextConfig(**CONFIGS["dense"] | {"num_attention_heads": 12, "num_key_value_heads": 6})
+    with pytest.raises(ValueError, match="num_key_value_heads must divide or be divided by .*, got 6 for 4 ranks"):
+        plan(config, 4)
+
+
+def test_geometry_of_a_rank() -> None:
+    layers = geometry(Gemma4TextConfig(**TEXT_CONFIGS["26B-A4B"]), ranks=4).layers
+    assert (layers[0].heads, layers[0].kv_heads, layers[5].kv_heads) == (4, 2, 1)
+
+
+def test_a_whole_model_is_left_alone() -> None:
+    model = tiny("e")
+    assert ranks_of(model) == 1 and share_kv_heads(model) is model
+    check_kv_heads(model)
+    assert model.model.layers[0].self_attn.num_key_value_groups == 4
+
+
+def test_a_part_of_a_kv_head_is_refused() -> None:
+    model = tiny("e")
+    projection = model.model.layers[0].self_attn.k_proj
+    projection.weight.data = projection.weight.data[:8]
+    with pytest.raises(ValueError, match="whole KV heads of 16, got 8 rows of k_proj in layer 0; load the model with"):
+        check_kv_heads(model)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must have model_type gemma4 or gemma4_text, got 'llama'"):
+        load(tmp_path)
