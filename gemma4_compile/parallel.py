@@ -39,7 +39,9 @@ def load(folder: str | Path, ranks: int | None = None, dtype: torch.dtype | None
         model = text_of_multimodal(folder, dtype, distributed_config=chosen)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", distributed_config=chosen)
-    return share_kv_heads(model.eval())
+    for module in model.modules():  # 5.17 sums gradients in hooks, at which Dynamo breaks a graph
+        module._backward_hooks.clear()
+    return share_kv_heads(model.eval().requires_grad_(False))
 
 
 def plan(config: Any, ranks: int) -> Any:
@@ -57,7 +59,12 @@ def plan(config: Any, ranks: int) -> Any:
     if all(count % ranks == 0 for count in counts):
         return "auto"
     # A rule names a projection of all layers: those that could be divided are loaded whole too, and lose rows afterwards.
-    return {f"model.layers.*.self_attn.{name}": "replicate" for name in _KEYS_AND_VALUES}
+    style = _whole_style()
+    rules = {f"model.layers.*.self_attn.{name}": style for name in _KEYS_AND_VALUES}
+    if style == "replicate":
+        return rules
+    model_rules = {f"model.{name}": rule for name, rule in (text.base_model_tp_plan or {}).items()}
+    return model_rules | dict(hf.Gemma4ForCausalLM._tp_plan or {}) | rules  # 5.17 takes rules for all of the plan
 
 
 def share_kv_heads(model: Any) -> Any:
@@ -65,7 +72,7 @@ def share_kv_heads(model: Any) -> Any:
 
     Harmless for projections that transformers has divided, and for a model that is not sharded. Returns the model."""
     for attention in (module for module in model.modules() if isinstance(module, hf.Gemma4TextAttention)):
-        mesh = getattr(attention.q_proj.weight, "device_mesh", None)
+        mesh = _mesh(attention.q_proj)
         if mesh is None:
             continue
         ranks, rank = mesh.size(), mesh.get_local_rank()
@@ -78,16 +85,29 @@ def share_kv_heads(model: Any) -> Any:
                 _keep_heads(projection, rank * total // ranks, here, attention.head_dim, total)
     rules = getattr(model, "_tp_plan", None) or {}
     for name, rule in rules.items():  # generate() sizes a static cache by it, and no projection is whole any more
-        if rule == "replicate" and name.rsplit(".", 1)[-1] in _KEYS_AND_VALUES:
+        if rule == _whole_style() and name.rsplit(".", 1)[-1] in _KEYS_AND_VALUES:
             rules[name] = "colwise"
     return model
+
+
+def _mesh(projection: Any) -> Any:
+    """The ranks that a projection is divided between, or None: transformers 5.24 keeps them with the weight, 5.17 with the
+    module."""
+    return getattr(projection.weight, "device_mesh", None) or getattr(projection, "_hf_device_mesh", None)
+
+
+def _whole_style() -> str:
+    """The installed transformers' name for a projection that each rank has whole: 5.17 knows one with gradients alone."""
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    return "replicate" if "replicate" in ALL_PARALLEL_STYLES else "replicated_with_grad_allreduce"
 
 
 def ranks_of(module: nn.Module) -> int:
     """How many ranks a model is divided between, as its first query projection says; 1 for a model that is whole."""
     for part in module.modules():
         if isinstance(part, hf.Gemma4TextAttention):
-            mesh = getattr(part.q_proj.weight, "device_mesh", None)
+            mesh = _mesh(part.q_proj)
             return 1 if mesh is None else int(mesh.size())
     return 1
 

@@ -54,8 +54,9 @@ FUSIONS: dict[str, Measured] = {
     "linear": Measured(True, {"linear": ALWAYS, "linear_pair": ALWAYS, "linear_triple": ALWAYS}),
     # Inductor's kernel is at the copy bandwidth; ours gains a little up to 128 tokens and loses 3 to 6% in prefills.
     "geglu": Measured(False, {"geglu": ((1, 128),)}),
-    # Without ranges: the op chooses between its own kernel and NCCL by the size of the message.
-    "all_reduce_norm": Measured(False, {}, "not measured on several GPUs yet"),
+    # Without ranges: the op chooses between its own kernel and NCCL by the size of the message (plans.one_shot_pays), and is
+    # measured against NCCL and Inductor's code on two GPUs by scripts/bench_all_reduce.py.
+    "all_reduce_norm": Measured(True, {}),
 }
 
 
