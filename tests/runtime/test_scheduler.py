@@ -62,8 +62,7 @@ def test_every_request_ends_with_its_own_tokens(full: int, sliding: int, reuse: 
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-@pytest.mark.parametrize("luck", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("speculative", [1, 3, 9])
+@pytest.mark.parametrize(("speculative", "luck"), [(1, 0.6), (3, 0.0), (3, 1.0), (9, 0.6)])
 @pytest.mark.parametrize(("full", "sliding"), [(200, 100), (10, 9), (25, 12)])
 def test_every_request_ends_with_its_own_tokens_with_drafts(
     full: int, sliding: int, speculative: int, luck: float, depth: int
