@@ -32,8 +32,11 @@ class AsyncEngine:
     The engine's thread is its only caller. A coroutine that is cancelled aborts its request.
     """
 
-    def __init__(self, model: nn.Module | str | Path | Engine, config: EngineConfig | None = None, tokenizer: Any = None):
-        self.engine = model if isinstance(model, Engine) else Engine(model, config, tokenizer)
+    def __init__(
+        self, model: nn.Module | str | Path | Engine, config: EngineConfig | None = None, tokenizer: Any = None,
+        **speculation: Any,
+    ):  # fmt: skip
+        self.engine = model if isinstance(model, Engine) else Engine(model, config, tokenizer, **speculation)
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._closed, self._lock = False, threading.Lock()

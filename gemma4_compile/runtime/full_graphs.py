@@ -241,16 +241,10 @@ class FullGraphs:
 
     def _unpack(self, bucket: _Bucket) -> None:
         packed, buffer, views = bucket.packed, bucket.buffer, bucket.views
-        tables = [self._tables[kind] for kind in KINDS]
         if buffer.is_cuda:
-            state = RowState(buffer, buffer, buffer) if self.state is None else self.state
-            names = ("positions", *(f"slots.{kind}" for kind in KINDS), "sources", *PLACED)
-            _unpack_kernel[(packed.tokens, len(KINDS) + 1)](
-                buffer, state.last, state.positions, state.drafts, bucket.ids, *tables,
-                *(packed.at.get(name, 0) for name in names), packed.tables, self.width, packed.tokens,
-                max(16, power_of_two(packed.tokens)), 256, self.state is not None, self._drafts, self._page_size,
-            )  # fmt: skip
+            self._launch_unpack(bucket)
             return
+        tables = [self._tables[kind] for kind in KINDS]
         width = int(buffer[0])
         for index, table in enumerate(tables):
             compact = buffer.view(torch.int32)[packed.table(index, width)]
@@ -262,3 +256,13 @@ class FullGraphs:
             for name, tensor in self.state.place(views, self._page_size).items():
                 views[name].copy_(tensor)
         bucket.ids[0] = ids
+
+    def _launch_unpack(self, bucket: _Bucket) -> None:
+        packed, buffer = bucket.packed, bucket.buffer
+        state = RowState(buffer, buffer, buffer) if self.state is None else self.state
+        names = ("positions", *(f"slots.{kind}" for kind in KINDS), "sources", *PLACED)
+        _unpack_kernel[(packed.tokens, len(KINDS) + 1)](
+            buffer, state.last, state.positions, state.drafts, bucket.ids, *(self._tables[kind] for kind in KINDS),
+            *(packed.at.get(name, 0) for name in names), packed.tables, self.width, packed.tokens,
+            max(16, power_of_two(packed.tokens)), 256, self.state is not None, self._drafts, self._page_size,
+        )  # fmt: skip

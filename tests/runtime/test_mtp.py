@@ -1,5 +1,6 @@
 """Engines with an assistant: the tokens of an engine without one, whoever drafts, whatever ends a request or takes pages."""
 
+import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma4_compile import Engine, EngineConfig, SamplingParams, demo_checkpoint
+from gemma4_compile import AsyncEngine, Engine, EngineConfig, SamplingParams, demo_checkpoint
 from gemma4_compile.assistant import load_assistant
 from gemma4_compile.demo import DEMO_NAMES
 from gemma4_compile.runtime import invariants
@@ -286,6 +287,20 @@ def test_chunks_join_to_the_text() -> None:
     assert [t for chunk in chunks for t in chunk.token_ids] == output.token_ids and len(output.token_ids) == 20
     assert "".join(chunk.text for chunk in chunks) == output.text
     assert [p.token_id for chunk in chunks for p in chunk.logprobs or ()] == output.token_ids
+
+
+def test_async_engine() -> None:
+    models = demo("e")
+    prompts, params = models.prompts(3, 60), SamplingParams(max_tokens=12, ignore_eos=True)
+
+    async def serve_all() -> list[RequestOutput]:
+        made = AsyncEngine(models.served, SMALL, models.tokenizer, assistant=assistant("e"), speculative_tokens=3)
+        async with made as engine:
+            found = await asyncio.gather(*(engine.generate(prompt, params) for prompt in prompts))
+            assert engine.engine.metrics.accepted_tokens > 0
+            return list(found)
+
+    assert [models.divergence(output) for output in asyncio.run(serve_all())] == [None] * 3
 
 
 # Batches

@@ -1,0 +1,104 @@
+"""Runs the kernels of a round under Triton's interpreter and prints a line a case. Started by test_rounds.py."""
+
+import random
+from functools import partial
+from typing import Any
+
+from tests.ops.interpret import attempt  # isort: skip  (before all that imports Triton: it switches the interpreter on)
+
+import numpy as np
+import torch
+
+from gemma4_compile.program import StepResult
+from gemma4_compile.runtime.batch import KINDS
+from gemma4_compile.runtime.full_graphs import FullGraphs
+from gemma4_compile.runtime.mtp import _advance_into, _launch_advance
+from gemma4_compile.runtime.row_state import RowState
+
+ROWS, DRAFTS, PAGE, WIDTH = 5, 3, 4, 6
+
+
+def state(drafts: int) -> RowState:
+    found = RowState.empty(ROWS, drafts, torch.device("cpu"))
+    for tensor, most in ((found.last, 90), (found.positions, WIDTH * PAGE), (found.drafts, 90)):
+        tensor.copy_(torch.randint(0, most, tensor.shape))
+    return found
+
+
+def step(drafts: int) -> dict[str, np.ndarray]:
+    """Requests of which some are placed by the state, up to behind their room; the others come with all that they are."""
+    chooser, arrays = random.Random(drafts), {name: [] for name in ("sources", "places", "owners", "capacities")}
+    starts = [0]
+    for request, row in enumerate(chooser.sample(range(ROWS), 4)):
+        placed = drafts > 0 and request != 2
+        length = chooser.randint(1, 1 + drafts) if placed else 1
+        arrays["sources"] += [row] * length if request != 3 or placed else [-1]
+        arrays["places"] += range(length) if placed else [-1]
+        arrays["owners"] += [request] * length
+        arrays["capacities"] += [PAGE * chooser.randint(1, WIDTH)] * length
+        starts.append(starts[-1] + length)
+    tokens = starts[-1]
+    given = {name: np.array(values) for name, values in arrays.items()}
+    given |= {"input_ids": np.arange(100, 100 + tokens)[None], "positions": np.arange(tokens), "rows": np.arange(tokens)}
+    given |= {"targets": np.arange(tokens) % ROWS, "starts": np.array(starts, np.int32)}
+    for kind in KINDS:
+        given[f"slots.{kind}"] = np.arange(tokens) + 7
+        given[f"table.{kind}"] = np.random.default_rng(len(kind)).integers(0, 50, (4, WIDTH - 1)).astype(np.int32)
+    return given
+
+
+def unpacks(drafts: int) -> None:
+    """The kernel's ids, positions, slots and tables are those of plain torch; 16 tokens in a bucket, 8 of them padding or so."""
+    torch.manual_seed(drafts)
+    memory = {"keys.0": torch.zeros(60, PAGE, 1, 2)}
+    full = FullGraphs(
+        lambda inputs: StepResult(torch.zeros(1), torch.zeros(1)),
+        memory,
+        (16,),
+        WIDTH,
+        None,
+        torch.device("cpu"),
+        state(drafts),
+    )
+    found: list[dict[str, Any]] = []
+    for unpack in (full._unpack, full._launch_unpack):
+        full.send(16, step(drafts))
+        for table in full._tables.values():
+            table.zero_()
+        bucket = full.bucket(16)
+        unpack(bucket)
+        names = ("input_ids", "positions", *(f"{name}.{kind}" for kind in KINDS for name in ("slots", "table")))
+        found.append({name: bucket.views[name].clone() for name in names})
+    for name, wanted in found[0].items():
+        assert torch.equal(found[1][name], wanted), name
+
+
+def advances() -> None:
+    """State and drafter's inputs are those of plain torch; two requests behind the last are padding."""
+    torch.manual_seed(0)
+    hidden, width = torch.randn(12, 40), 3
+    tokens = torch.randint(0, 90, (12,))
+    given = {
+        "positions": torch.arange(12) + 5, "rows": torch.arange(12), "round_rows": torch.tensor([3, 0, 4]),
+        "requests": torch.tensor([2, 0, 1]), "first": torch.tensor([0, 4, 9]), "states": torch.tensor([0, 4, 9]),
+        "counts": torch.tensor([3, 3, 1]), "room": torch.tensor([6, 24, 24]),
+    }  # fmt: skip
+    given |= {f"table.{kind}": torch.randint(0, 50, (3, width), dtype=torch.int32) for kind in KINDS}
+    accepted = torch.tensor([3, 0, 1])
+    results = []
+    for function in (_advance_into, _launch_advance):
+        torch.manual_seed(1)
+        kept = state(DRAFTS)
+        out = {"tokens": torch.ones(5, dtype=torch.int64), "positions": torch.ones(5, dtype=torch.int64)}
+        out |= {"hidden": torch.ones(5, 40)} | {f"table.{kind}": torch.zeros(5, WIDTH, dtype=torch.int32) for kind in KINDS}
+        function(kept, tokens, hidden, given, accepted, out)
+        results.append(out | {"last": kept.last, "reached": kept.positions})
+    for name, wanted in results[0].items():
+        assert torch.equal(results[1][name], wanted), name
+
+
+CASES = {"unpack": partial(unpacks, 0), "unpack drafts": partial(unpacks, DRAFTS), "advance": advances}
+
+if __name__ == "__main__":
+    for name, check in CASES.items():
+        attempt(name, check)

@@ -1,0 +1,16 @@
+"""The kernels of a round under Triton's interpreter, against plain torch: tokens placed by the rows' state, the state advanced."""
+
+import pytest
+
+from tests.ops.interpreted import interpreted
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, str]:
+    return interpreted("tests.runtime.interpret_rounds")
+
+
+@pytest.mark.xdist_group("kernels under the interpreter")
+@pytest.mark.parametrize("case", ["unpack", "unpack drafts", "advance"])
+def test_kernels(case: str, report: dict[str, str]) -> None:
+    assert report.get(case) == "ok"
