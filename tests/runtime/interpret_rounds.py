@@ -1,6 +1,7 @@
 """Runs the kernels of a round under Triton's interpreter and prints a line a case. Started by test_rounds.py."""
 
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,8 @@ def state(drafts: int) -> RowState:
 
 def step(drafts: int) -> dict[str, np.ndarray]:
     """Requests of which some are placed by the state, up to behind their room; the others come with all that they are."""
-    chooser, arrays = random.Random(drafts), {name: [] for name in ("sources", "places", "owners", "capacities")}
+    chooser = random.Random(drafts)
+    arrays: dict[str, list[int]] = {name: [] for name in ("sources", "places", "owners", "capacities")}
     starts = [0]
     for request, row in enumerate(chooser.sample(range(ROWS), 4)):
         placed = drafts > 0 and request != 2
@@ -48,18 +50,11 @@ def step(drafts: int) -> dict[str, np.ndarray]:
 
 
 def unpacks(drafts: int) -> None:
-    """The kernel's ids, positions, slots and tables are those of plain torch; 16 tokens in a bucket, 8 of them padding or so."""
+    """The kernel's ids, positions, slots and tables are those of plain torch; 16 tokens in a bucket, part of them padding."""
     torch.manual_seed(drafts)
     memory = {"keys.0": torch.zeros(60, PAGE, 1, 2)}
-    full = FullGraphs(
-        lambda inputs: StepResult(torch.zeros(1), torch.zeros(1)),
-        memory,
-        (16,),
-        WIDTH,
-        None,
-        torch.device("cpu"),
-        state(drafts),
-    )
+    nothing = StepResult(torch.zeros(1), torch.zeros(1))
+    full = FullGraphs(lambda inputs: nothing, memory, (16,), WIDTH, None, torch.device("cpu"), state(drafts))
     found: list[dict[str, Any]] = []
     for unpack in (full._unpack, full._launch_unpack):
         full.send(16, step(drafts))
@@ -97,7 +92,11 @@ def advances() -> None:
         assert torch.equal(results[1][name], wanted), name
 
 
-CASES = {"unpack": partial(unpacks, 0), "unpack drafts": partial(unpacks, DRAFTS), "advance": advances}
+CASES: dict[str, Callable[[], None]] = {
+    "unpack": partial(unpacks, 0),
+    "unpack drafts": partial(unpacks, DRAFTS),
+    "advance": advances,
+}
 
 if __name__ == "__main__":
     for name, check in CASES.items():

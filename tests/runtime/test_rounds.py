@@ -1,4 +1,4 @@
-"""The kernels of a round under Triton's interpreter, against plain torch: tokens placed by the rows' state, the state advanced."""
+"""The kernels of a round under Triton's interpreter, against plain torch: placing tokens, advancing the state."""
 
 import pytest
 
