@@ -39,12 +39,10 @@ def served(
 ) -> dict[str, float]:
     """Tokens a round less one, and rounds, of an engine that drafts at this position."""
     config = EngineConfig(max_requests=16, dtype="float32", device=device, progress=False, capture_at_start=False)
-    assistant: Any = load_assistant(folder / "assistant", dtype=torch.float32)
-    assistant = assistant.to(device).eval().requires_grad_(False)
     engine = Engine(
         folder / "target",
         config,
-        assistant=assistant,
+        assistant=folder / "assistant",
         speculative_tokens=DRAFTS,
         draft_rope_offset=offset,
         draft_verification=verification,

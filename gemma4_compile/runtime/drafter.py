@@ -28,7 +28,7 @@ from .batch import KINDS, PlainKV, require
 from .cuda_graphs import Buckets, CudaRecorder, Recorder, check_host, fitting
 from .memory import owners
 from .model import program_folder
-from .mtp import Drafted
+from .mtp import Drafted, fill_rows
 
 _INPUTS = {"tokens": torch.int64, "hidden": None, "positions": torch.int64, "starts": torch.int32} | {
     f"table.{kind}": torch.int32 for kind in KINDS
@@ -341,14 +341,7 @@ def check_fit(target: Any, assistant: Any, target_geometry: Geometry) -> tuple[i
 
 
 def _fill(views: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
-    """Copy requests to static buffers. The others read position 0 of page 0, which exists, and belong to nobody."""
+    """Copy requests to static buffers."""
     for name, view in views.items():
-        if name == "starts":
-            continue
-        given = inputs.get(name)
-        count = 0
-        if given is not None:
-            count = given.shape[0]
-            target = view[:count, : given.shape[1]] if name.startswith("table.") else view[:count]
-            target.copy_(given)
-        view[count:].zero_()
+        if name != "starts":
+            fill_rows(view, inputs.get(name, view[:0]))

@@ -83,6 +83,7 @@ class Engine:
     ):  # fmt: skip
         self.config = config = config or EngineConfig()
         self._draft_length = None if assistant is None else DraftLength(speculative_tokens)
+        self._adaptive = self._draft_length if self._draft_length is not None and self._draft_length.adaptive else None
         most = self._draft_length.most if self._draft_length else 0
         if draft_verification not in VERIFICATIONS:
             known = ", ".join(VERIFICATIONS)
@@ -334,25 +335,25 @@ class Engine:
             if sequence.finish_reason is None:
                 if w.drafts:
                     self._metrics.observe_round(w.drafts, count - 1)
-                    if self._draft_length is not None:
-                        self._draft_length.observe(w.drafts, count - 1)
+                    if self._adaptive is not None:
+                        self._adaptive.observe(w.drafts, count - 1)
                     request.metrics.drafted_tokens += w.drafts
                     request.metrics.accepted_tokens += count - 1
                 chunk = self._add_tokens(request, sequence, tokens[row : row + count], results, row, now, w.drafts)
                 if chunk is not None:
                     chunks += self._deliver(request, chunk)
             row += w.sampled
-        if self._draft_length is not None and self._draft_length.adaptive:
-            self._time_round(work, now)
+        if self._adaptive is not None:
+            self._time_round(self._adaptive, work, now)
         return chunks
 
-    def _time_round(self, work: Tokens[Work], now: float) -> None:
+    def _time_round(self, length: DraftLength, work: Tokens[Work], now: float) -> None:
         """A round's time is that since the round before, if both are of as many requests with as many drafts each."""
         drafts = work[0].drafts
         this = (len(work), drafts) if all(w.ahead >= 0 and w.drafts == drafts for w in work) else None
         before, at = self._last_round
-        if this is not None and this == before and self._draft_length is not None:
-            self._draft_length.took(*this, now - at)
+        if this is not None and this == before:
+            length.took(*this, now - at)
         self._last_round = this, now
 
     def _decoded(self, work: Decodes, tokens: list[int], results: dict[str, Any], now: float) -> list[Chunk]:

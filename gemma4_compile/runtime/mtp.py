@@ -44,8 +44,6 @@ class Drafted(NamedTuple):
 class Drafts(Protocol):
     """What drafts, see drafter.py."""
 
-    speculative_tokens: int
-
     def draft_from(
         self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None, draws: bool = False
     ) -> Drafted:  # fmt: skip
@@ -119,8 +117,10 @@ def finish_round(
 
 
 def fill_rows(buffer: Tensor, rows: Tensor) -> None:
-    """Put these first, zeros behind."""
-    buffer[: len(rows)].copy_(rows)
+    """Put these first, as wide as they are, and zeros behind: requests that belong to nobody, and read position 0 of page 0,
+    which exists."""
+    here = buffer[: len(rows)]
+    (here[:, : rows.shape[1]] if rows.dim() > 1 else here).copy_(rows)
     buffer[len(rows) :].zero_()
 
 
@@ -156,7 +156,7 @@ def _advance_into(
     found = dict(zip(("tokens", "hidden", "positions"), advance(state, tokens, hidden, step, accepted), strict=True))
     found |= {name: step[name][step["requests"]] for name in (f"table.{kind}" for kind in KINDS)}
     for name, rows in found.items():
-        fill_rows(out[name][:, : rows.shape[1]] if name.startswith("table.") else out[name], rows)
+        fill_rows(out[name], rows)
 
 
 @jit

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from gemma4_compile import ops
+from tests.gpu.times import microseconds
 from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
 
 VOCABULARY = 262144
@@ -112,17 +115,4 @@ def test_times(kind: str, rows: int):
     for name, (temperature, top_k, top_p, min_p) in TIMED.items():
         _, *rest = cuda(parameters([(top_k, top_p, min_p)] * rows))
         args = logits, torch.full((rows,), temperature, device="cuda"), *rest
-        ops.sample(*args)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            ops.sample(*args)
-        times = []
-        for _ in range(50):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3)
-        print(f"sample, {kind}, N={rows}, {name}: {torch.tensor(times).median().item():.1f} us")
+        print(f"sample, {kind}, N={rows}, {name}: {microseconds(partial(ops.sample, *args)):.1f} us")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from gemma4_compile import ops
 from gemma4_compile.ops import draw_draft
+from tests.gpu.times import microseconds
 from tests.ops.sample_cases import MIXES
 from tests.ops.verify_cases import awkward_requests, mixture
 
@@ -96,24 +96,6 @@ def test_compiled_drafts():
     for step in range(2):
         got = compiled(scores, tokens, rows, rows, torch.tensor(step, device="cuda"), rows % 3 == 0)
         assert (got != draw_draft(scores, tokens, rows, rows, step, rows % 3 == 0)).sum() <= 2
-
-
-def microseconds(function: Callable[[], Any]) -> float:
-    """Median, in a CUDA graph."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    times = []
-    for _ in range(50):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return torch.tensor(times).median().item()
 
 
 @CANDIDATES

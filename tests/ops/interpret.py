@@ -56,6 +56,15 @@ def attempt(name: str, check: Callable[[], None]) -> None:
         traceback.print_exc()
 
 
+def run(cases: dict[str, Callable[[], None]]) -> None:
+    """Each case with a line, one after the other on one thread."""
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    for name, case in cases.items():
+        attempt(name, case)
+
+
 def accurate(name: str) -> None:
     torch.manual_seed(0)  # one op's numbers do not depend on which others there are
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -2,9 +2,8 @@
 
 from functools import partial
 
-from tests.ops.interpret import attempt  # isort: skip  (before all that imports Triton: it switches the interpreter on)
+from tests.ops.interpret import run  # isort: skip  (before all that imports Triton: it switches the interpreter on)
 from tests.ops.ordered_argmax_cases import CASES
 
 if __name__ == "__main__":
-    for name, check in CASES.items():
-        attempt(name, partial(check, "cpu"))
+    run({name: partial(check, "cpu") for name, check in CASES.items()})

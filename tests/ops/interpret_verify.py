@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tests.ops.interpret import attempt  # isort: skip  (before all that imports Triton: it switches the interpreter on)
+from tests.ops.interpret import run  # isort: skip  (before all that imports Triton: it switches the interpreter on)
 from tests.ops import interpret_attention  # noqa: F401  isort: skip  (loops over loaded bounds, in Triton 3.6)
 
 import torch
@@ -81,13 +81,5 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(1)
-    for name, case in CASES.items():
-        attempt(name, case)
-
-
 if __name__ == "__main__":
-    main()
+    run(CASES)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tests.ops.interpret import attempt  # isort: skip  (before all that imports Triton: it switches the interpreter on)
+from tests.ops.interpret import run  # isort: skip  (before all that imports Triton: it switches the interpreter on)
 
 import numpy as np
 import torch
@@ -99,5 +99,4 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    for name, check in CASES.items():
-        attempt(name, check)
+    run(CASES)
