@@ -94,6 +94,8 @@ class EngineConfig:
     seed                  of requests that have none of their own
     device, dtype         of a checkpoint that the engine loads; None: the GPU if there is one, and the checkpoint's own
     progress              show progress bars on stderr
+    step_timeout          seconds that a step of several ranks may take before the run ends with an error on all of them; first
+                          steps compile kernels and capture graphs
     optimize              OptimizeConfig of a model that is not optimized yet
 
     Raises ValueError for a value out of range.
@@ -117,6 +119,7 @@ class EngineConfig:
     device: str | None = None
     dtype: Any = None
     progress: bool = False
+    step_timeout: float = 300.0
     optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
 
     def __post_init__(self) -> None:
@@ -137,6 +140,8 @@ class EngineConfig:
             raise ValueError(f'kv_dtype must be "auto" or "fp8", got {self.kv_dtype!r}; use "auto"')
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction must be over 0 and at most 1, got {self.memory_fraction}; use 0.9")
+        if not self.step_timeout > 0:
+            raise ValueError(f"step_timeout must be positive seconds, got {self.step_timeout}; use 300")
 
 
 def check_names(names: Iterable[str], where: str) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,22 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
 
     Raises ValueError for a folder that is missing, not a Gemma-4 checkpoint or broken, and for an id that gives no checkpoint.
     """
+    folder, model_type = checkpoint(folder)
+    try:
+        if text_only and model_type == "gemma4":
+            model = text_of_multimodal(folder, dtype, local_files_only=True)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    except Exception as error:  # safetensors, JSON and OS errors alike: the user needs the file, not the traceback
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"the weights must be readable, got {reason!r} in {folder}; download the checkpoint again") from error
+    return model.eval().to(device), tokenizer_of(folder)
+
+
+def checkpoint(folder: str | Path) -> tuple[Path, str]:
+    """The local folder of a checkpoint, downloaded if it is not there yet, and its model_type.
+
+    Raises ValueError as `load`."""
     if _HUB_ID.fullmatch(str(folder)) and not Path(folder).exists():
         folder = _from_hub(str(folder))
     folder = Path(folder)
@@ -49,15 +66,7 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
         raise ValueError(
             f"a checkpoint must have model_type gemma4 or gemma4_text, got {model_type!r} in {folder}; use a Gemma-4"
         )
-    try:
-        if text_only and model_type == "gemma4":
-            model = text_of_multimodal(folder, dtype, local_files_only=True)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
-    except Exception as error:  # safetensors, JSON and OS errors alike: the user needs the file, not the traceback
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"the weights must be readable, got {reason!r} in {folder}; download the checkpoint again") from error
-    return model.eval().to(device), tokenizer_of(folder)
+    return folder, model_type
 
 
 def tokenizer_of(folder: str | Path) -> Any:
@@ -73,9 +82,7 @@ def text_of_multimodal(folder: str | Path, dtype: torch.dtype | None, **options:
     options   of from_pretrained
 
     Raises ValueError where weights of the text part are missing."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # the towers' weights are left out on purpose: no table of them
-    try:
+    with quiet():  # the towers' weights are left out on purpose: no table of them
         loaded: Any = Gemma4ForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
@@ -83,12 +90,21 @@ def text_of_multimodal(folder: str | Path, dtype: torch.dtype | None, **options:
             key_mapping={r"^model\.language_model\.": "model."},
             **options,
         )
-    finally:
-        logging.set_verbosity(before)
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"weights of the text part are missing: {', '.join(missing[:3])}")
     return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers reports errors alone."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def text_part(model: Any) -> Any:

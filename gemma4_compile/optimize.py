@@ -25,7 +25,7 @@ from .config import OptimizeConfig
 from .dynamo import dense, own_code
 from .experts import fused_experts
 from .geometry import Geometry, geometry
-from .parallel import check_kv_heads, ranks_of
+from .parallel import check_kv_heads, division_of
 from .passes import prepare
 from .program import Program
 from .progress import compiling
@@ -122,7 +122,8 @@ class CompiledModel:
         self.backend = backend
         if backend.config.progress:
             backend.progress = compiling
-        self.geometry: Geometry = geometry(module.config, ranks_of(module))
+        self.division = division_of(module)
+        self.geometry: Geometry = geometry(module.config, self.division.ranks)
         self.signature = inspect.signature(module.forward)
         self.eager_reason = ""  # why the last call was not compiled
         self.programs: list[Program] = []  # packed steps, see runtime/model.py

@@ -2,20 +2,46 @@
 
 Transformers gives each rank an equal share of the rows of a projection. Of one KV head that is half a head, which no attention
 can read. Here such projections are loaded whole, and each rank keeps the head that its query heads read.
+
+`local_parts` shows a divided model to those who trace it: plain tensors, and logits of each rank's own tokens.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma4 import modeling_gemma4 as hf
 
+from .assistant import load_assistant as whole_assistant
 from .geometry import geometry
-from .loading import text_of_multimodal
+from .loading import checkpoint, quiet, text_of_multimodal
+from .ops.vocabulary import Vocabulary
 
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Division:
+    """Between how many ranks a model is divided, and this process's place among them.
+
+    group   name of the ranks' process group; "" for a whole model
+    """
+
+    ranks: int = 1
+    rank: int = 0
+    group: str = ""
+
+
+def launched_ranks() -> int:
+    """Processes of the torchrun that this one is of; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def load(folder: str | Path, ranks: int | None = None, dtype: torch.dtype | None = None) -> Any:
@@ -25,23 +51,41 @@ def load(folder: str | Path, ranks: int | None = None, dtype: torch.dtype | None
     ranks    size of the group; None: all ranks of the torchrun
     dtype    of the weights; the checkpoint's own unless given
 
-    Raises ValueError for a checkpoint that is no Gemma-4, and where the heads cannot be divided between the ranks."""
+    Raises ValueError for a checkpoint that is missing, broken or no Gemma-4, and where the heads cannot be divided between the
+    ranks."""
     from transformers.distributed import DistributedConfig
 
+    folder, model_type = checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in ("gemma4", "gemma4_text"):
-        raise ValueError(
-            f"a checkpoint must have model_type gemma4 or gemma4_text, got {config.model_type!r} in {folder}; use a Gemma-4"
-        )
     chosen = DistributedConfig(tp_size=ranks, tp_plan="auto")
     chosen.tp_plan = plan(config, int(chosen.tp_size or 1))
-    if config.model_type == "gemma4":  # transformers 5.24 mixes the divided embedding with whole tensors in front of the towers
+    if model_type == "gemma4":  # transformers 5.24 mixes the divided embedding with whole tensors in front of the towers
         model = text_of_multimodal(folder, dtype, distributed_config=chosen)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", distributed_config=chosen)
     for module in model.modules():  # 5.17 sums gradients in hooks, at which Dynamo breaks a graph
         module._backward_hooks.clear()
     return share_kv_heads(model.eval().requires_grad_(False))
+
+
+def load_assistant(folder: str | Path, division: Division, dtype: torch.dtype | None = None) -> Any:
+    """The MTP assistant of a divided model, in eval mode. Its heads are divided as the target's, whose keys they read; all else
+    is whole on each rank, as it takes less time to read than a sum of the ranks' parts takes.
+
+    division   of the target
+    """
+    from transformers.distributed import DistributedConfig
+
+    attention = "model.layers.*.self_attn."
+    rules = {f"{attention}q_proj": "colwise", f"{attention}o_proj": "rowwise"}
+    if _whole_style() == "replicate":  # 5.17 takes rules for all of the plan
+        whole = ("lm_head", "model.embed_tokens", *(f"model.layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")))
+        rules |= dict.fromkeys(whole, "replicate")
+    chosen = DistributedConfig(tp_size=division.ranks, tp_plan="auto")
+    chosen.tp_plan = rules
+    with quiet():  # rules for projections that no assistant has
+        assistant = whole_assistant(folder, dtype=dtype, distributed_config=chosen)
+    return assistant.eval().requires_grad_(False)
 
 
 def plan(config: Any, ranks: int) -> Any:
@@ -103,13 +147,74 @@ def _whole_style() -> str:
     return "replicate" if "replicate" in ALL_PARALLEL_STYLES else "replicated_with_grad_allreduce"
 
 
-def ranks_of(module: nn.Module) -> int:
-    """How many ranks a model is divided between, as its first query projection says; 1 for a model that is whole."""
+def division_of(module: nn.Module) -> Division:
+    """As the model's first query projection says."""
     for part in module.modules():
         if isinstance(part, hf.Gemma4TextAttention):
             mesh = _mesh(part.q_proj)
-            return 1 if mesh is None else int(mesh.size())
-    return 1
+            if mesh is not None and mesh.size() > 1:
+                return Division(int(mesh.size()), int(mesh.get_local_rank()), mesh.get_group().group_name)
+            return Division()
+    return Division()
+
+
+def vocabulary_of(model: Any, division: Division) -> Vocabulary:
+    """The tokens whose logits a Gemma4ForCausalLM gives within `local_parts`."""
+    size, here = model.config.vocab_size, local_part(model.lm_head.weight).shape[0]
+    return Vocabulary(size, division.rank * here, here, division.group) if here < size else Vocabulary(size, 0, size)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, on the same memory; the tensor itself where it is not divided."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@contextmanager
+def local_parts(*modules: nn.Module) -> Iterator[None]:
+    """For the time, divided modules hold this rank's parts as plain tensors, an embedding looks up the tokens of this rank and
+    adds up what the ranks have found, and a head gives the logits of this rank's tokens, where transformers gathers them all.
+    Harmless for what is whole."""
+    heads = [getattr(module, "lm_head", None) for module in modules]
+    owned = [
+        (part, name, parameter)
+        for module in modules
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False)
+        if hasattr(parameter, "to_local")
+    ]
+    parts = {id(p): nn.Parameter(local_part(p.data), requires_grad=p.requires_grad) for _, _, p in owned}  # tied ones stay so
+    forwards = []
+    try:
+        for part, name, parameter in owned:
+            part._parameters[name] = parts[id(parameter)]
+            if isinstance(part, nn.Embedding):
+                forwards.append((part, part.__dict__.get("forward")))
+                part.forward = _summed_embedding(part, parameter.device_mesh)
+            elif any(part is head for head in heads):
+                forwards.append((part, part.__dict__.get("forward")))
+                part.forward = lambda x, part=part: F.linear(x, part.weight, part.bias)
+        yield
+    finally:
+        for part, name, parameter in owned:
+            part._parameters[name] = parameter
+        for part, forward in reversed(forwards):
+            part.forward = forward
+
+
+def _summed_embedding(embedding: nn.Embedding, mesh: Any) -> Any:
+    """Its forward over the tokens of this rank, and the sum over the ranks, of which one alone is not zero."""
+    here, group = embedding.weight.shape[0], mesh.get_group().group_name
+    first = mesh.get_local_rank() * here
+    collectives = torch.ops._c10d_functional
+
+    def forward(input_ids: Tensor) -> Tensor:
+        places = input_ids - first
+        own = (places >= 0) & (places < here)
+        rows = type(embedding).forward(embedding, places.clamp(0, here - 1))
+        rows = torch.where(own[..., None], rows, torch.zeros_like(rows))
+        return collectives.wait_tensor(collectives.all_reduce(rows, "sum", group))
+
+    return forward
 
 
 def check_kv_heads(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma4Config, Gemma4ForConditiona
 from gemma4_compile import demo_checkpoint
 from gemma4_compile.checkpoints import TEXT_CONFIGS
 from gemma4_compile.geometry import geometry
-from gemma4_compile.parallel import _whole_style, check_kv_heads, load, plan, ranks_of, share_kv_heads
+from gemma4_compile.parallel import Division, _whole_style, check_kv_heads, division_of, load, plan, share_kv_heads
 from tests.generate_in_parallel import generate
 from tests.models import CONFIGS, tiny
 
@@ -105,7 +105,7 @@ def test_geometry_of_a_rank() -> None:
 
 def test_a_whole_model_is_left_alone() -> None:
     model = tiny("e")
-    assert ranks_of(model) == 1 and share_kv_heads(model) is model
+    assert division_of(model) == Division() and share_kv_heads(model) is model
     check_kv_heads(model)
     assert model.model.layers[0].self_attn.num_key_value_groups == 4
 

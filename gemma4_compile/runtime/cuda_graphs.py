@@ -28,7 +28,7 @@ from gemma4_compile.pieces import SPLIT_POINTS
 from gemma4_compile.program import Program, Step, StepResult
 
 from .batch import KINDS, STEP_INPUTS, check_inputs, varying_dim
-from .full_graphs import FullGraphs, FullResult
+from .full_graphs import FullGraphs, FullResult, greedy
 from .row_state import RowState
 
 
@@ -132,6 +132,8 @@ class GraphRunner:
                 is the most pages that a request may have
     requests    the most requests of a step; FULL steps have no limit of their own
     state       of the rows, see row_state.py; without, `decode` gives logits only
+    argmax      see full_graphs.py
+    agree       whether a bucket is given up, told whether it should be: ranks that run one model must do so together
 
     Graphs are captured when a bucket is first used. Its first replay is compared with the program itself on the same inputs; if
     they differ, the bucket is given up with a warning. `refused` says why a bucket runs without graphs.
@@ -141,8 +143,10 @@ class GraphRunner:
 
     def __init__(
         self, program: Program, inputs: dict[str, Tensor], requests: int, buckets: Buckets | None = None,
-        recorder: Recorder | None = None, state: RowState | None = None,
+        recorder: Recorder | None = None, state: RowState | None = None, argmax: Callable[[Tensor], Tensor] = greedy,
+        agree: Callable[[bool], bool] = bool,
     ):  # fmt: skip
+        self._agree = agree
         self.program, self.requests, self.buckets = program, requests, buckets or Buckets()
         device = inputs["input_ids"].device
         if recorder is None:
@@ -161,7 +165,7 @@ class GraphRunner:
         self.static = {name: torch.zeros(size, dtype=inputs[name].dtype, device=device) for name, size in sizes.items()}
         self.refused: dict[str, str] = {}
         self.replays = 0  # steps that ran from graphs
-        self.full = FullGraphs(program.run, self.memory, self.buckets.decode, width, recorder, device, state)
+        self.full = FullGraphs(program.run, self.memory, self.buckets.decode, width, recorder, device, state, argmax)
         self._heads: dict[int, tuple[list[_Call], dict[int, list[_Call]]]] = {}  # tokens -> before the boundary, rows -> at it
         self._tails: dict[int, tuple[list[_Call], StepResult]] = {}
         self._crossing: dict[int, list[Tensor]] = {}
@@ -256,7 +260,7 @@ class GraphRunner:
             expected = _cut(self.program.run(self._views(replace(bucket, requests=requests))), wanted)
         difference = (actual.logits.float() - expected.logits.float()).square().mean().sqrt()
         scale = expected.logits.float().square().mean().sqrt()
-        if not difference <= 1e-2 * scale:  # also if either is not a number
+        if self._agree(not difference <= 1e-2 * scale):  # also if either is not a number
             self._give_up(bucket, f"a replay gave other logits than the program (rms {difference:.3g} of {scale:.3g})")
             return expected
         self._checked.add(bucket)

@@ -22,6 +22,7 @@ from gemma4_compile.assistant import load_assistant
 from gemma4_compile.geometry import Geometry, geometry
 from gemma4_compile.ops import draw_draft, ordered_argmax, ordered_scores
 from gemma4_compile.optimize import state_of
+from gemma4_compile.parallel import local_parts
 from gemma4_compile.program import Program, compile_step, open_step
 
 from .batch import KINDS, PlainKV, require
@@ -92,13 +93,14 @@ class Drafter:
             module = _DraftModule(target.model.embed_tokens, assistant, owned, rope_offset, ends)
             step = _make_step(module, owned, rope_offset, ends)
             return open_step(
-                module, state.backend, program_folder(module, state.backend, target.device),
+                module, state.backend, program_folder(module, state, target.device),
                 lambda: compile_step(module, step, examples, _INPUTS, state.backend, [assistant.model], check=self._check),
                 self._check,
             )  # fmt: skip
 
-        self.program = program("tokens")
-        self._drawing = program("states") if draws else None
+        with local_parts(target, assistant):
+            self.program = program("tokens")
+            self._drawing = program("states") if draws else None
 
         self.recorder = CudaRecorder(target.device) if recorder is None and target.device.type == "cuda" else recorder
         self.refused: dict[int, str] = {}
@@ -320,7 +322,7 @@ def check_fit(target: Any, assistant: Any, target_geometry: Geometry) -> tuple[i
     if assistant.training:
         raise ValueError("the assistant must be in eval mode, got training mode; call assistant.eval() first")
     found = []
-    for layer in geometry(text).layers:
+    for layer in geometry(text, target_geometry.ranks).layers:
         candidates = owners(target_geometry, layer.kind)
         if not candidates:
             raise ValueError(f"the target must own keys of each layer type of the assistant, got {layer.kind}; use its own")

@@ -4,6 +4,7 @@ import itertools
 import random
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
@@ -16,10 +17,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from gemma4_compile import parallel
 from gemma4_compile.assistant import load_assistant
 from gemma4_compile.config import EngineConfig
-from gemma4_compile.loading import load, text_part, tokenizer_of
-from gemma4_compile.optimize import existing_state, optimize
+from gemma4_compile.loading import checkpoint, load, text_part, tokenizer_of
+from gemma4_compile.optimize import existing_state, optimize, state_of
 
 from . import invariants
 from .draft_length import DraftLength, SpeculativeTokens
@@ -28,6 +30,7 @@ from .model import PackedModel
 from .model_runner import Launched, ModelRunner
 from .mtp import VERIFICATIONS
 from .outputs import Chunk, RequestOutput, Sample, TokenLogprob
+from .ranks import RanksError
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 from .text import Prompt, TextStream, encode
@@ -73,6 +76,10 @@ class Engine:
 
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
 
+    Under torchrun a checkpoint that the engine loads is divided between the ranks (tensor parallel), as is a model of
+    `parallel.load`. All ranks make an engine together. Then rank 0 uses it as if it were alone, and the others call `follow`; or
+    all call `generate`, where rank 0's prompts count. `close` it, or use it in a `with`, so that the others may go on.
+
     Raises ValueError for a checkpoint that cannot be loaded, a configuration that the model or the memory cannot hold.
     """
 
@@ -105,10 +112,46 @@ class Engine:
         self._running: Launched | None = None
         self._last_round: tuple[tuple[int, int] | None, float] = None, 0.0
         self._metrics = EngineMetrics()
+        self._ranks = self.runner.ranks
+        weakref.finalize(self, self._ranks.close)
         if config.capture_at_start:
-            with tqdm(self.runner.capture(), desc="CUDA graphs", disable=not config.progress or not self.runner.on_gpu) as bar:
+            shown = config.progress and self.runner.on_gpu and self.leads
+            with tqdm(self.runner.capture(), desc="CUDA graphs", disable=not shown) as bar:
                 for name in bar:
                     bar.set_postfix_str(name)
+
+    # Several ranks
+
+    @property
+    def leads(self) -> bool:
+        """Whether requests are given to this rank: to rank 0 of those that the model is divided between."""
+        return self._ranks.leads
+
+    def follow(self) -> None:
+        """On every rank but 0: run what rank 0 plans, until it closes its engine. Rank 0 returns at once.
+
+        Raises RuntimeError if another rank is gone, or fails."""
+        if not self.leads:
+            self._follow()
+
+    def close(self) -> None:
+        """No more requests: the ranks that follow may go on. Harmless twice, and without other ranks."""
+        self._ranks.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _follow(self) -> "list[RequestOutput] | None":
+        """Until rank 0's `generate` ends, whose outputs are returned, or its engine closes."""
+        for kind, content in self._ranks.messages():
+            if kind == "step":
+                self.runner.run(content)
+            elif kind == "generated":
+                return content
+        return None
 
     # For those who want results
 
@@ -121,8 +164,12 @@ class Engine:
         params   for all of them, or one for each; None is greedy
 
         A prompt that cannot be served gives an output with finish_reason "error", and a warning. Raises ValueError if prompts
-        and params differ in number.
+        and params differ in number. Of several ranks all give rank 0's outputs; RuntimeError if that raises.
         """
+        if not self.leads:
+            if (found := self._follow()) is None:
+                raise RuntimeError("rank 0 must end what it generates, got an error or its close() before; see its message")
+            return found
         several: list[Prompt] = list(prompts) if _is_several(prompts) else [prompts]  # type: ignore[list-item, arg-type]
         if params is None or isinstance(params, SamplingParams):
             chosen = [params or SamplingParams()] * len(several)
@@ -148,7 +195,9 @@ class Engine:
             for request_id in ids:
                 self.abort(request_id)
             raise
-        return [outputs[request_id] for request_id in ids]
+        found = [outputs[request_id] for request_id in ids]
+        self._ranks.tell("generated", found)
+        return found
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> "ChunkStream":
         """One prompt's chunks as they come; what is no longer read is aborted. Raises ValueError as `add_request`."""
@@ -168,6 +217,8 @@ class Engine:
 
         Raises ValueError for a prompt or params that can never be served, an id in use. Nothing is queued then.
         """
+        if not self.leads:
+            raise RuntimeError("requests must be given to rank 0, got one on another; call follow() there")
         params = params or SamplingParams()
         request_id = self._new_id() if request_id is None else request_id
         if request_id in self._requests:
@@ -212,6 +263,8 @@ class Engine:
                     self._begun(w.sequence, start)
             try:
                 launched = self.runner.launch(work, self.scheduler.drafts)
+            except RanksError:
+                raise
             except Exception as error:
                 chunks = self._fail(work, error)
             self._metrics.steps += 1
@@ -220,7 +273,10 @@ class Engine:
         if launched is not None:
             before = time.perf_counter()
             try:
-                results = launched.fetched.wait()
+                with self._ranks.together():
+                    results = launched.fetched.wait()
+            except RanksError:
+                raise
             except Exception as error:  # of a kernel: it shows only when the host waits
                 chunks += self._fail(launched.work, error)
                 results = None
@@ -268,7 +324,7 @@ class Engine:
         return next(name for number in self._numbers if (name := f"request-{number}") not in self._requests)
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:
-        vocabulary = self.runner.vocabulary
+        vocabulary = self.runner.vocabulary.size
         if not ids:
             raise ValueError("a prompt must have at least one token, got none; begin it with <bos>")
         if len(ids) >= self.max_model_len:
@@ -516,15 +572,18 @@ def _logprobs(results: dict[str, Any], prefix: str, rows: range, tokens: Tokens[
 
 def _model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: Any) -> tuple[Any, Any]:
     """An optimized Gemma4ForCausalLM, and a tokenizer or None."""
-    if isinstance(model, (str, Path)):
+    if isinstance(model, (str, Path)) and parallel.launched_ranks() > 1:
+        folder, _ = checkpoint(model)
+        text, found = parallel.load(folder, dtype=config.dtype), tokenizer_of(folder)
+    elif isinstance(model, (str, Path)):
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded, found = load(model, device, config.dtype, config.text_only)
         if loaded.config.get_text_config().enable_moe_block and device == "cuda" and loaded.dtype == torch.float32:
             loaded.set_experts_implementation("batched_mm")  # torch's grouped product on a GPU takes bf16 alone
         text = text_part(loaded)
     else:
-        folder: Any = getattr(model, "name_or_path", "")
-        found = tokenizer_of(folder) if folder and tokenizer is None else None
+        name: Any = getattr(model, "name_or_path", "")
+        found = tokenizer_of(name) if name and tokenizer is None else None
         text = text_part(model)
     if not isinstance(text, nn.Module) or existing_state(text) is None:
         optimize(text.requires_grad_(False), config.optimize)
@@ -533,8 +592,15 @@ def _model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: An
 
 def _assistant_of(assistant: nn.Module | str | Path | None, model: Any) -> nn.Module | None:
     """An assistant beside its target, before memory is given to pools."""
+    division = state_of(model).division
     if not isinstance(assistant, (str, Path)):
+        if assistant is not None and (got := parallel.division_of(assistant)) != division:
+            raise ValueError(
+                f"an assistant must be divided as its target, between {division.ranks} ranks, got {got.ranks}; give its folder"
+            )
         return assistant
+    if division.ranks > 1:
+        return parallel.load_assistant(assistant, division, model.dtype)
     return load_assistant(assistant, dtype=model.dtype).to(model.device).eval().requires_grad_(False)
 
 

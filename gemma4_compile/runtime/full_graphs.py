@@ -129,6 +129,11 @@ class _Bucket:
         return self.host[self.turn], self.events[self.turn]
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The likeliest tokens, of logits that are all here."""
+    return logits.argmax(-1)
+
+
 class FullGraphs:
     """Graphs of one program's FULL steps.
 
@@ -138,13 +143,15 @@ class FullGraphs:
     width     pages that a request may have
     recorder  captures; see cuda_graphs.py
     state     of the rows, which tokens come from and go to. None: no tokens are sampled
+    argmax    of logits [N, vocabulary], or of the part of them that a rank has
     """
 
     def __init__(
         self, program: Callable[[dict[str, Tensor]], StepResult], memory: dict[str, Tensor], sizes: tuple[int, ...], width: int,
-        recorder: Any, device: torch.device, state: RowState | None = None,
+        recorder: Any, device: torch.device, state: RowState | None = None, argmax: Callable[[Tensor], Tensor] = greedy,
     ):  # fmt: skip
         self.program, self.memory, self.recorder, self.state, self.width = program, memory, recorder, state, width
+        self.argmax = argmax
         self.last = None if state is None else state.last
         self._drafts = 0 if state is None else state.drafts.shape[1]
         self._names = _TOKENS + (_DRAFTED if self._drafts else ())
@@ -235,7 +242,7 @@ class FullGraphs:
         logits, hidden = self.program(bucket.views | self.memory)
         if self.last is None:
             return [logits, hidden]
-        tokens = logits[0].argmax(-1)
+        tokens = self.argmax(logits[0])
         self.last.index_copy_(0, bucket.views["targets"], tokens)
         return [logits, hidden, tokens]
 

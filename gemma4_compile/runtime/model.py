@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from transformers.models.gemma4 import modeling_gemma4 as hf
 
-from gemma4_compile.backend import Backend, uuid
-from gemma4_compile.optimize import state_of
+from gemma4_compile.backend import uuid
+from gemma4_compile.optimize import CompiledModel, state_of
+from gemma4_compile.parallel import local_parts, vocabulary_of
 from gemma4_compile.program import Program, StepResult, fingerprint, open_program
 
 
@@ -31,24 +32,29 @@ class PackedModel:
         state = state_of(model)
         if getattr(model.config, "use_bidirectional_attention", None) == "all":
             raise ValueError("attention must be causal, got use_bidirectional_attention='all'; use a decoder checkpoint")
-        self.model, self.geometry = model, state.geometry
-        folder = program_folder(model, state.backend, model.device)
-        self.program: Program = open_program(model, state.backend, state.geometry, folder)
+        self.model, self.geometry, self.division = model, state.geometry, state.division
+        self.vocabulary = vocabulary_of(model, state.division)
+        with local_parts(model):
+            folder = program_folder(model, state, model.device)
+            self.program: Program = open_program(model, state.backend, state.geometry, folder)
         state.programs.append(self.program)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits [1, N, vocabulary]; the step's keys and values are written in place."""
+        """Logits [1, N, vocabulary], or of this rank's tokens; the step's keys and values are written in place."""
         return self.program(inputs)
 
     def run(self, inputs: dict[str, Tensor]) -> StepResult:
-        """Logits [1, N, vocabulary] and final-normed states [N, H]; the step's keys and values are written in place."""
+        """Those logits and final-normed states [N, H]; the step's keys and values are written in place."""
         return self.program.run(inputs)
 
 
-def program_folder(model: Any, backend: Backend, device: torch.device) -> Path | None:
+def program_folder(model: Any, state: CompiledModel, device: torch.device) -> Path | None:
     """Where a module's program is kept: a name for everything that it depends on. None where torch's caches are off, and for
-    a module that cannot be known again."""
-    config = backend.config
+    a module that cannot be known again.
+
+    state   of the optimized model that it belongs to
+    """
+    backend, config = state.backend, state.backend.config
     if torch._inductor.config.force_disable_caches or not torch._inductor.config.fx_graph_cache:
         return None
     known = fingerprint(model)
@@ -56,6 +62,6 @@ def program_folder(model: Any, backend: Backend, device: torch.device) -> Path |
         return None
     machine = torch.cuda.get_device_properties(device).name if device.type == "cuda" else "cpu"
     inductor = repr(sorted(torch._inductor.config.save_config_portable().items()))
-    parts = (uuid(config, backend.enabled), machine, inductor, known)
+    parts = (uuid(config, backend.enabled), machine, inductor, known, state.division)
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     return Path(config.cache_dir or Path(cache_dir()) / "gemma4_compile") / name

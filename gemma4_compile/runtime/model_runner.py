@@ -4,10 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gemma4_compile.config import EngineConfig
+from gemma4_compile.parallel import local_part
 from gemma4_compile.program import StepResult
 
 from . import invariants, mtp
@@ -18,8 +20,9 @@ from .memory import MemoryReport, PoolSizes, allocate, divide, naive_token_bytes
 from .model import PackedModel
 from .mtp import Drafts
 from .pages import KVPages
+from .ranks import Ranks
 from .row_state import RowState
-from .sampler import Sampler, named_logprobs
+from .sampler import Counted, Sampler, named_logprobs
 from .staging import Fetched, Staging
 from .step_inputs import StepArrays, build
 from .work import Decodes, Work
@@ -27,6 +30,26 @@ from .work import Decodes, Work
 _CPU_KV_BYTES = 2**30
 _EXPECTED_TOKENS = 4096
 _KV_DTYPES = {"fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step as every rank runs it. Nothing of it lies on a device.
+
+    sampling    of the rows that sample, by name, see Sampler.parameters
+    counted     rows that begin with penalties
+    top         likeliest tokens that sampled rows want named, and `prompt_top` those of prompts; -1: no log probabilities
+    drafts      that each request gets
+    draws       whether they are drawn
+    """
+
+    arrays: StepArrays
+    sampling: dict[str, np.ndarray]
+    counted: list[Counted]
+    top: int
+    prompt_top: int
+    drafts: int
+    draws: bool
 
 
 @dataclass
@@ -38,8 +61,9 @@ class Launched:
 
 
 class ModelRunner:
-    """Runs planned steps of one model.
+    """Runs planned steps of one model; where several ranks run it, all make one together.
 
+    ranks          this process among them
     pages          the pools and page tables that steps are planned over
     max_model_len  tokens of the longest request
     memory         what the memory goes to
@@ -57,8 +81,9 @@ class ModelRunner:
         # Rows of a step that want logits at most, but for those of prompts.
         self._rows = min(config.max_requests * (1 + self.speculative_tokens), config.max_batched_tokens)
         model = packed.model
+        self.ranks = Ranks(packed.division, config.step_timeout)
         self.device: torch.device = model.device
-        self.vocabulary: int = model.config.vocab_size
+        self.vocabulary = packed.vocabulary
         self.on_gpu = self.device.type == "cuda"
         graphs = self.on_gpu if config.cuda_graphs is None else config.cuda_graphs
         if graphs and not self.on_gpu:
@@ -81,7 +106,7 @@ class ModelRunner:
             sizes.pages, self.windows, config.page_size, config.max_requests, -(-sizes.longest // config.page_size)
         )
         self.memory = MemoryReport(
-            weights=sum(t.untyped_storage().nbytes() for t in _unique(model.parameters())),
+            weights=sum(t.untyped_storage().nbytes() for t in _unique(map(local_part, model.parameters()))),
             steps=steps, pools=sizes, page_size=config.page_size,
             token_bytes={kind: token_bytes(layers[kind], self.kv_dtype.itemsize) for kind in self.windows},
             naive_token_bytes=naive_token_bytes(packed.geometry, self.kv_dtype.itemsize),
@@ -91,7 +116,10 @@ class ModelRunner:
         self.graphs: GraphRunner | None = None
         if graphs:
             inputs = self._padding_step(1, 1, self.pages.tables[next(iter(self.windows))].shape[1])
-            self.graphs = GraphRunner(packed.program, inputs | self.kv, config.max_requests, self._buckets(), state=self.state)
+            self.graphs = GraphRunner(
+                packed.program, inputs | self.kv, config.max_requests, self._buckets(), state=self.state,
+                argmax=self.vocabulary.argmax, agree=lambda flag: self.ranks.any(flag, self.device),
+            )  # fmt: skip
         self.drafter: Drafts | None = None
         if assistant is not None:
             width = self.pages.tables[next(iter(self.windows))].shape[1]
@@ -104,13 +132,14 @@ class ModelRunner:
     # Memory
 
     def _kv_bytes(self, steps: int) -> int:
+        """Of each rank: pages have the same numbers on all of them."""
         if self.config.kv_bytes is not None:
             return self.config.kv_bytes
         if not self.on_gpu:
             return _CPU_KV_BYTES
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
-        return int(free - (1 - self.config.memory_fraction) * total - steps)
+        return self.ranks.least(int(free - (1 - self.config.memory_fraction) * total - steps))
 
     def _divide(self, memory: int) -> PoolSizes:
         config = self.config
@@ -149,6 +178,8 @@ class ModelRunner:
                 self.packed(self._padding_step(tokens, min(tokens, self._rows), -(-tokens // config.page_size)) | kv)
                 fitting = tokens
             except torch.cuda.OutOfMemoryError:
+                if self.ranks.several:  # the others are in the middle of the step
+                    break
                 tokens //= 2
         if fitting < config.max_batched_tokens:
             # Half of what fits, as the pools want memory too.
@@ -223,44 +254,66 @@ class ModelRunner:
     def launch(self, work: Sequence[Work], drafts: int | None = None) -> Launched:
         """Start a planned step, which makes so many drafts of each request, K unless given. On a GPU this returns before it has
         run."""
-        for w in () if isinstance(work, Decodes) else work:
-            if w.begins:
-                self.sampler.begin(w)
+        plan = self._plan(work, drafts)
+        self.ranks.tell("step", plan)
+        return Launched(work, Fetched(self.run(plan)))
+
+    def _plan(self, work: Sequence[Work], drafts: int | None) -> StepPlan:
+        begun = () if isinstance(work, Decodes) else [self.sampler.begin(w) for w in work if w.begins]
         arrays = build(work, self.pages)
         if invariants.enabled():
-            invariants.check_step(work, arrays, self.pages, self.vocabulary, self.owning)
-        (logits, hidden), step, greedy = self._logits(work, arrays)
+            invariants.check_step(work, arrays, self.pages, self.vocabulary.size, self.owning)
+        sampling = self.sampler.parameters(work, arrays)
+        prompt_top = max((w.sequence.params.prompt_logprobs or 0 for w in work if w.prompt), default=-1) if (
+            arrays.prompt_rows is not None
+        ) else -1  # fmt: skip
+        draws = self.state.scores is not None and bool(arrays.rounds) and self.sampler.draws(arrays.rounds["round_rows"])
+        return StepPlan(
+            arrays, sampling, [counted for counted in begun if counted is not None], self.sampler.top(arrays.targets), prompt_top,
+            self.speculative_tokens if drafts is None else drafts, draws,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def run(self, plan: StepPlan) -> dict[str, Tensor]:
+        """Start a step, as planned by rank 0; its results are on the device, and the same on all ranks."""
+        with self.ranks.together():
+            return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> dict[str, Tensor]:
+        arrays, draws = plan.arrays, plan.draws
+        for counted in plan.counted:
+            self.sampler.count(*counted)
+        (logits, hidden), step, greedy = self._logits(arrays, plan.sampling)
         logits = logits[0]
         results: dict[str, Tensor] = {}
         if arrays.prompt_rows is not None:
-            top = max(w.sequence.params.prompt_logprobs or 0 for w in work if w.prompt)
-            results |= named_logprobs("prompt_", logits[step["prompt_rows"]], step["prompt_next"], top)
+            wanted = logits[step["prompt_rows"]]
+            results |= named_logprobs("prompt_", self.vocabulary, wanted, step["prompt_next"], plan.prompt_top)
             logits = logits[step["picks"]]
         if sampled := len(arrays.targets):
             rows = step["rows"] if arrays.prompt_rows is None else step["rows"][step["picks"]]
             positions = step["positions"] if greedy is not None else step["positions"][rows[:sampled]]
-            draws = self.state.scores is not None and bool(arrays.rounds) and self.sampler.draws(arrays.rounds["round_rows"])
             accepted: Tensor | None = None
 
             def settle(tokens: Tensor, shaped: Tensor, offsets: Tensor) -> Tensor:
                 nonlocal accepted
-                block = self.verification == "block"
+                block, shaped = self.verification == "block", self.vocabulary.gather(shaped)
                 tokens, accepted = mtp.settle(self.state, tokens, shaped, offsets, step, block)
                 return tokens
 
-            results |= self.sampler(logits[:sampled], positions, step, arrays, greedy, settle if draws else None)
+            results |= self.sampler(logits[:sampled], positions, step, plan.top, greedy, settle if draws else None)
             if self.drafter is not None and arrays.rounds:
-                drafts = self.speculative_tokens if drafts is None else drafts
                 results["accepted"] = mtp.finish_round(
-                    self.drafter, self.state, results["tokens"], hidden, step, drafts, accepted, draws
+                    self.drafter, self.state, results["tokens"], hidden, step, plan.drafts, accepted, draws
                 )
-        return Launched(work, Fetched(results))
+        return results
 
-    def _logits(self, work: Sequence[Work], arrays: StepArrays) -> tuple[StepResult, dict[str, Tensor], Tensor | None]:
+    def _logits(
+        self, arrays: StepArrays, sampling: dict[str, np.ndarray]
+    ) -> tuple[StepResult, dict[str, Tensor], Tensor | None]:  # fmt: skip
         """Logits and states of the wanted rows; the step's inputs as the model saw them and all else that the device was sent;
         and greedy tokens where a graph made them and they are in the state already."""
-        extra = self.sampler.parameters(work, arrays)
-        greedy = self.sampler.is_greedy(extra)
+        extra, greedy = dict(sampling), self.sampler.is_greedy(sampling)
         if self.graphs is not None and len(arrays.targets) == len(arrays.sources):
             packed = {"sources": arrays.sources, "targets": arrays.targets} | arrays.placed | arrays.rounds
             found = self.graphs.decode(arrays.model | packed)

@@ -5,13 +5,14 @@ only says what; nothing here waits for the device.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.logits import apply_penalties, logprobs_of
+from gemma4_compile.ops.logits import apply_penalties
+from gemma4_compile.ops.vocabulary import Vocabulary
 
 from .row_state import RowState
 from .step_inputs import StepArrays
@@ -28,22 +29,31 @@ _EVER = 2**62  # tokens
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
-class Sampler:
-    """Parameters of the running requests, by row; tokens go to their state."""
+class Counted(NamedTuple):
+    """The tokens of a request with penalties, which has got this row: those of its prompt, and new ones."""
 
-    def __init__(self, rows: int, vocabulary: int, state: RowState, stop_tokens: Iterable[int]):
+    row: int
+    prompt: list[int]
+    output: list[int]
+
+
+class Sampler:
+    """Parameters of the running requests, by row; tokens go to their state. Logits are those of the vocabulary's part that is
+    here, and whatever several ranks sample is the same on all of them."""
+
+    def __init__(self, rows: int, vocabulary: Vocabulary, state: RowState, stop_tokens: Iterable[int]):
         self.vocabulary, self.state, self.stop_tokens = vocabulary, state, tuple(stop_tokens)
         self.device = state.last.device
         self._host = {name: np.zeros(rows, dtype) for name, dtype in _PARAMETERS.items()}
         self._host |= {name: np.zeros(rows, np.int64) for name in ("seeds", "prompt_length")}
         self._penalizes, self._adjusts = np.zeros(rows, bool), np.zeros(rows, bool)
         self._logprobs = np.full(rows, -1)
-        # Made when the first request asks for penalties: [rows, vocabulary] is 100 MB and more.
+        # [rows, tokens here]; made when the first request asks for penalties: 100 MB and more.
         self._counts: Tensor | None = None
         self._in_prompt: Tensor | None = None
 
-    def begin(self, work: Work) -> None:
-        """A request has got this row."""
+    def begin(self, work: Work) -> Counted | None:
+        """A request has got this row. What `count` must do for it before it samples, if anything."""
         sequence, row, params = work.sequence, work.row, work.sequence.params
         for name in _PARAMETERS:
             self._host[name][row] = getattr(params, name)
@@ -51,17 +61,20 @@ class Sampler:
         self._penalizes[row] = params.penalizes
         self._adjusts[row] = bool(params.logit_bias) or params.min_tokens > 0
         self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        if params.penalizes:
-            self._count(row, sequence.tokens[: sequence.prompt_length], sequence.output)
+        if not params.penalizes:
+            return None
+        return Counted(row, sequence.tokens[: sequence.prompt_length], sequence.output)
 
-    def _count(self, row: int, prompt: list[int], output: list[int]) -> None:
+    def count(self, row: int, prompt: list[int], output: list[int]) -> None:
+        """Begin a row of those that penalties go by."""
         if self._counts is None or self._in_prompt is None:
-            rows = len(self._penalizes)
-            self._counts = torch.zeros((rows, self.vocabulary), dtype=torch.int32, device=self.device)
-            self._in_prompt = torch.zeros((rows, self.vocabulary), dtype=torch.bool, device=self.device)
+            shape = len(self._penalizes), self.vocabulary.here
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self._counts[row].zero_()
         self._in_prompt[row].zero_()
-        self._in_prompt[row, torch.tensor(prompt, device=self.device)] = True
+        prompt, output = (self.vocabulary.own(tokens) for tokens in (prompt, output))
+        self._in_prompt[row, torch.tensor(prompt, dtype=torch.int64, device=self.device)] = True
         if output:
             tokens = torch.tensor(output, device=self.device)
             self._counts[row].index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
@@ -98,20 +111,25 @@ class Sampler:
         """Whether any of these rows' tokens are drawn."""
         return bool(self._host["temperature"][rows].any())
 
+    def top(self, rows: np.ndarray) -> int:
+        """How many of the likeliest tokens these rows want to be named; -1: they want no log probabilities."""
+        return int(self._logprobs[rows].max(initial=-1))
+
     @staticmethod
     def is_greedy(parameters: dict[str, Any]) -> bool:
         """Whether the likeliest tokens are wanted, by the model's own logits."""
         return len(parameters) == 1  # targets
 
     def __call__(
-        self, logits: Tensor, positions: Tensor, given: dict[str, Tensor], arrays: StepArrays, greedy: Tensor | None = None,
+        self, logits: Tensor, positions: Tensor, given: dict[str, Tensor], top: int, greedy: Tensor | None = None,
         settle: Settle | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Tokens [S] and, where asked for, their log probabilities.
 
-        logits     [S, vocabulary], the model's own
+        logits     [S, tokens here], the model's own
         positions  [S] of the tokens that they follow
         given      what `parameters` named, on the device
+        top        as of the method `top`
         greedy     tokens that are in the state already
         settle     has the last word: of the tokens, of logits with penalties and biases, and of how many new tokens each
                    request has
@@ -122,8 +140,8 @@ class Sampler:
         else:
             tokens = greedy
         found = {"tokens": tokens}
-        if (top := int(self._logprobs[arrays.targets].max(initial=-1))) >= 0:
-            found |= named_logprobs("", logits, tokens, top)
+        if top >= 0:
+            found |= named_logprobs("", self.vocabulary, logits, tokens, top)
         return found
 
     def _sample(self, logits: Tensor, positions: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,21 +153,22 @@ class Sampler:
             penalties = [given[name] for name in _PENALTIES]
             logits = apply_penalties(logits, self._counts, self._in_prompt, targets, *penalties)
         if "bias" in given:
-            bias = torch.where(offsets[given["bias_rows"]] < given["bias_until"], given["bias"], 0)
-            logits = logits.float().index_put((given["bias_rows"], given["bias_tokens"]), bias, accumulate=True)
+            places, own = self.vocabulary.place(given["bias_tokens"])
+            bias = torch.where(own & (offsets[given["bias_rows"]] < given["bias_until"]), given["bias"], 0)
+            logits = logits.float().index_put((given["bias_rows"], places), bias, accumulate=True)
         if "temperature" in given:
             shaping = [given[name] for name in _SHAPING]
-            tokens = torch.ops.gemma4.sample(logits, *shaping, given["seeds"], offsets)
+            tokens = self.vocabulary.sample(logits, *shaping, given["seeds"], offsets)
         else:
-            tokens = logits.argmax(-1)
+            tokens = self.vocabulary.argmax(logits)
         self.state.last[targets] = tokens
         if "repetition_penalty" in given:
-            ones = torch.ones_like(tokens, dtype=torch.int32)
-            self._counts.index_put_((targets, tokens), ones, accumulate=True)  # type: ignore[union-attr]
+            places, own = self.vocabulary.place(tokens)
+            self._counts.index_put_((targets, places), own.to(torch.int32), accumulate=True)  # type: ignore[union-attr]
         return tokens, logits, offsets
 
 
-def named_logprobs(prefix: str, logits: Tensor, tokens: Tensor, top: int) -> dict[str, Tensor]:
+def named_logprobs(prefix: str, vocabulary: Vocabulary, logits: Tensor, tokens: Tensor, top: int) -> dict[str, Tensor]:
     """Log probabilities of these tokens and of the likeliest, by name, to be fetched together."""
-    chosen, ranks, values, ids = logprobs_of(logits, tokens, top)
+    chosen, ranks, values, ids = vocabulary.logprobs(logits, tokens, top)
     return {f"{prefix}chosen": chosen, f"{prefix}ranks": ranks, f"{prefix}top": values, f"{prefix}top_ids": ids}
