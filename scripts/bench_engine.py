@@ -2,6 +2,7 @@
 
     python scripts/bench_engine.py --models E2B [--workloads 1024/1024x80,128/256x1] [--out FILE]
     python scripts/bench_engine.py --mtp 2.8                      # with the assistant, so many tokens a round
+    torchrun --nproc-per-node 2 scripts/bench_engine.py --models 31B --workloads 128/256x1   # divided between two GPUs
     python scripts/bench_engine.py --quick --device cpu          # few layers, short: does it run?
 
 A workload is IN/OUTxREQUESTS in tokens. Models have their real size, random weights (norms 1, matrices N(0, 0.02)) and random
@@ -32,8 +33,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams
 from gemma4_compile.loading import random_assistant, random_model
+from gemma4_compile.parallel import launched_ranks
 from gemma4_compile.runtime import mtp
 from scripts._bandwidth import copy_bandwidth
+from scripts._divided import divided_assistant, divided_model
 
 WARM_UP = 128  # tokens: by then every graph that the workload uses is captured
 # (total seconds, median TTFT ms, median TPOT ms) of vLLM 0.26 on an H200; with fast prefill where that was measured.
@@ -86,7 +89,7 @@ def parse(workload: str) -> tuple[int, int, int]:
 def serve(engine: Engine, given: int, wanted: int, requests: int, seed: int) -> dict[str, float]:
     """One run: all requests at once, to their ends."""
     chooser = random.Random(seed)
-    vocabulary = engine.runner.vocabulary
+    vocabulary = engine.runner.vocabulary.size
     prompts = [[chooser.randrange(3, vocabulary) for _ in range(given)] for _ in range(requests)]
     params = SamplingParams(max_tokens=wanted, ignore_eos=True)
     hosts, steps = [], engine.metrics.steps
@@ -114,7 +117,12 @@ def serve(engine: Engine, given: int, wanted: int, requests: int, seed: int) -> 
 def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     small: dict[str, Any] = {"layers": 6, "vocab_size": 512} if arguments.quick else {}
-    model = random_model(name, device=arguments.device, **small).requires_grad_(False)
+    divided = launched_ranks() > 1
+    if divided:
+        model = divided_model(name, **small)
+        torch.manual_seed(0)  # as --mtp draws what is right, on all ranks alike
+    else:
+        model = random_model(name, device=arguments.device, **small).requires_grad_(False)
     if model.config.enable_moe_block:
         model.set_experts_implementation("grouped_mm")
     loaded = time.perf_counter() - start
@@ -126,12 +134,16 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
     if arguments.mtp:
         force_acceptance(arguments.mtp, arguments.speculative_tokens)
         speculation = {
-            "assistant": random_assistant(name, arguments.device, vocab_size=small.get("vocab_size")),
+            "assistant": divided_assistant(name, model, small.get("vocab_size")) if divided
+            else random_assistant(name, arguments.device, vocab_size=small.get("vocab_size")),
             "speculative_tokens": arguments.speculative_tokens,
         }
     start = time.perf_counter()
     engine = Engine(model, config, **speculation)
     ready = time.perf_counter() - start
+    if not engine.leads:
+        engine.follow()
+        return {}
     rows: list[dict[str, Any]] = []
     for workload in workloads:
         given, wanted, requests = parse(workload)
@@ -150,7 +162,8 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
     if arguments.device == "cuda":
         floor = {"weights_gb": engine.memory.weights / 1e9, "copy_bandwidth_tb": copy_bandwidth() / 1e12}
     print(engine.memory, flush=True)
-    return {"model": name, "load_s": loaded, "start_s": ready, "rows": rows, "refused": refused, **floor}
+    engine.close()
+    return {"model": name, "ranks": engine.runner.ranks.division.ranks, "load_s": loaded, "start_s": ready, "rows": rows, "refused": refused, **floor}
 
 
 def _profile_host(engine: Engine, given: int, requests: int) -> None:
@@ -206,7 +219,7 @@ def main() -> None:
         "machine": machine, "torch": torch.__version__, "transformers": transformers.__version__,
         "command": " ".join(["python scripts/bench_engine.py", *without_out]), "models": results,
     }  # fmt: skip
-    if arguments.out:
+    if arguments.out and results[0]:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
