@@ -8,6 +8,7 @@ median over replays of CUDA graphs that hold many instances on rotating buffers;
     nccl+ours  NCCL's all-reduce, then our fused op
     inductor   torch.compile of NCCL's all-reduce and the unfused norms
     nccl       the all-reduce alone
+    flashinfer FlashInfer's one-shot all-reduce, then our fused op, where FlashInfer is installed
 The floor is the larger of the local bytes over the copy bandwidth and the bytes of one exchange over the rate of a large NCCL
 all-reduce, both measured in the same run. NVLink multicast stays off.
 """
@@ -34,7 +35,7 @@ from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
-from gemma4_compile.ops import OPS  # noqa: E402
+from gemma4_compile.ops import OPS, flashinfer_all_reduce  # noqa: E402
 from gemma4_compile.ops.all_reduce_norm import FORMS, by_nccl, by_one_shot, slot_bytes  # noqa: E402
 from gemma4_compile.ops.examples import example  # noqa: E402
 from gemma4_compile.ops.plans import one_shot_pays  # noqa: E402
@@ -49,7 +50,7 @@ CASES = {
     "feed_forward_tail_norm": ("31B", DENSE),
 }
 TOKENS = (1, 8, 64, 512)
-WAYS = ("one-shot", "nccl+ours", "inductor", "nccl")
+WAYS = ("one-shot", "nccl+ours", "inductor", "nccl", "flashinfer")
 
 
 def ways(op: str, group: str) -> dict[str, Callable[..., Any]]:
@@ -65,12 +66,15 @@ def ways(op: str, group: str) -> dict[str, Callable[..., Any]]:
     def sums_alone(*args: Any) -> Any:
         return [total(x) for x in args[:sums]]
 
-    return {
+    found: dict[str, Callable[..., Any]] = {
         "one-shot": lambda *args: by_one_shot(op, *args, group),
         "nccl+ours": lambda *args: by_nccl(op, *args, group),
         "inductor": torch.compile(unfused, dynamic=False, fullgraph=True),
         "nccl": sums_alone,
     }
+    if flashinfer_all_reduce.installed():
+        found["flashinfer"] = lambda *args: flashinfer_all_reduce.by_flashinfer(op, *args, group)
+    return found
 
 
 def capture(function: Callable[..., Any], sets: list[tuple]) -> tuple[Any, list[Any]]:
@@ -213,6 +217,7 @@ def main() -> int:
     if options.out and dist.get_rank() == 0:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     forget()
+    flashinfer_all_reduce.forget()
     dist.destroy_process_group()
     return 0
 

@@ -15,14 +15,16 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .library import jit, tl
 
+Made = TypeVar("Made")
 MOST_RANKS = 16
 MOST_ROWS = 512
 _ADDRESSES = 8 * MOST_RANKS  # bytes at the start: where each rank's memory is, as this rank sees it
@@ -87,38 +89,47 @@ def forget() -> None:
     _WORKSPACES.clear()
 
 
-def _make(group: str, device: torch.device, slot: int) -> Workspace | None:
+def on_all_ranks(group: str, most: int, make: Callable[[], Made]) -> Made | None:
+    """What `make` returns, on each rank of a group; None and a warning if it fails on one, or for ranks on several hosts.
+
+    Collective: all ranks or none, and none goes on before all have made theirs. NVLink multicast is off from here on."""
     import torch.distributed as dist
 
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # read when memory is shared; some hosts must not set it up
     processes = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
-    ranks, rank = processes.size(), processes.rank()
-    hosts: list[Any] = [None] * ranks
+    hosts: list[Any] = [None] * processes.size()
     dist.all_gather_object(hosts, socket.gethostname(), group=processes)
-    made: tuple[Tensor, list[int]] | str = "its ranks are on several hosts"
-    if ranks > MOST_RANKS:
-        made = f"it has more than {MOST_RANKS} ranks"
-    elif len(set(hosts)) == 1:
+    made, reason = None, ""
+    if len(hosts) > most:
+        reason = f"it has more than {most} ranks"
+    elif len(set(hosts)) > 1:
+        reason = "its ranks are on several hosts"
+    else:
         try:
-            made = _share(group, device, Workspace.size(slot))
+            made = make()
         except Exception as error:  # no peer access, no driver support: NCCL is always there
-            made = " ".join(str(error).split())[:200] or type(error).__name__
-    reasons: list[Any] = [None] * ranks  # all ranks or none; and none goes on before all memory is zero
-    dist.all_gather_object(reasons, made if isinstance(made, str) else None, group=processes)
-    reason = next((r for r in reasons if r is not None), None)
-    if reason is not None or isinstance(made, str):
-        if rank == 0:
-            warnings.warn(f"all-reduces of group {group} stay with NCCL: {reason}", stacklevel=2)
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reasons: list[Any] = [None] * len(hosts)
+    dist.all_gather_object(reasons, reason, group=processes)
+    reason = next((r for r in reasons if r), "")
+    if reason and processes.rank() == 0:
+        warnings.warn(f"all-reduces of group {group} stay with NCCL: {reason}", stacklevel=2)
+    return None if reason else made
+
+
+def _make(group: str, device: torch.device, slot: int) -> Workspace | None:
+    made = on_all_ranks(group, MOST_RANKS, lambda: _share(group, device, Workspace.size(slot)))
+    if made is None:
         return None
-    memory, addresses = made
-    done = Workspace(memory, rank, ranks, slot)
-    done.addresses[:ranks].copy_(torch.tensor(addresses))
+    memory, rank, addresses = made
+    done = Workspace(memory, rank, len(addresses), slot)
+    done.addresses[: done.ranks].copy_(torch.tensor(addresses))
     torch.cuda.synchronize(device)
     return done
 
 
-def _share(group: str, device: torch.device, size: int) -> tuple[Tensor, list[int]]:
-    """Zeroed memory and where each rank's is."""
-    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # read when memory is shared; some hosts must not set it up
+def _share(group: str, device: torch.device, size: int) -> tuple[Tensor, int, list[int]]:
+    """Zeroed memory, this rank, and where each rank's memory is."""
     from torch._C._distributed_c10d import _SymmetricMemory
 
     # Not symm_mem.empty: its pool would have to stand beside that of a CUDA graph's warm-up.
@@ -127,7 +138,7 @@ def _share(group: str, device: torch.device, size: int) -> tuple[Tensor, list[in
     assert handle is not None
     memory.zero_()
     torch.cuda.synchronize(device)
-    return memory, list(handle.buffer_ptrs)
+    return memory, handle.rank, list(handle.buffer_ptrs)
 
 
 @jit

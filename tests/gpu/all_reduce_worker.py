@@ -1,4 +1,4 @@
-"""What the all-reduces of several GPUs are tested with: a line `case: ok` or `case: what went wrong` from rank 0.
+"""What the all-reduces of several GPUs are tested with: a line `case: ok`, `skipped` or what went wrong, from rank 0.
 
     torchrun --nproc-per-node 2 -m tests.gpu.all_reduce_worker [rounds]
 
@@ -27,7 +27,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gemma4_compile import OptimizeConfig, demo_checkpoint, optimize, report  # noqa: E402
-from gemma4_compile.ops import OPS, all_reduce_norm  # noqa: E402
+from gemma4_compile.ops import OPS, all_reduce_norm, flashinfer_all_reduce  # noqa: E402
 from gemma4_compile.ops.all_reduce_norm import FORMS, by_nccl, by_one_shot, slot_bytes, sum_over_ranks  # noqa: E402
 from gemma4_compile.ops.examples import SMALL, Sizes, example  # noqa: E402
 from gemma4_compile.ops.symmetric import forget, workspace  # noqa: E402
@@ -38,6 +38,11 @@ WIDTHS = (2816, 5376)
 TOKENS = (1, 2, 8, 33, 64)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Result = tuple[Tensor, ...]
+Way = Callable[[str, list[Any]], Result]
+
+
+class Skipped(Exception):
+    """Why a case does not run here."""
 
 
 def group() -> str:
@@ -84,24 +89,38 @@ def one_shot(op: str, mine: list[Any]) -> Result:
     return outputs(found)
 
 
+def nccl(op: str, mine: list[Any]) -> Result:
+    return outputs(by_nccl(op, *mine, group()))
+
+
+def chosen(op: str, mine: list[Any]) -> Result:
+    return outputs(all_reduce_norm(op, *mine, group=group()))
+
+
+def flashinfer(op: str, mine: list[Any]) -> Result:
+    found = flashinfer_all_reduce.by_flashinfer(op, *mine, group())
+    assert found is not None, "no memory that all ranks read: see the warning above"
+    return outputs(found)
+
+
 def memory_is_shared() -> None:
     space = workspace(group(), torch.device("cuda", torch.cuda.current_device()), slot_bytes(torch.empty(1, 2816), 1))
     assert space is not None and space.ranks == dist.get_world_size(), "no memory that all ranks read: see the warning above"
     print(f"rank {space.rank}: {torch.cuda.get_device_name()}, addresses {space.addresses[: space.ranks].tolist()}", flush=True)
 
 
-def form(op: str) -> None:
+def form(op: str, *ways: Way) -> None:
     """Each width, number of tokens and dtype."""
     seed = 0
     for width in WIDTHS:
         for tokens in TOKENS:
             for dtype in DTYPES:
                 mine = arguments(op, replace(SMALL, hidden=width), tokens, dtype, seed := seed + 1)
-                assert_right(op, mine, one_shot(op, mine), f"{width} x {tokens} {dtype}")
-                assert_right(op, mine, outputs(by_nccl(op, *mine, group())), f"NCCL, {width} x {tokens} {dtype}")
+                for way in ways:
+                    assert_right(op, mine, way(op, mine), f"{way.__name__}, {width} x {tokens} {dtype}")
 
 
-def rounds(count: int) -> None:
+def rounds(count: int, way: Way) -> None:
     """Many, of changing forms and row counts, with no wait of the host in between; now and then one rank is late."""
     late = random.Random(dist.get_rank())
     names = list(FORMS)
@@ -112,12 +131,12 @@ def rounds(count: int) -> None:
             mine = arguments(op, replace(SMALL, hidden=2816), (1, 8, 3, 64, 2)[turn % 5], torch.bfloat16, 100 + turn)
             if late.random() < 0.3:
                 torch.cuda._sleep(late.randrange(400_000))
-            kept.append((op, mine, one_shot(op, mine), f"round {turn}"))
+            kept.append((op, mine, way(op, mine), f"round {turn}"))
         for op, mine, found, what in kept:
             assert_right(op, mine, found, what)
 
 
-def captured(count: int) -> None:
+def captured(count: int, way: Way) -> None:
     """Three in a CUDA graph: an odd number, so that each replay begins with the other slot."""
     late = random.Random(dist.get_rank())
     ops = ("post_attention_norms", "moe_feed_forward_tail_norm", "feed_forward_tail_norm")
@@ -125,11 +144,11 @@ def captured(count: int) -> None:
         static = [arguments(op, replace(SMALL, hidden=2816), tokens, torch.bfloat16, 5) for op in ops]
         for _ in range(2):
             for op, mine in zip(ops, static, strict=True):
-                all_reduce_norm(op, *mine, group=group())
+                way(op, mine)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            results = [outputs(all_reduce_norm(op, *mine, group=group())) for op, mine in zip(ops, static, strict=True)]
+            results = [way(op, mine) for op, mine in zip(ops, static, strict=True)]
         for replay in range(count // (2 * len(ops)) + 1):
             for op, mine in zip(ops, static, strict=True):
                 for i, fresh in enumerate(arguments(op, replace(SMALL, hidden=2816), tokens, torch.bfloat16, 1000 + replay)):
@@ -162,6 +181,20 @@ def many_tokens() -> None:
     for op in ("feed_forward_tail_norm", "moe_feed_forward_tail_norm"):
         mine = arguments(op, replace(SMALL, hidden=5376), 700, torch.bfloat16, 11)
         assert_right(op, mine, outputs(all_reduce_norm(op, *mine, group=group())), op)
+
+
+def by_flashinfer(count: int) -> None:
+    """What one_shot is tested with; and FlashInfer's memory must be without multicast."""
+    if not flashinfer_all_reduce.installed():
+        raise Skipped("FlashInfer is not installed: its all-reduce was NOT tested")
+    for op in FORMS:
+        form(op, flashinfer)
+    from flashinfer.comm import trtllm_ar
+
+    handles = [handle for memory in trtllm_ar._symm_workspace_refs.values() for _, handle in memory]
+    assert handles and not any(handle.multicast_ptr for handle in handles), "FlashInfer set NVLink multicast up"
+    rounds(count, flashinfer)
+    captured(count, flashinfer)
 
 
 def tokens_of_one_process(kind: str, graphs: bool) -> None:
@@ -201,11 +234,12 @@ def cases(count: int) -> dict[str, Callable[[], None]]:
     """In order: each needs what those before it showed."""
     return {
         "shared memory": memory_is_shared,
-        **{f"form {op}": partial(form, op) for op in FORMS},
-        f"{count} rounds": partial(rounds, count),
-        "CUDA graph": partial(captured, count),
+        **{f"form {op}": partial(form, op, one_shot, nccl) for op in FORMS},
+        f"{count} rounds": partial(rounds, count, one_shot),
+        "CUDA graph": partial(captured, count, chosen),
         "CUDA graph without memory": captured_without_memory,
         "many tokens": many_tokens,
+        "flashinfer": partial(by_flashinfer, count),
         "tokens e": partial(tokens_of_one_process, "e", False),
         "tokens e in CUDA graphs": partial(tokens_of_one_process, "e", True),
         "tokens moe": partial(tokens_of_one_process, "moe", False),
@@ -218,13 +252,15 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=5))
     torch.set_grad_enabled(False)
-    chosen = sys.argv[2:]  # beginnings of names; all cases without any
+    wanted = sys.argv[2:]  # beginnings of names; all cases without any
     for name, case in cases(int(sys.argv[1]) if len(sys.argv) > 1 else 1000).items():
-        if chosen and not name.startswith(tuple(chosen)):
+        if wanted and not name.startswith(tuple(wanted)):
             continue
         error = ""
         try:
             case()
+        except Skipped as why:
+            error = f"skipped: {why}"
         except Exception as caught:  # every case gets its line
             error = f"{type(caught).__name__} {' '.join(str(caught).split())[-600:]}"
             traceback.print_exc()
@@ -234,6 +270,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(f"{name}: {next((e for e in errors if e), 'ok')}", flush=True)
     forget()
+    flashinfer_all_reduce.forget()
     dist.destroy_process_group()
 
 
