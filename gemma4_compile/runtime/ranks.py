@@ -86,11 +86,12 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            self._report(f"{what} failed: {type(error).__name__}: {error}")
-            self._state.wait_for_reason(within=1)  # perhaps it failed as another rank is gone: the listener knows more
-            raise RanksError(f"{self._state.name}: {what} failed, and with it the run: {error}") from error
-        finally:
-            self._state.end()
+            reason = f"{what} failed: {type(error).__name__}: {error}"
+            self._state.wait_for_reason(0.5)  # perhaps as another rank is gone, which the listener is about to learn
+            self._state.end(reason)
+            self._report(reason)
+            raise RanksError(f"{self._state.name} ends: {reason}") from error
+        self._state.end()
 
     def least(self, value: int) -> int:
         """The lowest of what the ranks give."""
@@ -196,9 +197,13 @@ class _State:
         with self._lock:
             self._doing, self._deadline = what, deadline
 
-    def end(self) -> None:
+    def end(self, reason: str = "") -> None:
+        """reason: of an error that ends the run here."""
         with self._lock:
             self._doing, self._deadline = "", float("inf")
+            if reason and not self._reason:
+                self._reason, self.closed = reason, True
+                self._failed.set()
 
     def late(self) -> str | None:
         """What has taken too long, if anything has."""
@@ -208,6 +213,8 @@ class _State:
     def fail(self, reason: str) -> None:
         """The run has ended. In a step so does this process: the step may never come back."""
         with self._lock:
+            if self._reason:  # the first is the cause of all others
+                return
             self._reason, self.closed = reason, True
             self._failed.set()
             if self._doing:
@@ -219,6 +226,6 @@ class _State:
             raise RanksError(f"{self.name} cannot go on: {self._reason}; start all ranks anew")
 
     def wait_for_reason(self, within: float = 1.0) -> None:
-        """An error may have a cause that the listening thread is about to learn."""
+        """An error may have a cause that the listening thread is about to learn; that ends this rank."""
         self._failed.wait(within)
         self.check()

@@ -14,9 +14,10 @@ os.environ["NCCL_NVLS_ENABLE"] = "0"
 import importlib.util  # noqa: E402
 import random  # noqa: E402
 import sys  # noqa: E402
+import time  # noqa: E402
 import traceback  # noqa: E402
 import warnings  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from functools import partial  # noqa: E402
@@ -247,16 +248,16 @@ def cases(count: int) -> dict[str, Callable[[], None]]:
     }
 
 
-def main() -> None:
+def run(cases: dict[str, Callable[[], None]], wanted: Sequence[str]) -> None:
+    """Each case with all ranks, and its line. wanted: beginnings of names; all cases without any."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=5))
     torch.set_grad_enabled(False)
-    wanted = sys.argv[2:]  # beginnings of names; all cases without any
-    for name, case in cases(int(sys.argv[1]) if len(sys.argv) > 1 else 1000).items():
+    for name, case in cases.items():
         if wanted and not name.startswith(tuple(wanted)):
             continue
-        error = ""
+        error, start = "", time.monotonic()
         try:
             case()
         except Skipped as why:
@@ -269,10 +270,11 @@ def main() -> None:
         dist.all_gather_object(errors, error)
         if dist.get_rank() == 0:
             print(f"{name}: {next((e for e in errors if e), 'ok')}", flush=True)
+            print(f"    {time.monotonic() - start:.0f} s", flush=True)
     forget()
     flashinfer_all_reduce.forget()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run(cases(int(sys.argv[1]) if len(sys.argv) > 1 else 1000), sys.argv[2:])
