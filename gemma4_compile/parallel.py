@@ -7,14 +7,14 @@ can read. Here such projections are loaded whole, and each rank keeps the head t
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma4 import modeling_gemma4 as hf
@@ -171,11 +171,10 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def local_parts(*modules: nn.Module) -> Iterator[None]:
-    """For the time, divided modules hold this rank's parts as plain tensors, an embedding looks up the tokens of this rank and
-    adds up what the ranks have found, and a head gives the logits of this rank's tokens, where transformers gathers them all.
-    Harmless for what is whole."""
+    """For the time, divided modules hold this rank's parts as plain tensors, and heads give the logits of this rank's tokens,
+    where transformers gathers them all. Harmless for what is whole."""
     heads = [getattr(module, "lm_head", None) for module in modules]
-    owned = [
+    owned: list[tuple[Any, str, Any]] = [
         (part, name, parameter)
         for module in modules
         for part in module.modules()
@@ -183,38 +182,42 @@ def local_parts(*modules: nn.Module) -> Iterator[None]:
         if hasattr(parameter, "to_local")
     ]
     parts = {id(p): nn.Parameter(local_part(p.data), requires_grad=p.requires_grad) for _, _, p in owned}  # tied ones stay so
-    forwards = []
+    forwards: dict[Any, Any] = {}
     try:
         for part, name, parameter in owned:
             part._parameters[name] = parts[id(parameter)]
-            if isinstance(part, nn.Embedding):
-                forwards.append((part, part.__dict__.get("forward")))
-                part.forward = _summed_embedding(part, parameter.device_mesh)
-            elif any(part is head for head in heads):
-                forwards.append((part, part.__dict__.get("forward")))
-                part.forward = lambda x, part=part: F.linear(x, part.weight, part.bias)
+            forward = _local_forward(part, parameter.device_mesh, any(part is head for head in heads))
+            if forward is not None and part not in forwards:
+                forwards[part] = part.forward
+                part.forward = forward
         yield
     finally:
         for part, name, parameter in owned:
             part._parameters[name] = parameter
-        for part, forward in reversed(forwards):
+        for part, forward in forwards.items():
             part.forward = forward
 
 
-def _summed_embedding(embedding: nn.Embedding, mesh: Any) -> Any:
-    """Its forward over the tokens of this rank, and the sum over the ranks, of which one alone is not zero."""
-    here, group = embedding.weight.shape[0], mesh.get_group().group_name
-    first = mesh.get_local_rank() * here
-    collectives = torch.ops._c10d_functional
+def _local_forward(part: Any, mesh: Any, is_head: bool) -> Callable[..., Tensor] | None:
+    """The forward of a module of plain parts, where what transformers puts around it asks for its own kind of tensors."""
+    plain, collectives, group = partial(type(part).forward, part), torch.ops._c10d_functional, mesh.get_group().group_name
 
-    def forward(input_ids: Tensor) -> Tensor:
-        places = input_ids - first
-        own = (places >= 0) & (places < here)
-        rows = type(embedding).forward(embedding, places.clamp(0, here - 1))
-        rows = torch.where(own[..., None], rows, torch.zeros_like(rows))
+    def summed(*args: Any) -> Tensor:
+        return collectives.wait_tensor(collectives.all_reduce(plain(*args), "sum", group))
+
+    def embedding(input_ids: Tensor) -> Tensor:
+        """The rows of this rank's tokens, and the sum over the ranks, of which one alone is not zero."""
+        here = part.weight.shape[0]
+        places = input_ids - mesh.get_local_rank() * here
+        rows = plain(places.clamp(0, here - 1))
+        rows = torch.where(((places >= 0) & (places < here))[..., None], rows, torch.zeros_like(rows))
         return collectives.wait_tensor(collectives.all_reduce(rows, "sum", group))
 
-    return forward
+    if isinstance(part, nn.Embedding):
+        return embedding
+    if isinstance(part, hf.Gemma4TextExperts):
+        return summed
+    return plain if is_head else None
 
 
 def check_kv_heads(module: nn.Module) -> None:

@@ -76,6 +76,7 @@ class CudaRecorder:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def warm_up(self, function: Callable[[], Any]) -> None:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -87,7 +88,15 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             results = list(function())
+        self._graphs.append(graph)
         return graph.replay, results
+
+    def close(self) -> None:
+        """Destroy all graphs: NCCL waits for those that hold its kernels before it gives a group up."""
+        torch.cuda.synchronize(self.device)
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
 
     def borrow(self, tensor: Tensor) -> Tensor:
         size = tensor.untyped_storage().nbytes()

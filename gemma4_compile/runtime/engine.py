@@ -113,7 +113,7 @@ class Engine:
         self._last_round: tuple[tuple[int, int] | None, float] = None, 0.0
         self._metrics = EngineMetrics()
         self._ranks = self.runner.ranks
-        weakref.finalize(self, self._ranks.close)
+        weakref.finalize(self, self.runner.close)
         if config.capture_at_start:
             shown = config.progress and self.runner.on_gpu and self.leads
             with tqdm(self.runner.capture(), desc="CUDA graphs", disable=not shown) as bar:
@@ -136,7 +136,7 @@ class Engine:
 
     def close(self) -> None:
         """No more requests: the ranks that follow may go on. Harmless twice, and without other ranks."""
-        self._ranks.close()
+        self.runner.close()
 
     def __enter__(self) -> "Engine":
         return self

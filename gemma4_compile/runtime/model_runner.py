@@ -14,7 +14,7 @@ from gemma4_compile.program import StepResult
 
 from . import invariants, mtp
 from .batch import KINDS, STEP_INPUTS
-from .cuda_graphs import Buckets, GraphRunner
+from .cuda_graphs import Buckets, CudaRecorder, GraphRunner
 from .drafter import Drafter, candidates_of
 from .memory import MemoryReport, PoolSizes, allocate, divide, naive_token_bytes, owners, token_bytes
 from .model import PackedModel
@@ -332,6 +332,15 @@ class ModelRunner:
             step |= self.state.place(step, self.config.page_size)
         inputs = {name: step[name] for name in STEP_INPUTS} | self.kv
         return (self.graphs or self.packed).run(inputs), step, None
+
+    def close(self) -> None:
+        """No step will follow; on every rank."""
+        self.ranks.close()
+        if self.ranks.several:
+            owners = (self.graphs, self.drafter)
+            for recorder in {getattr(owner, "recorder", None) for owner in owners}:
+                if isinstance(recorder, CudaRecorder):
+                    recorder.close()
 
     def fail(self) -> None:
         """A step did not run: nothing that it should have stored is to be reused."""
