@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .library import expect
-from .local_sample import BITS, digit_histogram, local_draw, local_highest, next_digit, token_of, value_of
+from .local_sample import BITS, begin_search, digit_histogram, drawn_token, local_draw, local_highest, next_digit, token_of
 from .logits import logprobs_of
 from .sample import MOST
 
@@ -77,37 +77,26 @@ class Vocabulary:
         expect("sample", "thresholds are top_k, top_p and min_p: others", unknown, [], "name what rows use")
         if not self.group:
             return torch.ops.gemma4.sample(logits, temperature, top_k, top_p, min_p, seeds, offsets)
-        least = highest = None
+        best = least = None
         if "top_p" in thresholds or "min_p" in thresholds:
             best = _all_reduce(local_highest(logits, self.first), "max", self.group)
-            highest = _highest_x(best, temperature)
         if "top_k" in thresholds:
-            uses = (temperature > 0) & (top_k > 0) & (top_k < self.size)
-            least = self._least(logits, temperature, uses, top_k.double(), None, None)
+            least = self._least(logits, temperature, top_k, None, None)
         if "top_p" in thresholds:
-            assert highest is not None
-            uses = (temperature > 0) & (top_p < 1) & highest.isfinite()
-            last = self._least(logits, temperature, uses, top_p.double(), least, highest)
+            last = self._least(logits, temperature, top_p, least, best)
             least = last if least is None else torch.maximum(least, last)
         minimum = min_p if "min_p" in thresholds else None
-        drawn = local_draw(logits, temperature, seeds, offsets, self.first, least, highest, minimum)
-        best, drawn = _all_reduce(drawn, "max", self.group)
-        return token_of(torch.where((temperature > 0) & _highest_x(best, temperature).isfinite(), drawn, best))
+        drawn = local_draw(logits, temperature, seeds, offsets, self.first, least, best, minimum)
+        return drawn_token(_all_reduce(drawn, "max", self.group), temperature)
 
-    def _least(
-        self, logits: Tensor, temperature: Tensor, uses: Tensor, wanted: Tensor, least: Tensor | None, highest: Tensor | None
-    ) -> Tensor:
-        """The largest key [N] that enough values reach, below all keys for rows that don't use it.
-
-        wanted   [N] fp64  how many values, or, with `highest`, which share of the weight of those whose key reaches `least`
-        """
-        prefix, above = uses.long() - 1, torch.zeros_like(uses, dtype=torch.int64)
+    def _least(self, logits: Tensor, temperature: Tensor, limit: Tensor, least: Tensor | None, best: Tensor | None) -> Tensor:
+        """The least key [N] that a top_k keeps or, with `best`, a top_p of the keys from `least` on; rows without: negative."""
+        search = begin_search(temperature, limit, best, self.size)
         for digit in range(len(BITS)):
-            histogram = digit_histogram(logits, temperature, prefix, least, highest, digit)
-            histogram = _all_reduce(histogram, "sum", self.group)
-            share = highest is not None and digit == 0  # the first histogram is of all values
-            prefix, above, wanted = next_digit(histogram, prefix, above, wanted, share)
-        return prefix
+            histogram = digit_histogram(logits, temperature, search[0], least, best, digit)
+            # The first histogram is of all that is kept: top_p is a share of its sum.
+            search = next_digit(_all_reduce(histogram, "sum", self.group), search, best is not None and digit == 0)
+        return search[0]
 
     def logprobs(self, logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `logprobs_of` gives for all ranks' logits; the sum of all exponentials is rounded in another order.
@@ -145,11 +134,6 @@ class Vocabulary:
 
     def _check(self, op: str, logits: Tensor) -> None:
         expect(op, "logits must be [N, here]", (logits.dim(), logits.shape[-1]), (2, self.here), "pass this rank's own")
-
-
-def _highest_x(best: Tensor, temperature: Tensor) -> Tensor:
-    """The largest x of each row, from its packed highest logit: dividing by what is positive keeps the order."""
-    return value_of(best) / torch.where(temperature > 0, temperature, 1.0)
 
 
 def _all_reduce(x: Tensor, reduction: str, group: str) -> Tensor:

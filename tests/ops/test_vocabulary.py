@@ -4,11 +4,6 @@ Two processes over gloo: test_parallel.py. The kernels of a rank's own part: int
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import pytest
@@ -16,58 +11,19 @@ import torch
 from torch import Tensor
 
 from gemma4_compile import ops
-from gemma4_compile.ops import vocabulary
+from gemma4_compile.ops.local_sample import begin_search, digit_histogram, local_draw, local_highest, next_digit
 from gemma4_compile.ops.logits import logprobs_of
 from gemma4_compile.ops.vocabulary import THRESHOLDS, Vocabulary
-from tests.ops.interpreted import seeded_on_one_thread  # noqa: F401  (a fixture of every test here)
+from tests.ops.interpreted import interpreted, seeded_on_one_thread  # noqa: F401  (a fixture of every test here)
 from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
+from tests.ops.vocabulary_cases import Ranks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"max": partial(torch.amax, dim=0), "sum": partial(torch.sum, dim=0)}
-
-
-class Ranks:
-    """Threads in place of processes; `counts` is how often they meet, by what for."""
-
-    def __init__(self, ranks: int, monkeypatch: pytest.MonkeyPatch):
-        self.ranks, self.counts = ranks, Counter[str]()
-        self._barrier, self._rank = threading.Barrier(ranks, timeout=60), threading.local()
-        self._given: list[Any] = [None] * ranks
-        monkeypatch.setattr(vocabulary, "_all_reduce", lambda x, kind, group: REDUCTIONS[kind](self._all(x, kind)))
-        monkeypatch.setattr(vocabulary, "_all_gather", lambda x, ranks, group: self._all(x, "gather"))
-
-    def _all(self, x: Tensor, kind: str) -> Tensor:
-        self._given[self._rank.value] = x
-        self._barrier.wait()
-        parts = torch.stack(self._given)
-        if self._barrier.wait() == 0:
-            self.counts[kind] += 1
-        return parts
-
-    def call(self, method: str, logits: Tensor, *args: Any) -> Any:
-        """What the method gives all ranks, each with its own part of the logits. It must be the same for all."""
-        size = logits.shape[1]
-        here = size // self.ranks
-
-        def run(rank: int) -> Any:
-            self._rank.value = rank
-            try:
-                divided = Vocabulary(size, rank * here, here, "threads" if self.ranks > 1 else "")
-                return getattr(divided, method)(logits[:, rank * here :][:, :here], *args)
-            except BaseException:
-                self._barrier.abort()  # or the others would wait
-                raise
-
-        with ThreadPoolExecutor(self.ranks) as threads:
-            found = list(threads.map(run, range(self.ranks)))
-        for other in found:
-            torch.testing.assert_close(other, found[0], rtol=0, atol=0, equal_nan=True)
-        return found[0]
 
 
 @pytest.fixture(params=(1, 2, 4))
 def ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ranks:
-    return Ranks(request.param, monkeypatch)
+    return Ranks(request.param, monkeypatch.setattr)
 
 
 def check(ranks: Ranks, args: tuple[Tensor, ...], thresholds: Any = THRESHOLDS) -> None:
@@ -119,7 +75,7 @@ COSTS = {
 
 @pytest.mark.parametrize("thresholds", COSTS)
 def test_only_thresholds_in_use_cost_sums(thresholds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
-    ranks = Ranks(2, monkeypatch)
+    ranks = Ranks(2, monkeypatch.setattr)
     logits, temperature, *rest = mixture(60, 256)
     plain = {"top_k": torch.zeros(60, dtype=torch.int32), "top_p": torch.ones(60), "min_p": torch.zeros(60)}
     shaping = [given if name in thresholds else none for given, (name, none) in zip(rest[:3], plain.items(), strict=True)]
@@ -129,7 +85,7 @@ def test_only_thresholds_in_use_cost_sums(thresholds: tuple[str, ...], monkeypat
 
 def test_thresholds_that_are_not_named_are_not_looked_at(monkeypatch: pytest.MonkeyPatch):
     logits, *rest = mixture(90, 256)
-    ranks, thresholds = Ranks(2, monkeypatch), ("top_k",)
+    ranks, thresholds = Ranks(2, monkeypatch.setattr), ("top_k",)
     assert not torch.equal(ranks.call("sample", logits, *rest, thresholds), ops.sample(logits, *rest))
 
 
@@ -200,3 +156,39 @@ def test_wrong_arguments():
         divided.sample(logits[:, :32], *rest, thresholds=("topk",))
     with pytest.raises(ValueError, match="logprobs: top must lie in 0..size"):
         divided.logprobs(logits[:, :32], rest[-1], 65)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype: torch.dtype):
+    logits, temperature, top_k, top_p, min_p, seeds, offsets = mixture(9, 128)
+    logits, gemma4 = logits.to(dtype), torch.ops.gemma4
+    best = local_highest(logits, 128)
+    counts, shares = (begin_search(temperature, limit, b, 256) for limit, b in ((top_k, None), (top_p, best)))
+    histogram = digit_histogram(logits, temperature, counts[0], None, None, 0)
+    least = next_digit(histogram, counts, False)[0]
+    drawn = local_draw(logits, temperature, seeds, offsets, 128, least, best, min_p)
+    cases: list[tuple[Any, tuple[Any, ...]]] = [
+        (gemma4.local_highest, (logits, 128)),
+        (gemma4.local_draw, (logits, temperature, seeds, offsets, 128, None, None, None)),
+        (gemma4.local_draw, (logits, temperature, seeds, offsets, 128, least, best, min_p)),
+        (gemma4.drawn_token, (drawn, temperature)),
+        (gemma4.begin_search, (temperature, top_k, None, 256)),
+        (gemma4.begin_search, (temperature, top_p, best, 256)),
+        (gemma4.digit_histogram, (logits, temperature, counts[0], None, None, 0)),
+        (gemma4.digit_histogram, (logits, temperature, shares[0], least, best, 1)),
+        (gemma4.next_digit, (histogram, *counts, False)),
+        (gemma4.next_digit, (histogram, *shares, True)),
+    ]
+    for op, args in cases:
+        torch.library.opcheck(op.default, args)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, str]:
+    return interpreted("tests.ops.interpret_vocabulary")
+
+
+@pytest.mark.xdist_group("sampler under the interpreter")
+@pytest.mark.parametrize("case", ("mixtures", "bf16", "awkward rows", "neighbours", "tiles", "strides", "no rows"))
+def test_kernels_under_the_interpreter(case: str, report: dict[str, str]):
+    assert report.get(case) == "ok"

@@ -1,0 +1,121 @@
+"""Runs the kernels of a divided vocabulary under Triton's interpreter and prints a line a case. Started by test_vocabulary.py.
+
+Ranks sample; each op that they call on the way must give the same by its kernel as by its reference, and all of them the
+tokens of `sample`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from tests.ops.interpret import run  # isort: skip  (before all that imports Triton: it switches the interpreter on)
+
+import threading
+
+import torch
+
+from gemma4_compile.ops import local_sample, vocabulary
+from gemma4_compile.ops.sample import sample_reference
+from gemma4_compile.ops.vocabulary import THRESHOLDS
+from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
+from tests.ops.vocabulary_cases import Ranks
+
+OPS = {
+    "local_highest": (local_sample.highest_reference, local_sample.launch_highest),
+    "local_draw": (local_sample.draw_reference, local_sample.launch_draw),
+    "drawn_token": (local_sample.token_reference, local_sample.launch_token),
+    "begin_search": (local_sample.search_reference, local_sample.launch_search),
+    "digit_histogram": (local_sample.histogram_reference, local_sample.launch_histogram),
+    "next_digit": (
+        lambda histogram, search, share: local_sample.next_digit_reference(histogram, *search, share),
+        lambda histogram, search, share: local_sample.launch_next_digit(histogram, *search, share),
+    ),
+}
+ONE_AT_A_TIME = threading.Lock()  # the interpreter knows one program
+CALLS = Counter[str]()
+
+
+def both(name: str) -> Callable[..., Any]:
+    reference, launch = OPS[name]
+
+    def call(*args: Any) -> Any:
+        wanted = reference(*args)
+        with ONE_AT_A_TIME:
+            found = launch(*args)
+            CALLS[name] += 1
+        for a, b in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (wanted, found)), strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b), f"{name}: {(a != b).nonzero()[:3].tolist()} of {list(a.shape)}"
+        return found
+
+    return call
+
+
+for _name in OPS:
+    setattr(vocabulary, _name, both(_name))
+
+
+def check(args: tuple[torch.Tensor, ...], thresholds: Any = THRESHOLDS, ranks: int = 2) -> None:
+    CALLS.clear()
+    found = Ranks(ranks, setattr).call("sample", *args, thresholds)
+    assert torch.equal(found, sample_reference(*args)), args[1:]
+    assert CALLS["local_draw"] == CALLS["drawn_token"] == ranks
+    assert CALLS["digit_histogram"] == 3 * ranks * len({"top_k", "top_p"} & set(thresholds))
+
+
+def mixtures() -> None:
+    check(mixture(40, 256))
+    plain = parameters([(0, 1.0, 0.0)] * 10)
+    check((torch.randn(10, 256), *plain), ())
+    check((torch.randn(10, 256), *plain), ("top_k",), ranks=4)
+    assert torch.equal(Ranks(2, setattr).call("argmax", logits := torch.randn(9, 64)), logits.argmax(dim=1))
+
+
+def bf16() -> None:
+    logits, *rest = mixture(40, 512, scale=2.0)
+    check((logits.bfloat16(), *rest))
+    check((logits.half(), *rest))
+
+
+def awkward_rows() -> None:
+    for first in (0, 30):
+        check((awkward(200), *parameters(MIXES[first : first + 15])))
+
+
+def neighbours() -> None:
+    logits = 1.0 + torch.stack([torch.randperm(208) - 104 for _ in range(30)]) * 2.0**-23
+    temperature, *rest = parameters([(3, 1.0, 0.0), (10, 0.5, 0.0), (0, 0.02, 0.0)] * 10)
+    check((logits, torch.ones_like(temperature), *rest))
+
+
+def tiles() -> None:
+    """Parts of more than one tile, the last of them not full; a part that is no power of two."""
+    check(mixture(6, 9000))
+    check(mixture(6, 24), ranks=2)
+
+
+def strides() -> None:
+    logits, *rest = mixture(6, 256)
+    wide = torch.randn(6, 333)
+    wide[:, 7:263] = logits
+    check((wide[:, 7:263], *(torch.stack((t, t), dim=1)[:, 0] for t in rest)))
+    check((logits.t().contiguous().t(), *rest))
+
+
+def no_rows() -> None:
+    check(tuple(a[:0] for a in mixture(5, 64)))
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "mixtures": mixtures,
+    "bf16": bf16,
+    "awkward rows": awkward_rows,
+    "neighbours": neighbours,
+    "tiles": tiles,
+    "strides": strides,
+    "no rows": no_rows,
+}
+
+
+if __name__ == "__main__":
+    run(CASES)
