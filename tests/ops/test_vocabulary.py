@@ -36,7 +36,7 @@ def check(ranks: Ranks, args: tuple[Tensor, ...], thresholds: Any = THRESHOLDS) 
 @pytest.mark.parametrize("scale", (0.2, 3.0))
 def test_the_tokens_of_sample(dtype: torch.dtype, scale: float, ranks: Ranks):
     """bf16 has many equals, at the thresholds too."""
-    for width in (16, 512, 4096):
+    for width in (16, 512, 2048):
         logits, *rest = mixture(len(MIXES), width, scale=scale)
         check(ranks, (logits.to(dtype), *rest))
 
@@ -189,6 +189,6 @@ def report() -> dict[str, str]:
 
 
 @pytest.mark.xdist_group("sampler under the interpreter")
-@pytest.mark.parametrize("case", ("mixtures", "bf16", "awkward rows", "neighbours", "tiles", "strides", "no rows"))
+@pytest.mark.parametrize("case", ("mixtures", "ties", "awkward rows", "neighbours", "tiles", "strides", "no rows"))
 def test_kernels_under_the_interpreter(case: str, report: dict[str, str]):
     assert report.get(case) == "ok"
