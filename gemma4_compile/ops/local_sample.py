@@ -163,23 +163,21 @@ def _best_kernel(
         tl.store(best_ptr + tl.num_programs(0).to(tl.int64) * tl.num_programs(1) + place, top)
 
 
-@jit
-def _token_kernel(best_ptr, temperature_ptr, out_ptr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+@jit(do_not_specialize=["rows"])
+def _token_kernel(best_ptr, temperature_ptr, out_ptr, rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < ROWS
+    inside = row < rows
     temperature = tl.load(temperature_ptr + row, inside, other=0.0)
     best = tl.load(best_ptr + row, inside, other=0)
-    drawn = tl.load(best_ptr + ROWS + row, inside, other=0)
+    drawn = tl.load(best_ptr + rows + row, inside, other=0)
     _, finite = _finite_highest(best, temperature)
     tl.store(out_ptr + row, index_of(tl.where((temperature > 0.0) & finite, drawn, best)), inside)
 
 
-@jit
-def _search_kernel(
-    temperature_ptr, limit_ptr, best_ptr, prefix_ptr, above_ptr, wanted_ptr, size, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+@jit(do_not_specialize=["rows"])
+def _search_kernel(temperature_ptr, limit_ptr, best_ptr, prefix_ptr, above_ptr, wanted_ptr, size, rows, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < ROWS
+    inside = row < rows
     temperature = tl.load(temperature_ptr + row, inside, other=0.0)
     limit = tl.load(limit_ptr + row, inside, other=0)
     uses = temperature > 0.0
@@ -248,7 +246,7 @@ def _next_digit_kernel(
 
 _TILE = 1024  # of _best_kernel: as the sampler's scan
 _HISTOGRAM_TILE = 4096
-_ROWS = 128
+_ROWS = 128  # a program of the kernels that read no logits
 
 
 def launch_highest(logits: Tensor, first: int) -> Tensor:

@@ -21,16 +21,13 @@ from gemma4_compile.ops.vocabulary import THRESHOLDS
 from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
 from tests.ops.vocabulary_cases import Ranks
 
-OPS = {
+OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "local_highest": (local_sample.highest_reference, local_sample.launch_highest),
     "local_draw": (local_sample.draw_reference, local_sample.launch_draw),
     "drawn_token": (local_sample.token_reference, local_sample.launch_token),
     "begin_search": (local_sample.search_reference, local_sample.launch_search),
     "digit_histogram": (local_sample.histogram_reference, local_sample.launch_histogram),
-    "next_digit": (
-        lambda histogram, search, share: local_sample.next_digit_reference(histogram, *search, share),
-        lambda histogram, search, share: local_sample.launch_next_digit(histogram, *search, share),
-    ),
+    "next_digit": (local_sample.next_digit_reference, local_sample.launch_next_digit),
 }
 ONE_AT_A_TIME = threading.Lock()  # the interpreter knows one program
 CALLS = Counter[str]()
@@ -39,7 +36,8 @@ CALLS = Counter[str]()
 def both(name: str) -> Callable[..., Any]:
     reference, launch = OPS[name]
 
-    def call(*args: Any) -> Any:
+    def call(*given: Any) -> Any:
+        args = [t for a in given for t in (a if isinstance(a, tuple) else (a,))]
         wanted = reference(*args)
         with ONE_AT_A_TIME:
             found = launch(*args)
@@ -68,6 +66,7 @@ def mixtures() -> None:
     plain = parameters([(0, 1.0, 0.0)] * 6)
     check((torch.randn(6, 256), *plain), ())
     check((torch.randn(6, 256), *plain), ("top_k",), ranks=4)
+    check((torch.randn(6, 256), *parameters([(0, 1.0, 5.0)] * 6)), ("min_p",))
     assert torch.equal(Ranks(2, setattr).call("argmax", logits := torch.randn(9, 64)), logits.argmax(dim=1))
 
 

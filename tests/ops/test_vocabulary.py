@@ -63,6 +63,28 @@ def test_equals_at_the_border_of_two_ranks(ranks: Ranks):
     check(ranks, (torch.zeros(50, 64), *parameters([(3, 0.5, 0.5)] * 50)))
 
 
+def test_thresholds_beyond_their_range(ranks: Ranks):
+    """None of them leaves nothing of a row."""
+    options = [(-(2**31), 1.0, 0.0), (2**31 - 1, 2.0, -1.0), (63, -1.0, 0.0), (0, 1.0, 5.0), (64, 0.999999, 1e-30)] * 20
+    check(ranks, (torch.randn(100, 64), *parameters(options)))
+
+
+def test_rows_without_a_threshold_are_not_read():
+    """Nor rows that are not drawn from: greedy ones, and those whose largest x is not finite."""
+    logits, temperature = torch.randn(5, 64), torch.tensor([0.0, 1.0, 1.0, 1.0, -1.0])
+    logits[2, 3] = torch.inf
+    best = local_highest(logits, 0)
+    counts = begin_search(temperature, torch.tensor([5, 0, 64, 63, 5], dtype=torch.int32), None, 64)
+    shares = begin_search(temperature, torch.tensor([0.5, 1.0, 0.5, 0.5, 0.5]), best, 64)
+    for search, least in ((counts, None), (shares, best)):
+        assert search[0].tolist() == [-1, -1, -1, 0, -1]
+        for digit in range(3):
+            histogram = digit_histogram(logits, temperature, search[0], None, least, digit)
+            assert histogram.any(dim=1).tolist() == [False, False, False, True, False]
+            search = next_digit(histogram, search, least is not None and digit == 0)
+        assert (search[0] < 0).tolist() == [True, True, True, False, True]
+
+
 COSTS = {
     (): {"max": 1},
     ("min_p",): {"max": 2},

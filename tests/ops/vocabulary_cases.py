@@ -46,12 +46,15 @@ class Ranks:
             try:
                 divided = Vocabulary(size, rank * here, here, "threads" if self.ranks > 1 else "")
                 return getattr(divided, method)(logits[:, rank * here :][:, :here], *args)
-            except BaseException:
-                self._barrier.abort()  # or the others would wait
-                raise
+            except Exception as error:
+                errors.append(error)  # the first; the others' are of the barrier
+                self._barrier.abort()  # or they would wait
 
+        errors: list[Exception] = []
         with ThreadPoolExecutor(self.ranks) as threads:
             found = list(threads.map(run, range(self.ranks)))
+        if errors:
+            raise errors[0]
         for other in found:
             torch.testing.assert_close(other, found[0], rtol=0, atol=0, equal_nan=True)
         return found[0]
