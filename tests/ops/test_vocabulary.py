@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from gemma4_compile import ops
+from gemma4_compile.ops import vocabulary
 from gemma4_compile.ops.local_sample import begin_search, digit_histogram, local_draw, local_highest, next_digit
 from gemma4_compile.ops.logits import logprobs_of
 from gemma4_compile.ops.vocabulary import THRESHOLDS, Vocabulary
@@ -178,6 +180,21 @@ def test_wrong_arguments():
         divided.sample(logits[:, :32], *rest, thresholds=("topk",))
     with pytest.raises(ValueError, match="logprobs: top must lie in 0..size"):
         divided.logprobs(logits[:, :32], rest[-1], 65)
+
+
+def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch):
+    """Fake tensors have no values to wait for."""
+    monkeypatch.setattr(vocabulary, "_all_reduce", lambda x, kind, group: x.clone())
+    monkeypatch.setattr(vocabulary, "_all_gather", lambda x, ranks, group: x.expand(ranks, *x.shape))
+    divided, args = Vocabulary(256, 128, 128, "fake"), mixture(5, 128)
+    with FakeTensorMode() as fake:
+        logits, *rest = (fake.from_tensor(t) for t in args)
+        tokens = divided.sample(logits, *rest)
+        assert (tokens.shape, tokens.dtype) == (divided.argmax(logits).shape, torch.int64) == ((5,), torch.int64)
+        assert [t.shape for t in divided.logprobs(logits, tokens, 200)] == [(5,), (5,), (5, 200), (5, 200)]
+        assert divided.gather(logits).shape == (5, 256)
+        with pytest.raises(DataDependentOutputException):
+            tokens[0].item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
