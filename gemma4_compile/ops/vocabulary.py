@@ -54,7 +54,7 @@ class Vocabulary:
         return self.size // self.here
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """The lowest of the highest: logits [N, here] -> tokens [N] int64. One sum over the ranks."""
+        """The lowest of the highest: logits [N, here] -> tokens [N] int64. One maximum over the ranks."""
         self._check("argmax", logits)
         if not self.group:
             return logits.argmax(dim=1)
