@@ -38,7 +38,7 @@ def check(ranks: Ranks, args: tuple[Tensor, ...], thresholds: Any = THRESHOLDS) 
 @pytest.mark.parametrize("scale", (0.2, 3.0))
 def test_the_tokens_of_sample(dtype: torch.dtype, scale: float, ranks: Ranks):
     """bf16 has many equals, at the thresholds too."""
-    for width in (16, 512, 2048):
+    for width in (16, 1024):
         logits, *rest = mixture(len(MIXES), width, scale=scale)
         check(ranks, (logits.to(dtype), *rest))
 
@@ -197,7 +197,7 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch):
             tokens[0].item()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_opcheck(dtype: torch.dtype):
     logits, temperature, top_k, top_p, min_p, seeds, offsets = mixture(9, 128)
     logits, gemma4 = logits.to(dtype), torch.ops.gemma4
