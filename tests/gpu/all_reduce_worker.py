@@ -238,7 +238,7 @@ def divided_vocabulary_captured() -> None:
     for name, (options, thresholds) in KINDS.items():
         torch.manual_seed(1)
         contents = [
-            (torch.randn(rows, VOCABULARY).cuda() * 3, *(t.cuda() for t in parameters([options] * rows, 0))) for _ in "12"
+            (torch.randn(rows, VOCABULARY).cuda() * 3, *(t.cuda() for t in parameters([options] * rows, 0))) for _ in range(2)
         ]
         vocabulary, static = divided(contents[0][0])
         rest = [t.clone() for t in contents[0][1:]]
