@@ -3,7 +3,7 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.generate_in_parallel FOLDER:CACHE:MODE ...
 
 MODE is `plain` (transformers' own), `passes` (optimized, without code generation) or `inductor`. The case `ops` runs the op of
-each form of all_reduce_norm and says which of them are wrong."""
+each form of all_reduce_norm and says which of them are wrong, `vocabulary` the methods of a divided vocabulary."""
 
 import json
 import sys
@@ -14,12 +14,14 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from gemma4_compile import OptimizeConfig, optimize, report
-from gemma4_compile.ops import OPS, all_reduce_norm
+from gemma4_compile.ops import OPS, Vocabulary, all_reduce_norm
 from gemma4_compile.ops.all_reduce_norm import FORMS
 from gemma4_compile.ops.examples import SMALL, example
+from gemma4_compile.ops.logits import logprobs_of
 from gemma4_compile.optimize import state_of
 from gemma4_compile.parallel import load
 from tests.models import prompt
+from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
 
 TOKENS = 12
 
@@ -55,6 +57,36 @@ def wrong_ops() -> list[str]:
     return wrong
 
 
+def wrong_with_a_divided_vocabulary() -> list[str]:
+    """Methods that differ from the ops for whole vocabularies."""
+    group: Any = dist.group.WORLD
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    torch.manual_seed(0)
+    wrong = []
+    cases = {
+        "fp32": mixture(90, 512),
+        "bf16": (torch.randn(90, 512).bfloat16(), *parameters(MIXES)),
+        "awkward": (awkward(512), *parameters(MIXES[30:45])),
+    }
+    for name, (logits, *rest) in cases.items():
+        size = logits.shape[1]
+        here = size // ranks
+        divided = Vocabulary(size, rank * here, here, group.group_name)
+        own = logits[:, rank * here :][:, :here]
+        tokens = torch.ops.gemma4.sample(logits, *rest)
+        same = {
+            "sample": torch.equal(divided.sample(own, *rest), tokens),
+            "argmax": torch.equal(divided.argmax(own), logits.argmax(dim=1)),
+            "gather": torch.equal(divided.gather(own).nan_to_num(), logits.nan_to_num()),
+            "logprobs": all(
+                torch.allclose(a, b, atol=1e-5, equal_nan=True)
+                for a, b in zip(divided.logprobs(own, tokens, 5)[:3], logprobs_of(logits, tokens, 5)[:3], strict=True)
+            ),
+        }
+        wrong += [f"{method} {name}" for method, right in same.items() if not right]
+    return wrong
+
+
 def run(folder: str, cache: str, mode: str) -> dict[str, Any]:
     model = load(folder, dtype=torch.float32)
     if mode == "plain":
@@ -68,13 +100,17 @@ def run(folder: str, cache: str, mode: str) -> dict[str, Any]:
     return {"tokens": tokens, "counts": counts, "graphs": result.graphs_compiled}
 
 
+CHECKS = {"ops": wrong_ops, "vocabulary": wrong_with_a_divided_vocabulary}
+
+
 def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dist.init_process_group("gloo")
     for case in sys.argv[1:]:
         result: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(result, {"wrong": wrong_ops()} if case == "ops" else run(*case.rsplit(":", 2)))
+        check = CHECKS.get(case)
+        dist.all_gather_object(result, run(*case.rsplit(":", 2)) if check is None else {"wrong": check()})
         if dist.get_rank() == 0:
             assert all(other == result[0] for other in result), result
             print(json.dumps({"case": case} | result[0]), flush=True)

@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def in_parallel(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    cases = ["ops", *(f"{folders[kind]}:{cache}:{mode}" for kind, cache, mode in CASES)]
+    cases = ["ops", "vocabulary", *(f"{folders[kind]}:{cache}:{mode}" for kind, cache, mode in CASES)]
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "tests.generate_in_parallel", *cases],
@@ -74,6 +74,11 @@ def test_two_processes_give_the_tokens_of_one(
 @pytest.mark.xdist_group("two processes")
 def test_each_op_sums_in_the_order_of_the_ranks(in_parallel: dict[str, dict[str, Any]]) -> None:
     assert in_parallel["ops"]["wrong"] == []
+
+
+@pytest.mark.xdist_group("two processes")
+def test_a_divided_vocabulary_gives_what_a_whole_one_does(in_parallel: dict[str, dict[str, Any]]) -> None:
+    assert in_parallel["vocabulary"]["wrong"] == []
 
 
 def test_the_plan_is_transformers_own_where_the_heads_divide() -> None:

@@ -23,9 +23,11 @@ from .rope import rope
 from .route import route
 from .sample import sample
 from .verify import draw_draft, verify
+from .vocabulary import Vocabulary
 
 __all__ = [
     "OPS",
+    "Vocabulary",
     "all_reduce_norm",
     "attention",
     "attention_qkv",

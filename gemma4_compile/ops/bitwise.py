@@ -31,16 +31,17 @@ def weights(x: Tensor) -> Tensor:
     return y * ((whole + 167.0).int() << 23).view(torch.float32)
 
 
-def gumbel(seeds: Tensor, offsets: Tensor, width: int, stream: int | Tensor = SAMPLE) -> Tensor:
-    """Gumbel noise, -log(-log(u)), of tokens 0 to width: [N, width] fp32, from -2.9 to 22.9.
+def gumbel(seeds: Tensor, offsets: Tensor, width: int, stream: int | Tensor = SAMPLE, first: int = 0) -> Tensor:
+    """Gumbel noise, -log(-log(u)), of `width` tokens from first on: [N, width] fp32, from -2.9 to 22.9.
 
     seeds    [N] int64  Philox's key
     offsets  [N] int64  with token // 4 its counter; the token's word is token % 4
     stream   int, or [] int64: what the noise is for
+    first    a multiple of 4
 
     u is 1 - v with v from 2**-33 on: the noise is large where v is small, and there fp32 resolves v, as it would not u.
     """
-    quad = torch.arange(-(-width // 4), device=seeds.device)[None, :]
+    quad = torch.arange(first // 4, first // 4 - (-width // 4), device=seeds.device)[None, :]
     bits = torch.stack(_words(seeds[:, None], offsets[:, None], quad, stream), dim=-1)
     return _noise(bits.flatten(1)[:, :width])
 

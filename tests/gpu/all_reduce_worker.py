@@ -28,15 +28,20 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gemma4_compile import OptimizeConfig, demo_checkpoint, optimize, report  # noqa: E402
-from gemma4_compile.ops import OPS, all_reduce_norm, flashinfer_all_reduce  # noqa: E402
+from gemma4_compile.ops import OPS, Vocabulary, all_reduce_norm  # noqa: E402
 from gemma4_compile.ops.all_reduce_norm import FORMS, by_nccl, by_one_shot, slot_bytes, sum_over_ranks  # noqa: E402
 from gemma4_compile.ops.examples import SMALL, Sizes, example  # noqa: E402
+from gemma4_compile.ops.local_sample import local_highest, token_of  # noqa: E402
+from gemma4_compile.ops.logits import logprobs_of  # noqa: E402
 from gemma4_compile.ops.symmetric import forget, workspace  # noqa: E402
+from tests.gpu.times import microseconds  # noqa: E402
 from tests.ops.accuracy import assert_as_accurate  # noqa: E402
 from tests.ops.exact import exact  # noqa: E402
+from tests.ops.sample_cases import MIXES, awkward, parameters  # noqa: E402
 
 WIDTHS = (2816, 5376)
 TOKENS = (1, 2, 8, 33, 64)
+VOCABULARY = 262144
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Result = tuple[Tensor, ...]
 Way = Callable[[str, list[Any]], Result]
@@ -231,6 +236,78 @@ def tokens_of_one_process(kind: str, graphs: bool) -> None:
     assert fusion.matched == fusion.expected > 0, str(report(model))
 
 
+def divided(logits: Tensor) -> tuple[Vocabulary, Tensor]:
+    """This rank's part of logits that all ranks have."""
+    size = logits.shape[1]
+    here = size // dist.get_world_size()
+    vocabulary = Vocabulary(size, dist.get_rank() * here, here, group())
+    return vocabulary, logits[:, vocabulary.first :][:, :here].contiguous()
+
+
+def divided_vocabulary() -> None:
+    """The tokens, greedy tokens and log-probabilities of a whole one, for all mixes of parameters."""
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        for rows in (len(MIXES), 15):
+            logits = (torch.randn(rows, VOCABULARY) * 3 if rows > 15 else awkward(VOCABULARY)).to("cuda", dtype)
+            rest = [t.cuda() for t in parameters(MIXES[:rows])]
+            vocabulary, mine = divided(logits)
+            tokens = torch.ops.gemma4.sample(logits, *rest)
+            wrong = (vocabulary.sample(mine, *rest) != tokens).nonzero()[:, 0].tolist()
+            assert not wrong, f"{dtype}: {[[t[row].item() for t in rest] for row in wrong]}"
+            assert torch.equal(vocabulary.argmax(mine), local_argmax(logits)), f"argmax, {dtype}"
+            assert torch.equal(vocabulary.gather(mine).nan_to_num(), logits.nan_to_num())
+            for found, wanted in zip(vocabulary.logprobs(mine, tokens, 5)[:3], logprobs_of(logits, tokens, 5), strict=False):
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+def local_argmax(logits: Tensor) -> Tensor:
+    """The lowest of the highest: on a GPU, argmax may give another of equals."""
+    return token_of(local_highest(logits, 0))
+
+
+def divided_vocabulary_captured() -> None:
+    """Each kind of batch in a CUDA graph, over other contents; rank 0 prints times (gathered: all logits, and the whole op)."""
+    rows = 8
+    for name, (options, thresholds) in KINDS.items():
+        torch.manual_seed(1)
+        contents = [
+            (torch.randn(rows, VOCABULARY).cuda() * 3, *(t.cuda() for t in parameters([options] * rows, 0))) for _ in range(2)
+        ]
+        vocabulary, static = divided(contents[0][0])
+        rest = [t.clone() for t in contents[0][1:]]
+
+        def draw(vocabulary: Any = vocabulary, static: Any = static, rest: Any = rest, thresholds: Any = thresholds) -> Tensor:
+            return vocabulary.sample(static, *rest, thresholds)
+
+        def gather(vocabulary: Any = vocabulary, static: Any = static, rest: Any = rest) -> Tensor:
+            return torch.ops.gemma4.sample(vocabulary.gather(static), *rest)
+
+        draw()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = draw()
+        for logits, *others in (contents[1], contents[0]):
+            static.copy_(divided(logits)[1])
+            for buffer, content in zip(rest, others, strict=True):
+                buffer.copy_(content)
+            graph.replay()
+            assert torch.equal(out, torch.ops.gemma4.sample(logits, *others)), name
+        times = [microseconds(function) for function in (draw, gather)]
+        if dist.get_rank() == 0:
+            print(f"time of {name}, N={rows}: {times[0]:.1f} us, gathered {times[1]:.1f} us", flush=True)
+
+
+KINDS: dict[str, tuple[tuple[int, float, float], tuple[str, ...]]] = {
+    "no thresholds": ((0, 1.0, 0.0), ()),
+    "top_k 64": ((64, 1.0, 0.0), ("top_k",)),
+    "top_k 64, top_p 0.95": ((64, 0.95, 0.0), ("top_k", "top_p")),
+    "top_p 0.95": ((0, 0.95, 0.0), ("top_p",)),
+    "min_p 0.05": ((0, 1.0, 0.05), ("min_p",)),
+}
+
+
 def cases(count: int) -> dict[str, Callable[[], None]]:
     """In order: each needs what those before it showed."""
     return {
@@ -240,7 +317,8 @@ def cases(count: int) -> dict[str, Callable[[], None]]:
         "CUDA graph": partial(captured, count, chosen),
         "CUDA graph without memory": captured_without_memory,
         "many tokens": many_tokens,
-        "flashinfer": partial(by_flashinfer, count),
+        "divided vocabulary": divided_vocabulary,
+        "divided vocabulary in CUDA graphs": divided_vocabulary_captured,
         "tokens e": partial(tokens_of_one_process, "e", False),
         "tokens e in CUDA graphs": partial(tokens_of_one_process, "e", True),
         "tokens moe": partial(tokens_of_one_process, "moe", False),

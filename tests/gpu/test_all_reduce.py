@@ -1,4 +1,6 @@
-"""The all-reduces on several GPUs: accuracy, the same bits on all ranks, CUDA graphs, whole models (all_reduce_worker.py)."""
+"""The all-reduces on several GPUs: accuracy, the same bits on all ranks, CUDA graphs, whole models (all_reduce_worker.py).
+
+And tokens of a vocabulary that the GPUs divide."""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ CASES = (
     "CUDA graph",
     "CUDA graph without memory",
     "many tokens",
-    "flashinfer",
+    "divided vocabulary",
+    "divided vocabulary in CUDA graphs",
     *("tokens e", "tokens e in CUDA graphs", "tokens moe", "tokens moe in CUDA graphs"),
 )
 
