@@ -128,16 +128,17 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
     loaded = time.perf_counter() - start
     longest = max(sum(parse(w)[:2]) for w in workloads)
     config = EngineConfig(max_model_len=longest + 1, max_requests=max(parse(w)[2] for w in workloads),
-                          expected_tokens=longest, kv_dtype=arguments.kv_dtype, prefix_reuse=not arguments.no_reuse,
+                          max_batched_tokens=arguments.max_batched_tokens, expected_tokens=longest, kv_dtype=arguments.kv_dtype, prefix_reuse=not arguments.no_reuse,
                           capture_at_start=arguments.capture, page_size=arguments.page_size)  # fmt: skip
     speculation: dict[str, Any] = {}
     if arguments.mtp:
         force_acceptance(arguments.mtp, arguments.speculative_tokens)
-        speculation = {
-            "assistant": divided_assistant(name, model, small.get("vocab_size")) if divided
-            else random_assistant(name, arguments.device, vocab_size=small.get("vocab_size")),
-            "speculative_tokens": arguments.speculative_tokens,
-        }
+        vocabulary = small.get("vocab_size")
+        if divided:
+            assistant = divided_assistant(name, model, vocabulary)
+        else:
+            assistant = random_assistant(name, arguments.device, vocab_size=vocabulary)
+        speculation = {"assistant": assistant, "speculative_tokens": arguments.speculative_tokens}
     start = time.perf_counter()
     engine = Engine(model, config, **speculation)
     ready = time.perf_counter() - start
@@ -163,7 +164,8 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
         floor = {"weights_gb": engine.memory.weights / 1e9, "copy_bandwidth_tb": copy_bandwidth() / 1e12}
     print(engine.memory, flush=True)
     engine.close()
-    return {"model": name, "ranks": engine.runner.ranks.division.ranks, "load_s": loaded, "start_s": ready, "rows": rows, "refused": refused, **floor}
+    ranks = engine.runner.ranks.division.ranks
+    return {"model": name, "ranks": ranks, "load_s": loaded, "start_s": ready, "rows": rows, "refused": refused, **floor}
 
 
 def _profile_host(engine: Engine, given: int, requests: int) -> None:
@@ -199,6 +201,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="", help="default: those of vLLM's table")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--kv-dtype", default="auto", choices=("auto", "fp8"))
+    parser.add_argument("--max-batched-tokens", type=int, default=8192)
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--no-reuse", action="store_true", help="without the prefix cache")
     parser.add_argument("--host-profile", action="store_true", help="print the host's functions by time, on the last workload")

@@ -53,6 +53,15 @@ class Vocabulary:
     def ranks(self) -> int:
         return self.size // self.here
 
+    def own(self, tokens: list[int]) -> list[int]:
+        """Where these tokens are among those of this rank, without those of other ranks."""
+        return [token - self.first for token in tokens if 0 <= token - self.first < self.here]
+
+    def place(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Where these tokens are among those of this rank, anywhere for others; and which are this rank's."""
+        places = tokens - self.first
+        return places.clamp(0, self.here - 1), (places >= 0) & (places < self.here)
+
     def argmax(self, logits: Tensor) -> Tensor:
         """The lowest of the highest: logits [N, here] -> tokens [N] int64. One maximum over the ranks."""
         self._check("argmax", logits)

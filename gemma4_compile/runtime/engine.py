@@ -77,8 +77,8 @@ class Engine:
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
 
     Under torchrun a checkpoint that the engine loads is divided between the ranks (tensor parallel), as is a model of
-    `parallel.load`. All ranks make an engine together. Then rank 0 uses it as if it were alone, and the others call `follow`; or
-    all call `generate`, where rank 0's prompts count. `close` it, or use it in a `with`, so that the others may go on.
+    `parallel.load`. All ranks make an engine together. Then rank 0 uses it as if it were alone, and the others call `follow`;
+    or all call `generate`, where rank 0's prompts count. `close` it, or use it in a `with`, so that the others may go on.
 
     Raises ValueError for a checkpoint that cannot be loaded, a configuration that the model or the memory cannot hold.
     """

@@ -39,6 +39,7 @@ class StepPlan:
     sampling    of the rows that sample, by name, see Sampler.parameters
     counted     rows that begin with penalties
     top         likeliest tokens that sampled rows want named, and `prompt_top` those of prompts; -1: no log probabilities
+    thresholds  that rows use, of top_k, top_p and min_p
     drafts      that each request gets
     draws       whether they are drawn
     """
@@ -48,6 +49,7 @@ class StepPlan:
     counted: list[Counted]
     top: int
     prompt_top: int
+    thresholds: frozenset[str]
     drafts: int
     draws: bool
 
@@ -264,13 +266,14 @@ class ModelRunner:
         if invariants.enabled():
             invariants.check_step(work, arrays, self.pages, self.vocabulary.size, self.owning)
         sampling = self.sampler.parameters(work, arrays)
-        prompt_top = max((w.sequence.params.prompt_logprobs or 0 for w in work if w.prompt), default=-1) if (
-            arrays.prompt_rows is not None
-        ) else -1  # fmt: skip
-        draws = self.state.scores is not None and bool(arrays.rounds) and self.sampler.draws(arrays.rounds["round_rows"])
+        prompt_top = -1
+        if arrays.prompt_rows is not None:
+            prompt_top = max(w.sequence.params.prompt_logprobs or 0 for w in work if w.prompt)
+        rows, rounds = arrays.targets, arrays.rounds
         return StepPlan(
-            arrays, sampling, [counted for counted in begun if counted is not None], self.sampler.top(arrays.targets), prompt_top,
-            self.speculative_tokens if drafts is None else drafts, draws,
+            arrays, sampling, [counted for counted in begun if counted is not None], self.sampler.top(rows), prompt_top,
+            self.sampler.thresholds(rows), self.speculative_tokens if drafts is None else drafts,
+            draws=self.state.scores is not None and bool(rounds) and self.sampler.draws(rounds["round_rows"]),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -301,7 +304,8 @@ class ModelRunner:
                 tokens, accepted = mtp.settle(self.state, tokens, shaped, offsets, step, block)
                 return tokens
 
-            results |= self.sampler(logits[:sampled], positions, step, plan.top, greedy, settle if draws else None)
+            settled = settle if draws else None
+            results |= self.sampler(logits[:sampled], positions, step, plan.top, plan.thresholds, greedy, settled)
             if self.drafter is not None and arrays.rounds:
                 results["accepted"] = mtp.finish_round(
                     self.drafter, self.state, results["tokens"], hidden, step, plan.drafts, accepted, draws

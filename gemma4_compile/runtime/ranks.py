@@ -161,9 +161,10 @@ class Ranks:
                 self._fail(reason)
                 return
             for connection in wait(list(names), _TICK):
-                rank = names[connection]  # type: ignore[index]
+                assert isinstance(connection, Connection)
+                rank = names[connection]
                 try:
-                    kind, content = connection.recv()  # type: ignore[union-attr]
+                    kind, content = connection.recv()
                 except (EOFError, OSError):
                     if not state.closed:
                         how = "its process died, or left before rank 0 closed the engine" if rank else "its process died"

@@ -115,27 +115,33 @@ class Sampler:
         """How many of the likeliest tokens these rows want to be named; -1: they want no log probabilities."""
         return int(self._logprobs[rows].max(initial=-1))
 
+    def thresholds(self, rows: np.ndarray) -> frozenset[str]:
+        """Which of top_k, top_p and min_p any of these rows uses."""
+        host = self._host
+        used = {"top_k": host["top_k"][rows] > 0, "top_p": host["top_p"][rows] < 1, "min_p": host["min_p"][rows] > 0}
+        return frozenset(name for name, found in used.items() if found.any())
+
     @staticmethod
     def is_greedy(parameters: dict[str, Any]) -> bool:
         """Whether the likeliest tokens are wanted, by the model's own logits."""
         return len(parameters) == 1  # targets
 
     def __call__(
-        self, logits: Tensor, positions: Tensor, given: dict[str, Tensor], top: int, greedy: Tensor | None = None,
-        settle: Settle | None = None,
+        self, logits: Tensor, positions: Tensor, given: dict[str, Tensor], top: int, thresholds: frozenset[str],
+        greedy: Tensor | None = None, settle: Settle | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Tokens [S] and, where asked for, their log probabilities.
 
         logits     [S, tokens here], the model's own
         positions  [S] of the tokens that they follow
         given      what `parameters` named, on the device
-        top        as of the method `top`
+        top, thresholds   as of the methods
         greedy     tokens that are in the state already
         settle     has the last word: of the tokens, of logits with penalties and biases, and of how many new tokens each
                    request has
         """
         if greedy is None:
-            tokens, shaped, offsets = self._sample(logits, positions, given)
+            tokens, shaped, offsets = self._sample(logits, positions, given, thresholds)
             tokens = tokens if settle is None else settle(tokens, shaped, offsets)
         else:
             tokens = greedy
@@ -144,7 +150,9 @@ class Sampler:
             found |= named_logprobs("", self.vocabulary, logits, tokens, top)
         return found
 
-    def _sample(self, logits: Tensor, positions: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(
+        self, logits: Tensor, positions: Tensor, given: dict[str, Tensor], thresholds: frozenset[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         targets = given["targets"]
         # New tokens that each request has already.
         offsets = positions + 1 - given["prompt_length"] if "prompt_length" in given else positions
@@ -158,7 +166,7 @@ class Sampler:
             logits = logits.float().index_put((given["bias_rows"], places), bias, accumulate=True)
         if "temperature" in given:
             shaping = [given[name] for name in _SHAPING]
-            tokens = self.vocabulary.sample(logits, *shaping, given["seeds"], offsets)
+            tokens = self.vocabulary.sample(logits, *shaping, given["seeds"], offsets, thresholds=thresholds)
         else:
             tokens = self.vocabulary.argmax(logits)
         self.state.last[targets] = tokens

@@ -28,7 +28,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gemma4_compile import OptimizeConfig, demo_checkpoint, optimize, report  # noqa: E402
-from gemma4_compile.ops import OPS, Vocabulary, all_reduce_norm  # noqa: E402
+from gemma4_compile.ops import OPS, Vocabulary, all_reduce_norm, flashinfer_all_reduce  # noqa: E402
 from gemma4_compile.ops.all_reduce_norm import FORMS, by_nccl, by_one_shot, slot_bytes, sum_over_ranks  # noqa: E402
 from gemma4_compile.ops.examples import SMALL, Sizes, example  # noqa: E402
 from gemma4_compile.ops.local_sample import local_highest, token_of  # noqa: E402

@@ -27,7 +27,9 @@ from gemma4_compile.loading import load
 PROMPTS, TOKENS = 16, 48
 SETTINGS: dict[str, Any] = {"max_model_len": 512, "max_requests": PROMPTS, "max_batched_tokens": 256, "expected_tokens": 128}
 GREEDY = SamplingParams(max_tokens=TOKENS, logprobs=2)
-TIE = 0.05  # between the log probabilities of the two likeliest tokens; bf16 parts there
+# Between the log probabilities of the two likeliest tokens, where bf16 may part: those of one GPU in bf16 differ from fp32's by
+# as much.
+TIE = 0.7
 
 
 def tokens_of_one_gpu(kind: str, dtype: torch.dtype, mtp: bool, params: SamplingParams) -> None:

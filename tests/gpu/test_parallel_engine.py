@@ -12,6 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, found {GPUS}: the engine of several was NOT tested")
 CASES = [
@@ -23,10 +24,10 @@ CASES = [
 @pytest.fixture(scope="module")
 def report() -> dict[str, str]:
     """case -> its line, of one run with both ranks."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.gpu.engine_worker"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}, capture_output=True, text=True,
-        timeout=1500, check=False,
+        [sys.executable, "-m", *launcher, "-m", "tests.gpu.engine_worker"], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+        text=True, timeout=1500, check=False,
     )  # fmt: skip
     sys.stdout.write(done.stdout[-4000:] + done.stderr[-8000:])
     return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
@@ -40,8 +41,7 @@ def test_case(case: str, report: dict[str, str]) -> None:
 @pytest.mark.parametrize("how", ["killed", "stuck"])
 def test_a_rank_that_is_gone_ends_the_others(how: str) -> None:
     """Without a launcher, which would end them itself. A stuck rank is noticed by the time-out of 10 s."""
-    base = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "WORLD_SIZE": "2"}
-    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
+    base = ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.gpu.engine_worker", how], cwd=ROOT,

@@ -15,7 +15,8 @@ from .ranks_worker import RANKS, STEPS
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = (
-    "nothing", "killed rank 1", "killed rank 0", "stuck rank 2", "failing rank 1", "failing rank 0", "left rank 1", "idle rank 1",
+    "nothing", "killed rank 1", "killed rank 0", "stuck rank 2", "failing rank 1", "failing rank 0", "left rank 1",
+    "idle rank 1",
 )  # fmt: skip
 Ends = list[tuple[int | None, str]]
 
@@ -25,7 +26,8 @@ def ends() -> dict[str, Ends]:
     """scenario -> exit code and what was said, of each rank."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.runtime.ranks_worker", *SCENARIOS], cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400,
+        check=True,
     )  # fmt: skip
     return {name: [(code, said) for code, said in ranks] for name, ranks in json.loads(done.stdout.splitlines()[-1]).items()}
 
@@ -40,7 +42,8 @@ def test_a_killed_rank_ends_all_others(dead: int, ends: dict[str, Ends]) -> None
     assert found[dead][0] == -9
     for rank, (code, said) in enumerate(found):
         if rank != dead:  # a third rank hears of it from rank 0, which then ends
-            assert code == 1 and f"rank {rank} of {RANKS} ends: rank {dead if rank == 0 else 0} is gone: its process died" in said
+            gone = dead if rank == 0 else 0
+            assert code == 1 and f"rank {rank} of {RANKS} ends: rank {gone} is gone: its process died" in said
 
 
 def test_a_stuck_rank_ends_all_by_the_time_out(ends: dict[str, Ends]) -> None:
