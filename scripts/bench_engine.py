@@ -127,9 +127,11 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
         model.set_experts_implementation("grouped_mm")
     loaded = time.perf_counter() - start
     longest = max(sum(parse(w)[:2]) for w in workloads)
-    config = EngineConfig(max_model_len=longest + 1, max_requests=max(parse(w)[2] for w in workloads),
-                          max_batched_tokens=arguments.max_batched_tokens, expected_tokens=longest, kv_dtype=arguments.kv_dtype, prefix_reuse=not arguments.no_reuse,
-                          capture_at_start=arguments.capture, page_size=arguments.page_size)  # fmt: skip
+    config = EngineConfig(
+        max_model_len=longest + 1, max_requests=max(parse(w)[2] for w in workloads), expected_tokens=longest,
+        max_batched_tokens=arguments.max_batched_tokens, kv_dtype=arguments.kv_dtype, prefix_reuse=not arguments.no_reuse,
+        capture_at_start=arguments.capture, page_size=arguments.page_size,
+    )  # fmt: skip
     speculation: dict[str, Any] = {}
     if arguments.mtp:
         force_acceptance(arguments.mtp, arguments.speculative_tokens)

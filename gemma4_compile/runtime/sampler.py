@@ -165,8 +165,8 @@ class Sampler:
             bias = torch.where(own & (offsets[given["bias_rows"]] < given["bias_until"]), given["bias"], 0)
             logits = logits.float().index_put((given["bias_rows"], places), bias, accumulate=True)
         if "temperature" in given:
-            shaping = [given[name] for name in _SHAPING]
-            tokens = self.vocabulary.sample(logits, *shaping, given["seeds"], offsets, thresholds=thresholds)
+            temperature, top_k, top_p, min_p, seeds = (given[name] for name in (*_SHAPING, "seeds"))
+            tokens = self.vocabulary.sample(logits, temperature, top_k, top_p, min_p, seeds, offsets, thresholds)
         else:
             tokens = self.vocabulary.argmax(logits)
         self.state.last[targets] = tokens
