@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from . import __version__
-from .cli_serve import add_serving
+from .cli_serve import SERVING, add_serving
+from .ranks import launched_rank, launched_ranks
 
 DEMO_PROMPT = 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self'
 
@@ -17,16 +19,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return options.func(options)
+        _check_ranks(options)
+        code = options.func(options)
     except (ValueError, TypeError, OSError) as error:
         print(f"gemma4-compile: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "RanksError":  # named: its module takes long to import
+            raise
+        print(f"gemma4-compile: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # a kernel may wait for another rank for ever, and the interpreter's own end for the kernel
+    if launched_ranks() > 1:
+        from .parallel import leave
+
+        leave()
+    return code
+
+
+def _check_ranks(options: argparse.Namespace) -> None:
+    if (ranks := launched_ranks()) > 1 and options.command not in SERVING:
+        raise ValueError(f"{options.command} runs on one rank, got {ranks}; start it without torchrun")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gemma4-compile", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
 
     demo = commands.add_parser("demo", help="a compiled Gemma 4 writes text, then reports its fusions")
     demo.add_argument("--model", default="e", help='"e" or "moe" for an embedded demo checkpoint, or a checkpoint folder')
@@ -172,7 +190,7 @@ def config_of(options: argparse.Namespace) -> Any:
     def names(text: str) -> tuple[str, ...]:
         return tuple(name for name in text.split(",") if name)
 
-    return OptimizeConfig(enable=names(options.enable), disable=names(options.disable), progress=True)
+    return OptimizeConfig(enable=names(options.enable), disable=names(options.disable), progress=launched_rank() == 0)
 
 
 def load_model(options: argparse.Namespace, dtype: Any, text_only: bool = False) -> tuple[Any, Any]:
@@ -183,9 +201,16 @@ def load_model(options: argparse.Namespace, dtype: Any, text_only: bool = False)
     from . import demo_checkpoint
     from .checkpoints import TEXT_CONFIGS
     from .demo import DEMO_NAMES
-    from .loading import load, random_model
+    from .loading import checkpoint, load, random_model, tokenizer_of
 
     config_of(options)  # a wrong name must not cost the time of loading
+    if launched_ranks() > 1:
+        from . import parallel
+
+        if options.device == "cpu" and torch.cuda.is_available():
+            raise ValueError("under torchrun each rank takes a GPU where there is one, got --device cpu; hide the GPUs from it")
+        folder = demo_checkpoint(options.model) / "target" if options.model in DEMO_NAMES else checkpoint(options.model)[0]
+        return parallel.load(folder, dtype=dtype), tokenizer_of(folder)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU that torch can see, got none; use --device cpu")

@@ -3,18 +3,22 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .ranks import launched_rank
+
 if TYPE_CHECKING:
     from .runtime.draft_length import SpeculativeTokens
     from .runtime.engine import Engine
     from .runtime.outputs import RequestOutput
     from .runtime.sampling_params import SamplingParams
+
+
+SERVING = ("generate", "chat")  # which also run under torchrun
 
 
 def add_serving(commands: Any, add_common: Any, demo_prompt: str) -> None:
@@ -107,6 +111,8 @@ def _generate(options: argparse.Namespace) -> int:
     if not options.model:
         raise ValueError("generate needs a model, got none; name one, or use --demo")
     options.model = options.model if options.demo else options.model[0]
+    if launched_rank():
+        return _follow(options)
     prompts = [*prompts, *map(_text_of, options.file)]
     if not prompts and options.demo:
         prompts = [options.demo_prompt]
@@ -114,10 +120,9 @@ def _generate(options: argparse.Namespace) -> int:
         raise ValueError("generate needs a prompt, got none; give a text, or -f FILE")
     engine = _engine(options)
     start = time.perf_counter()
-    outputs = _stream(engine, prompts, params, quiet=options.json or not _is_first_rank())
+    outputs = _stream(engine, prompts, params, quiet=options.json)
     seconds = time.perf_counter() - start
-    if not _is_first_rank():
-        return 0
+    engine.close()
     if options.json:
         print(json.dumps([_as_dict(output) for output in outputs]))
     tokens = sum(len(output.token_ids) for output in outputs)
@@ -128,6 +133,12 @@ def _generate(options: argparse.Namespace) -> int:
     for error in failed:
         print(f"gemma4-compile: {error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _follow(options: argparse.Namespace) -> int:
+    """Another rank than the one that reads and prints."""
+    _engine(options).follow()
+    return 0
 
 
 def _stream(engine: "Engine", prompts: list[str], params: "SamplingParams", quiet: bool) -> "list[RequestOutput]":
@@ -163,6 +174,8 @@ def _chat(options: argparse.Namespace) -> int:
     if options.json:
         raise ValueError("chat prints text as it comes, got --json; use generate")
     params = _params(options)
+    if launched_rank():
+        return _follow(options)
     engine = _engine(options)
     has_template = bool(getattr(engine.tokenizer, "chat_template", None))
     what = "" if has_template else " This model has no chat template: it continues the text."
@@ -190,6 +203,7 @@ def _chat(options: argparse.Namespace) -> int:
         print()
         messages.append({"role": "assistant", "content": said})
         text += said + "\n"
+    engine.close()
     return 0
 
 
@@ -208,11 +222,6 @@ def _lines() -> Iterable[str]:
 
 def _text_of(name: str) -> str:
     return sys.stdin.read() if name == "-" else Path(name).read_text()
-
-
-def _is_first_rank() -> bool:
-    """Under torchrun each rank runs this, one prints."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _acceptance(engine: "Engine") -> str:

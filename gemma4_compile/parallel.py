@@ -6,7 +6,6 @@ can read. Here such projections are loaded whole, and each rank keeps the head t
 `local_parts` shows a divided model to those who trace it: plain tensors, and logits of each rank's own tokens.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gemma4 import modeling_gemma4 as hf
@@ -22,6 +22,7 @@ from transformers.models.gemma4 import modeling_gemma4 as hf
 from .assistant import load_assistant as whole_assistant
 from .geometry import geometry
 from .loading import checkpoint, quiet, text_of_multimodal
+from .ops.symmetric import forget
 from .ops.vocabulary import Vocabulary
 
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
@@ -37,11 +38,6 @@ class Division:
     ranks: int = 1
     rank: int = 0
     group: str = ""
-
-
-def launched_ranks() -> int:
-    """Processes of the torchrun that this one is of; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def load(folder: str | Path, ranks: int | None = None, dtype: torch.dtype | None = None) -> Any:
@@ -86,6 +82,13 @@ def load_assistant(folder: str | Path, division: Division, dtype: torch.dtype | 
     with quiet():  # rules for projections that no assistant has
         assistant = whole_assistant(folder, dtype=dtype, distributed_config=chosen)
     return assistant.eval().requires_grad_(False)
+
+
+def leave() -> None:
+    """Give up what ranks share, at the end of a process whose engines are closed. Harmless alone."""
+    forget()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def plan(config: Any, ranks: int) -> Any:

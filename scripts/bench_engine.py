@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams
 from gemma4_compile.loading import random_assistant, random_model
-from gemma4_compile.parallel import launched_ranks
+from gemma4_compile.ranks import launched_ranks
 from gemma4_compile.runtime import mtp
 from scripts._bandwidth import copy_bandwidth
 from scripts._divided import divided_assistant, divided_model

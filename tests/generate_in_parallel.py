@@ -2,8 +2,9 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.generate_in_parallel FOLDER:CACHE:MODE ...
 
-MODE is `plain` (transformers' own), `passes` (optimized, without code generation) or `inductor`. The case `ops` runs the op of
-each form of all_reduce_norm and says which of them are wrong, `vocabulary` the methods of a divided vocabulary."""
+MODE is `plain` (transformers' own), `passes` (optimized, without code generation) or `inductor`. FOLDER:VERIFICATION:engine
+serves a demo checkpoint with its assistant. The case `ops` runs the op of each form of all_reduce_norm and says which of them
+are wrong, `vocabulary` the methods of a divided vocabulary."""
 
 import json
 import sys
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
-from gemma4_compile import OptimizeConfig, optimize, report
+from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams, optimize, report
 from gemma4_compile.ops import OPS, Vocabulary, all_reduce_norm
 from gemma4_compile.ops.all_reduce_norm import FORMS
 from gemma4_compile.ops.examples import SMALL, example
@@ -24,6 +25,17 @@ from tests.models import prompt
 from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
 
 TOKENS = 12
+SERVED = {
+    "greedy": SamplingParams(max_tokens=20, logprobs=3, prompt_logprobs=2, ignore_eos=True),
+    "drawn": SamplingParams(max_tokens=20, temperature=0.9, seed=4, ignore_eos=True),
+    "thresholds": SamplingParams(max_tokens=20, temperature=1.1, top_k=12, top_p=0.9, min_p=0.01, seed=7, ignore_eos=True),
+    "penalties": SamplingParams(
+        max_tokens=20, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, logit_bias={200: 3.0, 1800: 2.0},
+        ignore_eos=True,
+    ),
+    "stops": SamplingParams(max_tokens=20, min_tokens=3),
+}  # fmt: skip
+PROMPTS = ("def add(a, b):\n", "class Stack:\n    def push(self, ", "import os\n\nfor name in ", "x = [1, 2, ", "def main(")
 
 
 def generate(model: Any, cache: str) -> list[list[int]]:
@@ -87,7 +99,41 @@ def wrong_with_a_divided_vocabulary() -> list[str]:
     return wrong
 
 
+def serve(folder: str, verification: str) -> dict[str, Any]:
+    """Outputs by the names of SERVED, and what this rank's device knows of its rows, which is what it sampled itself."""
+    config = EngineConfig(
+        dtype=torch.float32, max_requests=8, max_batched_tokens=32, max_model_len=128, page_size=16, kv_bytes=2**24
+    )
+    with Engine(f"{folder}/target", config, assistant=f"{folder}/assistant", draft_verification=verification) as engine:
+        outputs = engine.generate(list(PROMPTS), list(SERVED.values()))
+        again = engine.generate(PROMPTS[1], SERVED["drawn"])
+    state = engine.runner.state
+    return {
+        "outputs": {
+            name: {
+                "prompt": o.prompt_token_ids, "tokens": o.token_ids, "reason": o.finish_reason, "error": o.error,
+                "logprobs": [(t.logprob, t.rank, t.top) for t in o.logprobs or ()],
+                "prompt_logprobs": [(t.logprob, t.rank, t.top) for t in o.prompt_logprobs or ()],
+            }
+            for name, o in zip(SERVED, outputs, strict=True)
+        },
+        "again": again[0].token_ids, "last": state.last.tolist()[:-1], "drafts": state.drafts.tolist()[:-1],
+        "vocabulary": engine.runner.vocabulary.here, "refused_here": _refusal(engine),
+    }  # fmt: skip
+
+
+def _refusal(engine: Engine) -> str:
+    """What a request gets after close(), less the rank."""
+    try:
+        engine.generate("x")
+    except RuntimeError as error:
+        return type(error).__name__
+    return ""
+
+
 def run(folder: str, cache: str, mode: str) -> dict[str, Any]:
+    if mode == "engine":
+        return serve(folder, verification=cache)
     model = load(folder, dtype=torch.float32)
     if mode == "plain":
         return {"tokens": generate(model, cache)}

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, LlamaConfig
 
-from gemma4_compile import demo_checkpoint
+from gemma4_compile import SamplingParams, demo_checkpoint
 from gemma4_compile.checkpoints import TEXT_CONFIGS
 from gemma4_compile.geometry import geometry
+from gemma4_compile.ops import sample
 from gemma4_compile.parallel import Division, _whole_style, check_kv_heads, division_of, load, plan, share_kv_heads
-from tests.generate_in_parallel import generate
+from tests.generate_in_parallel import SERVED, generate
 from tests.models import CONFIGS, tiny
 
 pytest.importorskip("accelerate", reason="transformers' tensor parallel needs accelerate: NOT tested without it")
@@ -27,6 +28,7 @@ CASES = [
     ("moe", "dynamic", "passes"),
     ("dense", "static", "inductor"),
 ]
+ENGINES = [("e", "match"), ("moe", "block")]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def in_parallel(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     cases = ["ops", "vocabulary", *(f"{folders[kind]}:{cache}:{mode}" for kind, cache, mode in CASES)]
+    cases += [f"{demo_checkpoint(kind)}:{verification}:engine" for kind, verification in ENGINES]
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "tests.generate_in_parallel", *cases],
@@ -69,6 +72,65 @@ def test_two_processes_give_the_tokens_of_one(
     if mode != "plain":
         assert all(expected == matched for expected, matched in found["counts"].values()), found["counts"]
         assert found["counts"]["all_reduce_norm"][1] == len(alone.model.layers)
+
+
+@pytest.mark.xdist_group("two processes")
+@pytest.mark.parametrize(("kind", "verification"), ENGINES)
+def test_an_engine_of_two_ranks_gives_the_tokens_of_transformers(
+    kind: str, verification: str, in_parallel: dict[str, dict[str, Any]]
+) -> None:
+    """With drafts, each token is the one that the whole model's logits at its place give, by its request's params."""
+    model = AutoModelForCausalLM.from_pretrained(demo_checkpoint(kind) / "target", dtype=torch.float32).eval()
+    found = in_parallel[f"{demo_checkpoint(kind)}:{verification}:engine"]
+    assert found["vocabulary"] == model.config.vocab_size // 2
+    for name, output in found["outputs"].items():
+        params, prompt, tokens = SERVED[name], output["prompt"], output["tokens"]
+        assert not output["error"] and len(tokens) == 20 or name == "stops", output
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0].float()
+        rows = logits[len(prompt) - 1 : -1]
+        if params.temperature and verification == "match":
+            assert tokens == [_drawn(row, params, place) for place, row in enumerate(rows)], name
+        elif name == "penalties":
+            assert tokens == [int(_shaped(row, params, prompt, tokens[:i]).argmax()) for i, row in enumerate(rows)]
+        elif name == "stops":
+            assert tokens == rows.argmax(-1).tolist() and output["reason"] in ("stop", "length")
+        elif not params.temperature:
+            assert tokens == rows.argmax(-1).tolist()
+            _check_logprobs(output["logprobs"], rows, tokens, 3)
+            _check_logprobs(output["prompt_logprobs"], logits[: len(prompt) - 1], prompt[1:], 2)
+        else:  # accepted by rejection sampling: not the tokens of the seed, but tokens that can be
+            assert all(row.softmax(-1)[token] > 1e-6 for row, token in zip(rows, tokens, strict=True))
+    if verification == "match":
+        assert found["again"] == found["outputs"]["drawn"]["tokens"]
+
+
+def _drawn(row: torch.Tensor, params: SamplingParams, place: int) -> int:
+    values = (params.temperature, params.top_k, params.top_p, params.min_p, params.seed, place)
+    dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
+    return int(sample(row[None], *(torch.tensor([v], dtype=d) for v, d in zip(values, dtypes, strict=True))))
+
+
+def _shaped(row: torch.Tensor, params: SamplingParams, prompt: list[int], output: list[int]) -> torch.Tensor:
+    """By hand, as transformers and the OpenAI API have it."""
+    row = row.clone()
+    for token in {*prompt, *output}:
+        row[token] = row[token] / params.repetition_penalty if row[token] > 0 else row[token] * params.repetition_penalty
+    for token in set(output):
+        row[token] -= params.presence_penalty + params.frequency_penalty * output.count(token)
+    for token, bias in params.logit_bias.items():
+        row[token] += bias
+    return row
+
+
+def _check_logprobs(found: list[Any], rows: torch.Tensor, tokens: list[int], top: int) -> None:
+    assert len(found) == len(tokens)
+    for (value, rank, likeliest), row, token in zip(found, rows.log_softmax(-1), tokens, strict=True):
+        assert abs(value - row[token]) < 1e-3 and rank == 1 + (row > row[token]).sum()
+        best = row.topk(top)
+        assert {int(name): pytest.approx(p, abs=1e-3) for name, p in likeliest.items()} == dict(
+            zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        )
 
 
 @pytest.mark.xdist_group("two processes")

@@ -22,6 +22,7 @@ from gemma4_compile.assistant import load_assistant
 from gemma4_compile.config import EngineConfig
 from gemma4_compile.loading import checkpoint, load, text_part, tokenizer_of
 from gemma4_compile.optimize import existing_state, optimize, state_of
+from gemma4_compile.ranks import launched_ranks
 
 from . import invariants
 from .draft_length import DraftLength, SpeculativeTokens
@@ -168,7 +169,7 @@ class Engine:
         """
         if not self.leads:
             if (found := self._follow()) is None:
-                raise RuntimeError("rank 0 must end what it generates, got an error or its close() before; see its message")
+                raise RanksError("rank 0 must end what it generates, got an error or its close() before; see its message")
             return found
         several: list[Prompt] = list(prompts) if _is_several(prompts) else [prompts]  # type: ignore[list-item, arg-type]
         if params is None or isinstance(params, SamplingParams):
@@ -572,7 +573,7 @@ def _logprobs(results: dict[str, Any], prefix: str, rows: range, tokens: Tokens[
 
 def _model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: Any) -> tuple[Any, Any]:
     """An optimized Gemma4ForCausalLM, and a tokenizer or None."""
-    if isinstance(model, (str, Path)) and parallel.launched_ranks() > 1:
+    if isinstance(model, (str, Path)) and launched_ranks() > 1:
         folder, _ = checkpoint(model)
         text, found = parallel.load(folder, dtype=config.dtype), tokenizer_of(folder)
     elif isinstance(model, (str, Path)):

@@ -87,6 +87,10 @@ class ModelRunner:
         self.device: torch.device = model.device
         self.vocabulary = packed.vocabulary
         self.on_gpu = self.device.type == "cuda"
+        self._launched: torch.cuda.Event | None = None
+        if self.ranks.several and self.on_gpu:
+            self._launched = launched = torch.cuda.Event()
+            self.ranks.in_flight = lambda: not launched.query()
         graphs = self.on_gpu if config.cuda_graphs is None else config.cuda_graphs
         if graphs and not self.on_gpu:
             raise ValueError(f"cuda_graphs=True needs a model on the GPU, got one on {self.device}; leave it out")
@@ -280,7 +284,10 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> dict[str, Tensor]:
         """Start a step, as planned by rank 0; its results are on the device, and the same on all ranks."""
         with self.ranks.together():
-            return self._run(plan)
+            results = self._run(plan)
+            if self._launched is not None:
+                self._launched.record()
+        return results
 
     def _run(self, plan: StepPlan) -> dict[str, Tensor]:
         arrays, draws = plan.arrays, plan.draws

@@ -2,8 +2,9 @@
 
 Plans go over sockets of their own, not over the process group: a socket tells at once that the process at its other end has
 ended, and may be idle for hours. A thread of each rank listens there. Where a rank is gone, the others cannot finish the step
-that they are in, and on a GPU the host cannot even leave it: a kernel waits there for memory that nobody will write. So whoever
-is in a step then prints why and ends the process; whoever is not gets a RuntimeError at its next call.
+that they are in, and on a GPU the host cannot even leave it: a kernel waits there for memory that nobody will write, and the
+process for the kernel. So whoever is in a step, or has one on its GPU, then prints why and ends the process; whoever has none
+gets a RuntimeError at its next call.
 
 A step that takes longer than the time-out ends the run in the same way.
 """
@@ -15,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
@@ -34,6 +35,7 @@ class Ranks:
 
     division  of the model
     timeout   seconds that a step may take
+    in_flight whether a step that was started has not run yet; to be set by who knows
 
     Made by all ranks together. Raises RuntimeError from any method once the run has ended.
     """
@@ -44,6 +46,7 @@ class Ranks:
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._connections: list[Connection] = []
         self._state = _State(f"rank {division.rank} of {division.ranks}")
+        self.in_flight: Callable[[], bool] = lambda: False
         if self.several:
             self._connect()
             threading.Thread(target=self._listen, name="gemma4_compile ranks", daemon=True).start()
@@ -178,7 +181,7 @@ class Ranks:
                 self._inbox.put((kind, content))
 
     def _fail(self, reason: str) -> None:
-        self._state.fail(reason)
+        self._state.fail(reason, self.in_flight)
         self._inbox.put(("failed", None))  # whoever waits for a message learns of it
 
 
@@ -211,14 +214,14 @@ class _State:
         with self._lock:
             return self._doing if self._doing and time.monotonic() > self._deadline else None
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, in_flight: Callable[[], bool]) -> None:
         """The run has ended. In a step so does this process: the step may never come back."""
         with self._lock:
             if self._reason:  # the first is the cause of all others
                 return
             self._reason, self.closed = reason, True
             self._failed.set()
-            if self._doing:
+            if self._doing or in_flight():
                 print(f"gemma4-compile: {self.name} ends: {reason}", file=sys.stderr, flush=True)
                 os._exit(1)
 

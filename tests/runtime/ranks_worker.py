@@ -35,7 +35,7 @@ def step(scenario: str, rank: int, number: int) -> None:
             time.sleep(60)
         elif scenario.startswith("failing"):
             raise ValueError("no such page")
-    if number == TROUBLE and not scenario.startswith(("nothing", "left", "idle")):
+    if number == TROUBLE and not scenario.startswith(("nothing", "left", "idle", "in flight")):
         time.sleep(60)  # as on a GPU, where the host cannot leave a kernel that waits for another rank
     dist.all_reduce(torch.ones(1))
 
@@ -49,9 +49,11 @@ def rank_of(scenario: str) -> None:
     assert ranks.least(10 - rank) == 10 - dist.get_world_size() + 1
     assert ranks.any(rank == 1, torch.device("cpu")) and not ranks.any(False, torch.device("cpu"))
     count = 0
+    if scenario.startswith("in flight"):
+        ranks.in_flight = lambda: True
     if ranks.leads:
         for number in range(STEPS):
-            if scenario == "idle rank 1" and number == TROUBLE:
+            if scenario in ("idle rank 1", "in flight rank 1") and number == TROUBLE:
                 time.sleep(1)  # in no step: rank 1 goes meanwhile
             ranks.tell("step", number)
             with ranks.together():
@@ -65,7 +67,11 @@ def rank_of(scenario: str) -> None:
             with ranks.together():
                 step(scenario, rank, number)
             count += 1
-            if scenario.endswith(f"rank {rank}") and scenario.startswith(("left", "idle")) and number == TROUBLE - 1:
+            if (
+                scenario.endswith(f"rank {rank}")
+                and scenario.startswith(("left", "idle", "in flight"))
+                and number == TROUBLE - 1
+            ):
                 os._exit(0)
         assert list(ranks.messages()) == []
     print(f"steps {count}", flush=True)

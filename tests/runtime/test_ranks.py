@@ -16,7 +16,7 @@ from .ranks_worker import RANKS, STEPS
 ROOT = Path(__file__).parents[2]
 SCENARIOS = (
     "nothing", "killed rank 1", "killed rank 0", "stuck rank 2", "failing rank 1", "failing rank 0", "left rank 1",
-    "idle rank 1",
+    "idle rank 1", "in flight rank 1",
 )  # fmt: skip
 Ends = list[tuple[int | None, str]]
 
@@ -59,12 +59,14 @@ def test_an_error_on_one_rank_ends_all(rank: int, ends: dict[str, Ends]) -> None
         assert "a step failed: ValueError: no such page" in found[told][1]
 
 
-@pytest.mark.parametrize("scenario", ["left rank 1", "idle rank 1"])
+@pytest.mark.parametrize("scenario", ["left rank 1", "idle rank 1", "in flight rank 1"])
 def test_a_rank_that_left_is_noticed_at_the_next_step(scenario: str, ends: dict[str, Ends]) -> None:
     code, said = ends[scenario][0]
     assert code == 1 and "rank 1 is gone: its process died, or left before rank 0 closed the engine" in said
     if scenario.startswith("idle"):  # it was in no step: whoever owns the process may go on without the engine
         assert "RanksError: rank 0 of 3 cannot go on" in said
+    if scenario.startswith("in flight"):  # a step of it waits for the other on the GPU, and the interpreter would wait for that
+        assert "rank 0 of 3 ends: rank 1 is gone" in said and "Traceback" not in said
 
 
 def test_alone_there_is_nobody_to_wait_for() -> None:
