@@ -10,7 +10,7 @@ from typing import Any
 
 from . import __version__
 from .cli_serve import SERVING, add_serving
-from .ranks import launched_rank, launched_ranks
+from .torchrun import launched_rank, launched_ranks
 
 DEMO_PROMPT = 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self'
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .ranks import launched_rank
+from .torchrun import launched_rank
 
 if TYPE_CHECKING:
     from .runtime.draft_length import SpeculativeTokens

@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams
 from gemma4_compile.loading import random_assistant, random_model
-from gemma4_compile.ranks import launched_ranks
 from gemma4_compile.runtime import mtp
+from gemma4_compile.torchrun import launched_ranks
 from scripts._bandwidth import copy_bandwidth
 from scripts._divided import divided_assistant, divided_model
 

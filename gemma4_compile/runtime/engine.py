@@ -22,7 +22,7 @@ from gemma4_compile.assistant import load_assistant
 from gemma4_compile.config import EngineConfig
 from gemma4_compile.loading import checkpoint, load, text_part, tokenizer_of
 from gemma4_compile.optimize import existing_state, optimize, state_of
-from gemma4_compile.ranks import launched_ranks
+from gemma4_compile.torchrun import launched_ranks
 
 from . import invariants
 from .draft_length import DraftLength, SpeculativeTokens
