@@ -207,10 +207,8 @@ def load_model(options: argparse.Namespace, dtype: Any, text_only: bool = False)
     if launched_ranks() > 1:
         from . import parallel
 
-        if options.device == "cpu" and torch.cuda.is_available():
-            raise ValueError("under torchrun each rank takes a GPU where there is one, got --device cpu; hide the GPUs from it")
         folder = demo_checkpoint(options.model) / "target" if options.model in DEMO_NAMES else checkpoint(options.model)[0]
-        return parallel.load(folder, dtype=dtype), tokenizer_of(folder)
+        return parallel.load(folder, dtype=dtype, device=options.device), tokenizer_of(folder)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU that torch can see, got none; use --device cpu")

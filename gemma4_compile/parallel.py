@@ -40,17 +40,23 @@ class Division:
     group: str = ""
 
 
-def load(folder: str | Path, ranks: int | None = None, dtype: torch.dtype | None = None) -> Any:
+def load(
+    folder: str | Path, ranks: int | None = None, dtype: torch.dtype | None = None, device: str | None = None
+) -> Any:  # fmt: skip
     """The model of a checkpoint, divided between the ranks of a torchrun, in eval mode; each rank calls it.
 
     folder   what from_pretrained takes: a folder, or the id of a checkpoint on the hub. Of a multimodal one, its text part
     ranks    size of the group; None: all ranks of the torchrun
     dtype    of the weights; the checkpoint's own unless given
+    device   None or what transformers takes: "cuda", a GPU a rank, where there is one, else "cpu"
 
-    Raises ValueError for a checkpoint that is missing, broken or no Gemma-4, and where the heads cannot be divided between the
-    ranks."""
+    Raises ValueError for a checkpoint that is missing, broken or no Gemma-4, where the heads cannot be divided between the
+    ranks, and for another device; ImportError without accelerate."""
     from transformers.distributed import DistributedConfig
 
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in (None, there):
+        raise ValueError(f"the ranks' device must be {there} here, got {device}; leave it out, or hide GPUs from the ranks")
     folder, model_type = checkpoint(folder)
     config = AutoConfig.from_pretrained(folder)
     chosen = DistributedConfig(tp_size=ranks, tp_plan="auto")

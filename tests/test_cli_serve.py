@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_compile import Engine, cli
+from gemma4_compile import Engine, cli, cli_serve
 from gemma4_compile.cli import DEMO_PROMPT, main
+from gemma4_compile.runtime.ranks import RanksError
 
 SHORT = ["--device", "cpu", "--max-tokens", "12"]
 _LOADED: dict[str, Any] = {}
@@ -203,3 +205,47 @@ def test_chat_goes_on_after_a_line_that_is_too_long(
     assert chat(f"{'x = 1 ' * 100}\nx = 1\n", monkeypatch, "--max-model-len", "64") == 0
     out = capsys.readouterr()
     assert out.out == wanted and "a prompt must leave room" in out.err and "/reset begins anew" in out.err
+
+
+@pytest.mark.parametrize("arguments", [["report", "e"], ["demo"], ["inspect", "e", "--out", "x"]])
+def test_other_commands_run_on_one_rank(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments) == 1
+    assert f"{arguments[0]} runs on one rank, got 2; start it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--demo", "-f", "-"], ["chat"]])
+def test_another_rank_follows_and_neither_reads_nor_prints(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    followed: list[str] = []
+
+    class Follower:
+        def follow(self) -> None:
+            followed.append("followed")
+
+    monkeypatch.setattr(cli_serve, "_engine", lambda options: Follower())
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setenv("RANK", "1")
+    assert main(arguments) == 0
+    assert followed == ["followed"] and capsys.readouterr().out == ""
+
+
+def test_a_rank_that_is_gone_is_an_error_and_an_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the interpreter's own end, which would wait for a GPU that waits for the other rank."""
+
+    def gone(options: Any) -> Any:
+        raise RanksError("rank 0 of 2 cannot go on: rank 1 is gone")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli_serve, "_engine", gone)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"):
+        main(["generate", "--demo"])
+    assert capsys.readouterr().err == "gemma4-compile: rank 0 of 2 cannot go on: rank 1 is gone\n"

@@ -185,6 +185,12 @@ def test_a_part_of_a_kv_head_is_refused() -> None:
         check_kv_heads(model)
 
 
+def test_another_device_is_refused() -> None:
+    other = "cpu" if torch.cuda.is_available() else "cuda"
+    with pytest.raises(ValueError, match=f"the ranks' device must be .* here, got {other}"):
+        load(demo_checkpoint("e") / "target", device=other)
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must have model_type gemma4 or gemma4_text, got 'llama'"):

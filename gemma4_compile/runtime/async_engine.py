@@ -29,13 +29,15 @@ class AsyncEngine:
             async for chunk in engine.stream("Why is the sky blue?"):
                 print(chunk.text, end="")
 
-    The engine's thread is its only caller. A coroutine that is cancelled aborts its request.
+    The engine's thread is its only caller. A coroutine that is cancelled aborts its request. Of several ranks rank 0 alone has
+    one; the others make an Engine at the same time, and call its `follow`.
     """
 
     def __init__(
         self, model: nn.Module | str | Path | Engine, config: EngineConfig | None = None, tokenizer: Any = None,
         **speculation: Any,
     ):  # fmt: skip
+        self._owns = not isinstance(model, Engine)
         self.engine = model if isinstance(model, Engine) else Engine(model, config, tokenizer, **speculation)
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._numbers = itertools.count()
@@ -79,9 +81,11 @@ class AsyncEngine:
         return self.engine.metrics
 
     def close(self) -> None:
-        """Abort what runs and end the thread. Harmless twice."""
+        """Abort what runs and end the thread; close the engine, unless it was given. Harmless twice."""
         self._commands.put(None)
         self._thread.join()
+        if self._owns:
+            self.engine.close()
 
     async def __aenter__(self) -> "AsyncEngine":
         return self

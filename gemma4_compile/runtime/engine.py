@@ -575,7 +575,7 @@ def _model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: An
     """An optimized Gemma4ForCausalLM, and a tokenizer or None."""
     if isinstance(model, (str, Path)) and launched_ranks() > 1:
         folder, _ = checkpoint(model)
-        text, found = parallel.load(folder, dtype=config.dtype), tokenizer_of(folder)
+        text, found = parallel.load(folder, dtype=config.dtype, device=config.device), tokenizer_of(folder)
     elif isinstance(model, (str, Path)):
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded, found = load(model, device, config.dtype, config.text_only)

@@ -276,7 +276,8 @@ class ModelRunner:
         rows, rounds = arrays.targets, arrays.rounds
         return StepPlan(
             arrays, sampling, [counted for counted in begun if counted is not None], self.sampler.top(rows), prompt_top,
-            self.sampler.thresholds(rows), self.speculative_tokens if drafts is None else drafts,
+            self.sampler.thresholds(rows) if "temperature" in sampling else frozenset(),
+            self.speculative_tokens if drafts is None else drafts,
             draws=self.state.scores is not None and bool(rounds) and self.sampler.draws(rounds["round_rows"]),
         )  # fmt: skip
 

@@ -45,6 +45,7 @@ class Ranks:
         self.leads, self.several = division.rank == 0, division.ranks > 1
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._connections: list[Connection] = []
+        self._sending = threading.Lock()
         self._state = _State(f"rank {division.rank} of {division.ranks}")
         self.in_flight: Callable[[], bool] = lambda: False
         if self.several:
@@ -60,12 +61,9 @@ class Ranks:
         self._state.check()
         if self._state.closed:
             raise RanksError("the engine must be open, got one that was closed, whose other ranks have gone; make a new one")
-        for connection in self._connections:
-            try:
+        with self.together("a message to the other ranks"), self._sending:
+            for connection in self._connections:
                 connection.send((kind, content))
-            except OSError:
-                self._state.wait_for_reason()
-                raise
 
     def messages(self) -> Iterator[tuple[str, Any]]:
         """Any other rank: what rank 0 tells, until it closes."""
@@ -94,6 +92,9 @@ class Ranks:
             self._state.end(reason)
             self._report(reason)
             raise RanksError(f"{self._state.name} ends: {reason}") from error
+        except BaseException:  # of the user, who may go on
+            self._state.end()
+            raise
         self._state.end()
 
     def least(self, value: int) -> int:
@@ -116,9 +117,10 @@ class Ranks:
         """Rank 0: no more steps; the others may go on. Harmless twice, and on other ranks."""
         if self.leads and not self._state.closed:
             self._state.closed = True
-            for connection in self._connections:
-                with suppress(OSError):
-                    connection.send(_CLOSE)
+            with self._sending:
+                for connection in self._connections:
+                    with suppress(OSError):
+                        connection.send(_CLOSE)
 
     # Within
 
@@ -149,9 +151,11 @@ class Ranks:
         listener.close()
 
     def _report(self, text: str) -> None:
-        for connection in self._connections:
-            with suppress(OSError):
-                connection.send(("failed", text))
+        if self._sending.acquire(timeout=1):  # a message may be on its way to a rank that reads none
+            for connection in self._connections:
+                with suppress(OSError):
+                    connection.send(("failed", text))
+            self._sending.release()
 
     def _listen(self) -> None:
         """Of its own thread: messages, ends of connections, and the clock."""
