@@ -136,7 +136,8 @@ class Engine:
             self._follow()
 
     def close(self) -> None:
-        """No more requests: the ranks that follow may go on. Harmless twice, and without other ranks."""
+        """No more requests: the ranks that follow may go on, and give up their process group. Harmless twice, and without other
+        ranks."""
         self.runner.close()
 
     def __enter__(self) -> "Engine":
@@ -152,6 +153,7 @@ class Engine:
                 self.runner.run(content)
             elif kind == "generated":
                 return content
+        self.close()
         return None
 
     # For those who want results
