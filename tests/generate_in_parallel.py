@@ -118,12 +118,17 @@ def serve(folder: str, verification: str) -> dict[str, Any]:
             for name, o in zip(SERVED, outputs, strict=True)
         },
         "again": again[0].token_ids, "last": state.last.tolist()[:-1], "drafts": state.drafts.tolist()[:-1],
-        "vocabulary": engine.runner.vocabulary.here, "refused_here": _refusal(engine),
+        "vocabulary": engine.runner.vocabulary.here, "after_close": _refusal(engine), "counts": counts(engine.model),
     }  # fmt: skip
 
 
+def counts(model: Any) -> dict[str, tuple[int, int]]:
+    """Expected and matched sites of each enabled fusion."""
+    return {name: (f.expected, f.matched) for name, f in report(model).fusions.items() if f.enabled}
+
+
 def _refusal(engine: Engine) -> str:
-    """What a request gets after close(), less the rank."""
+    """What a call raises after close(), on any rank."""
     try:
         engine.generate("x")
     except RuntimeError as error:
@@ -142,8 +147,7 @@ def run(folder: str, cache: str, mode: str) -> dict[str, Any]:
         state_of(model).backend.compile = lambda gm, inputs, config_patches: gm.forward
     tokens = generate(model, cache)
     result = report(model)
-    counts = {name: (f.expected, f.matched) for name, f in result.fusions.items() if f.enabled}
-    return {"tokens": tokens, "counts": counts, "graphs": result.graphs_compiled}
+    return {"tokens": tokens, "counts": counts(model), "graphs": result.graphs_compiled}
 
 
 CHECKS = {"ops": wrong_ops, "vocabulary": wrong_with_a_divided_vocabulary}
