@@ -10,7 +10,7 @@ format:
 	ruff format .
 
 test:
-	python -m pytest -n 2 --dist loadgroup -q
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 # On a GPU.
 bench:

@@ -16,6 +16,15 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir())
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+# What takes longest, longest first: of files that are handed out whole (--dist loadfile) none may be left for the end.
+LONGEST = ("test_parallel.py", "inspection/test_inspect.py", "test_optimize.py", "runtime/test_mtp.py", "ops/test_verify.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> None:
     """No test sees graphs, or counts, of another."""

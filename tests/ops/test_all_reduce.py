@@ -16,7 +16,6 @@ def report() -> dict[str, str]:
     return interpreted("tests.ops.interpret_all_reduce")
 
 
-@pytest.mark.xdist_group("one-shot all-reduce")
 @pytest.mark.parametrize("op", FORMS)
 def test_one_shot_is_the_op_over_the_sum(op: str, report: dict[str, str]) -> None:
     """Bit for bit on both ranks, with delays, other row counts each round and counts that wrap around."""

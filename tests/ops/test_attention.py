@@ -185,7 +185,6 @@ OTHERS = (
 )  # fmt: skip
 
 
-@pytest.mark.xdist_group("attention under the interpreter")
 @pytest.mark.parametrize("case", (*GRID, *OTHERS))
 def test_kernel_under_the_interpreter(case: str, report: dict[str, str]):
     assert report.get(case) == "ok"

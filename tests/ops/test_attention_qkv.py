@@ -92,7 +92,6 @@ CASES = (
 )
 
 
-@pytest.mark.xdist_group("attention_qkv under the interpreter")
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_under_the_interpreter(case: str, report: dict[str, str]):
     assert report.get(case) == "ok"

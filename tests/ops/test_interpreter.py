@@ -16,7 +16,6 @@ def report() -> dict[str, str]:
     return interpreted("tests.ops.interpret")
 
 
-@pytest.mark.xdist_group("kernels under the interpreter")
 @pytest.mark.parametrize("name", OPS)
 def test_kernel_is_as_accurate_as_eager(name: str, report: dict[str, str]):
     assert report.get(name) == "ok"

@@ -64,7 +64,6 @@ def report() -> dict[str, str]:
     return interpreted("tests.ops.interpret_ordered_argmax")
 
 
-@pytest.mark.xdist_group("kernels under the interpreter")
 @pytest.mark.parametrize("case", CASES)
 def test_kernels(case: str, report: dict[str, str]) -> None:
     assert report.get(case) == "ok"

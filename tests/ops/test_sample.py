@@ -188,7 +188,6 @@ def report() -> dict[str, str]:
     return interpreted("tests.ops.interpret_sample")
 
 
-@pytest.mark.xdist_group("sampler under the interpreter")
 @pytest.mark.parametrize(
     "case", ("bitwise", "candidates", "whole rows", "own plan", "ties", "awkward rows", "neighbours", "widths", "strides")
 )

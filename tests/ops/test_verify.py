@@ -348,7 +348,6 @@ def report() -> dict[str, str]:
     return interpreted("tests.ops.interpret_verify")
 
 
-@pytest.mark.xdist_group("verify under the interpreter")
 @pytest.mark.parametrize("case", ("dense", "sparse", "all shapes", "no numbers", "dtypes", "widths", "strides"))
 def test_kernels_under_the_interpreter(case: str, report: dict[str, str]):
     assert report.get(case) == "ok"

@@ -10,7 +10,6 @@ def report() -> dict[str, str]:
     return interpreted("tests.runtime.interpret_rounds")
 
 
-@pytest.mark.xdist_group("kernels under the interpreter")
 @pytest.mark.parametrize("case", ["unpack", "unpack drafts", "advance"])
 def test_kernels(case: str, report: dict[str, str]) -> None:
     assert report.get(case) == "ok"
