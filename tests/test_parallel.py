@@ -60,7 +60,6 @@ def in_parallel(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     return {line.pop("case"): line for line in lines}
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize(("kind", "cache", "mode"), CASES)
 def test_two_processes_give_the_tokens_of_one(
     kind: str, cache: str, mode: str, folders: dict[str, Path], in_parallel: dict[str, dict[str, Any]]
@@ -73,7 +72,6 @@ def test_two_processes_give_the_tokens_of_one(
         assert found["counts"]["all_reduce_norm"][1] == len(alone.model.layers)
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize(("kind", "verification"), ENGINES)
 def test_an_engine_of_two_ranks_gives_the_tokens_of_transformers(
     kind: str, verification: str, in_parallel: dict[str, dict[str, Any]]
@@ -135,12 +133,10 @@ def _check_logprobs(found: list[Any], rows: torch.Tensor, tokens: list[int], top
         )
 
 
-@pytest.mark.xdist_group("two processes")
 def test_each_op_sums_in_the_order_of_the_ranks(in_parallel: dict[str, dict[str, Any]]) -> None:
     assert in_parallel["ops"]["wrong"] == []
 
 
-@pytest.mark.xdist_group("two processes")
 def test_a_divided_vocabulary_gives_what_a_whole_one_does(in_parallel: dict[str, dict[str, Any]]) -> None:
     assert in_parallel["vocabulary"]["wrong"] == []
 
