@@ -10,7 +10,7 @@ from typing import Any
 
 from . import __version__
 from .cli_serve import SERVING, add_serving
-from .torchrun import launched_rank, launched_ranks
+from .torchrun import RanksError, launched_rank, launched_ranks
 
 DEMO_PROMPT = 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self'
 
@@ -21,12 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_ranks(options)
         code = options.func(options)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"gemma4-compile: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if type(error).__name__ != "RanksError":  # named: its module takes long to import
-            raise
+    except RanksError as error:
         print(f"gemma4-compile: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # a kernel may wait for another rank for ever, and the interpreter's own end for the kernel
     if launched_ranks() > 1:

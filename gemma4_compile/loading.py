@@ -35,14 +35,11 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
     Raises ValueError for a folder that is missing, not a Gemma-4 checkpoint or broken, and for an id that gives no checkpoint.
     """
     folder, model_type = checkpoint(folder)
-    try:
+    with readable(folder):
         if text_only and model_type == "gemma4":
             model = text_of_multimodal(folder, dtype, local_files_only=True)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
-    except Exception as error:  # safetensors, JSON and OS errors alike: the user needs the file, not the traceback
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"the weights must be readable, got {reason!r} in {folder}; download the checkpoint again") from error
     return model.eval().to(device), tokenizer_of(folder)
 
 
@@ -94,6 +91,16 @@ def text_of_multimodal(folder: str | Path, dtype: torch.dtype | None, **options:
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"weights of the text part are missing: {', '.join(missing[:3])}")
     return model
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What goes wrong within is the fault of the weights in a folder: raises ValueError."""
+    try:
+        yield
+    except Exception as error:  # safetensors, JSON and OS errors alike: the user needs the file, not the traceback
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"the weights must be readable, got {reason!r} in {folder}; download the checkpoint again") from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ can read. Here such projections are loaded whole, and each rank keeps the head t
 `local_parts` shows a divided model to those who trace it: plain tensors, and logits of each rank's own tokens.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from transformers.models.gemma4 import modeling_gemma4 as hf
 
 from .assistant import load_assistant as whole_assistant
 from .geometry import geometry
-from .loading import checkpoint, quiet, text_of_multimodal
+from .loading import checkpoint, quiet, readable, text_of_multimodal
 from .ops.symmetric import forget
 from .ops.vocabulary import Vocabulary
 
@@ -61,10 +62,14 @@ def load(
     config = AutoConfig.from_pretrained(folder)
     chosen = DistributedConfig(tp_size=ranks, tp_plan="auto")
     chosen.tp_plan = plan(config, int(chosen.tp_size or 1))
-    if model_type == "gemma4":  # transformers 5.24 mixes the divided embedding with whole tensors in front of the towers
-        model = text_of_multimodal(folder, dtype, distributed_config=chosen)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", distributed_config=chosen)
+    if importlib.util.find_spec("accelerate") is None:
+        raise ImportError("dividing a model takes accelerate, got none; pip install 'gemma4-compile[tensor-parallel]'")
+    options: dict[str, Any] = {"distributed_config": chosen, "local_files_only": True}
+    with readable(folder):
+        if model_type == "gemma4":  # 5.24 mixes the divided embedding with whole tensors in front of the towers
+            model = text_of_multimodal(folder, dtype, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
     for module in model.modules():  # 5.17 sums gradients in hooks, at which Dynamo breaks a graph
         module._backward_hooks.clear()
     return share_kv_heads(model.eval().requires_grad_(False))
@@ -78,6 +83,8 @@ def load_assistant(folder: str | Path, division: Division, dtype: torch.dtype | 
     """
     from transformers.distributed import DistributedConfig
 
+    config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+    _check_heads("num_attention_heads of the assistant", config.num_attention_heads, division.ranks, False)
     attention = "model.layers.*.self_attn."
     rules = {f"{attention}q_proj": "colwise", f"{attention}o_proj": "rowwise"}
     if _whole_style() == "replicate":  # 5.17 takes rules for all of the plan

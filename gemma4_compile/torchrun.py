@@ -11,3 +11,7 @@ def launched_ranks() -> int:
 def launched_rank() -> int:
     """This process among them; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+class RanksError(RuntimeError):
+    """The ranks are not in step any more: none of them can go on."""

@@ -8,6 +8,7 @@ are wrong, `vocabulary` the methods of a divided vocabulary."""
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,8 +106,20 @@ def serve(folder: str, verification: str) -> dict[str, Any]:
         dtype=torch.float32, max_requests=8, max_batched_tokens=32, max_model_len=128, page_size=16, kv_bytes=2**24
     )
     with Engine(f"{folder}/target", config, assistant=f"{folder}/assistant", draft_verification=verification) as engine:
-        outputs = engine.generate(list(PROMPTS), list(SERVED.values()))
-        again = engine.generate(PROMPTS[1], SERVED["drawn"])
+        told: list[Any] = []
+        # By block rank 0 works as if it were alone, by match all ranks do the same.
+        if engine.leads or verification == "match":
+            outputs = engine.generate(list(PROMPTS), list(SERVED.values()))
+            refused = _raised(lambda: engine.generate(["x"], [SamplingParams()] * 2))
+            again = engine.generate(PROMPTS[1], SERVED["drawn"])
+            told += [outputs, refused, again]
+        else:
+            engine.follow()
+    if verification == "block":
+        told = told or [None] * 3
+        dist.broadcast_object_list(told, src=0)
+    outputs, refused, again = told
+    assert refused in ("ValueError", "RuntimeError")
     state = engine.runner.state
     return {
         "outputs": {
@@ -118,7 +131,8 @@ def serve(folder: str, verification: str) -> dict[str, Any]:
             for name, o in zip(SERVED, outputs, strict=True)
         },
         "again": again[0].token_ids, "last": state.last.tolist()[:-1], "drafts": state.drafts.tolist()[:-1],
-        "vocabulary": engine.runner.vocabulary.here, "after_close": _refusal(engine), "counts": counts(engine.model),
+        "vocabulary": engine.runner.vocabulary.here, "counts": counts(engine.model),
+        "after_close": _raised(lambda: engine.generate("x")),
     }  # fmt: skip
 
 
@@ -127,11 +141,11 @@ def counts(model: Any) -> dict[str, tuple[int, int]]:
     return {name: (f.expected, f.matched) for name, f in report(model).fusions.items() if f.enabled}
 
 
-def _refusal(engine: Engine) -> str:
-    """What a call raises after close(), on any rank."""
+def _raised(call: Callable[[], Any]) -> str:
+    """The name of the error."""
     try:
-        engine.generate("x")
-    except RuntimeError as error:
+        call()
+    except Exception as error:
         return type(error).__name__
     return ""
 

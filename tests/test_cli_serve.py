@@ -13,7 +13,7 @@ import torch
 
 from gemma4_compile import Engine, cli, cli_serve
 from gemma4_compile.cli import DEMO_PROMPT, main
-from gemma4_compile.runtime.ranks import RanksError
+from gemma4_compile.torchrun import RanksError
 
 SHORT = ["--device", "cpu", "--max-tokens", "12"]
 _LOADED: dict[str, Any] = {}

@@ -55,10 +55,14 @@ class Vocabulary:
 
     def own(self, tokens: list[int]) -> list[int]:
         """Where these tokens are among those of this rank, without those of other ranks."""
+        if not self.group:
+            return tokens
         return [token - self.first for token in tokens if 0 <= token - self.first < self.here]
 
     def place(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Where these tokens are among those of this rank, anywhere for others; and which are this rank's."""
+        if not self.group:
+            return tokens, torch.ones_like(tokens, dtype=torch.bool)
         places = tokens - self.first
         return places.clamp(0, self.here - 1), (places >= 0) & (places < self.here)
 

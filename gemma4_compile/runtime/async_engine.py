@@ -39,6 +39,8 @@ class AsyncEngine:
     ):  # fmt: skip
         self._owns = not isinstance(model, Engine)
         self.engine = model if isinstance(model, Engine) else Engine(model, config, tokenizer, **speculation)
+        if not self.engine.leads:
+            raise ValueError("an AsyncEngine must be rank 0's, got another rank; make an Engine there and call its follow()")
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._closed, self._lock = False, threading.Lock()

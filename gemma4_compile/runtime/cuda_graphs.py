@@ -14,6 +14,7 @@ placed on it; afterwards the pool may reuse it, as each graph is replayed behind
 """
 
 import warnings
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +77,7 @@ class CudaRecorder:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
-        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def warm_up(self, function: Callable[[], Any]) -> None:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -88,7 +89,7 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             results = list(function())
-        self._graphs.append(graph)
+        self._graphs.add(graph)
         return graph.replay, results
 
     def close(self) -> None:
@@ -142,7 +143,8 @@ class GraphRunner:
     requests    the most requests of a step; FULL steps have no limit of their own
     state       of the rows, see row_state.py; without, `decode` gives logits only
     argmax      see full_graphs.py
-    agree       whether a bucket is given up, told whether it should be: ranks that run one model must do so together
+    agree       whether a bucket is given up on any rank, told whether it should be on this one; for ranks that run one model.
+                There a capture that fails is an error: other ranks' collectives would wait for it
 
     Graphs are captured when a bucket is first used. Its first replay is compared with the program itself on the same inputs; if
     they differ, the bucket is given up with a warning. `refused` says why a bucket runs without graphs.
@@ -153,7 +155,7 @@ class GraphRunner:
     def __init__(
         self, program: Program, inputs: dict[str, Tensor], requests: int, buckets: Buckets | None = None,
         recorder: Recorder | None = None, state: RowState | None = None, argmax: Callable[[Tensor], Tensor] = greedy,
-        agree: Callable[[bool], bool] = bool,
+        agree: Callable[[bool], bool] | None = None,
     ):  # fmt: skip
         self._agree = agree
         self.program, self.requests, self.buckets = program, requests, buckets or Buckets()
@@ -203,6 +205,8 @@ class GraphRunner:
             self._fill(inputs, bucket)
             result = self._run_pieces(bucket, requests)
         except (RuntimeError, CaptureRefused) as error:
+            if self._agree is not None:
+                raise
             self._give_up(bucket, f"its capture failed: {error}")
             return self.program.run(inputs)
         self.replays += 1
@@ -235,6 +239,8 @@ class GraphRunner:
                 self.replays += 1
                 self.full.run(bucket.tokens)
         except (RuntimeError, CaptureRefused) as error:
+            if self._agree is not None:
+                raise
             self._give_up(bucket, f"its capture failed: {error}")
             return None
         logits, tokens, hidden, views = self.full.result(bucket.tokens)
@@ -269,7 +275,8 @@ class GraphRunner:
             expected = _cut(self.program.run(self._views(replace(bucket, requests=requests))), wanted)
         difference = (actual.logits.float() - expected.logits.float()).square().mean().sqrt()
         scale = expected.logits.float().square().mean().sqrt()
-        if self._agree(not difference <= 1e-2 * scale):  # also if either is not a number
+        differs = bool(not difference <= 1e-2 * scale)  # also if either is not a number
+        if differs if self._agree is None else self._agree(differs):
             self._give_up(bucket, f"a replay gave other logits than the program (rms {difference:.3g} of {scale:.3g})")
             return expected
         self._checked.add(bucket)

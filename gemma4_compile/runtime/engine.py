@@ -22,7 +22,7 @@ from gemma4_compile.assistant import load_assistant
 from gemma4_compile.config import EngineConfig
 from gemma4_compile.loading import checkpoint, load, text_part, tokenizer_of
 from gemma4_compile.optimize import existing_state, optimize, state_of
-from gemma4_compile.torchrun import launched_ranks
+from gemma4_compile.torchrun import RanksError, launched_ranks
 
 from . import invariants
 from .draft_length import DraftLength, SpeculativeTokens
@@ -31,7 +31,6 @@ from .model import PackedModel
 from .model_runner import Launched, ModelRunner
 from .mtp import VERIFICATIONS
 from .outputs import Chunk, RequestOutput, Sample, TokenLogprob
-from .ranks import RanksError
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 from .text import Prompt, TextStream, encode
@@ -117,7 +116,8 @@ class Engine:
         weakref.finalize(self, self.runner.close)
         if config.capture_at_start:
             shown = config.progress and self.runner.on_gpu and self.leads
-            with tqdm(self.runner.capture(), desc="CUDA graphs", disable=not shown) as bar:
+            capturing = self._ranks.together("capturing CUDA graphs", limited=False)
+            with capturing, tqdm(self.runner.capture(), desc="CUDA graphs", disable=not shown) as bar:
                 for name in bar:
                     bar.set_postfix_str(name)
 
@@ -132,8 +132,8 @@ class Engine:
         """On every rank but 0: run what rank 0 plans, until it closes its engine. Rank 0 returns at once.
 
         Raises RuntimeError if another rank is gone, or fails."""
-        if not self.leads:
-            self._follow()
+        while not self.leads and self._follow() is not None:
+            pass
 
     def close(self) -> None:
         """No more requests: the ranks that follow may go on, and give up their process group. Harmless twice, and without other
@@ -146,15 +146,21 @@ class Engine:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _follow(self) -> "list[RequestOutput] | None":
-        """Until rank 0's `generate` ends, whose outputs are returned, or its engine closes."""
+    def _follow(self) -> "list[RequestOutput] | str | None":
+        """Until rank 0's `generate` ends, whose outputs or error are returned, or its engine closes."""
         for kind, content in self._ranks.messages():
             if kind == "step":
                 self.runner.run(content)
-            elif kind == "generated":
+            else:
                 return content
         self.close()
         return None
+
+    def _ended_with(self, found: "list[RequestOutput] | str") -> None:
+        """Rank 0's `generate` is through."""
+        if self._ranks.several and self._ranks.open:
+            with self._ranks.together("a message to the other ranks"):
+                self._ranks.tell("generated", found)
 
     # For those who want results
 
@@ -170,9 +176,23 @@ class Engine:
         and params differ in number. Of several ranks all give rank 0's outputs; RuntimeError if that raises.
         """
         if not self.leads:
-            if (found := self._follow()) is None:
-                raise RanksError("rank 0 must end what it generates, got an error or its close() before; see its message")
-            return found
+            followed = self._follow()
+            if followed is None:
+                raise RanksError("rank 0's engine must be open, got one that was closed; make a new one on all ranks")
+            if isinstance(followed, str):
+                raise RuntimeError(f"rank 0 must end what it generates, got {followed}; see there")
+            return followed
+        try:
+            found = self._generate(prompts, params)
+        except BaseException as error:
+            self._ended_with(f"{type(error).__name__}: {error}")
+            raise
+        self._ended_with(found)
+        return found
+
+    def _generate(
+        self, prompts: Prompt | Tokens[Prompt], params: SamplingParams | Tokens[SamplingParams] | None
+    ) -> list[RequestOutput]:  # fmt: skip
         several: list[Prompt] = list(prompts) if _is_several(prompts) else [prompts]  # type: ignore[list-item, arg-type]
         if params is None or isinstance(params, SamplingParams):
             chosen = [params or SamplingParams()] * len(several)
@@ -198,9 +218,7 @@ class Engine:
             for request_id in ids:
                 self.abort(request_id)
             raise
-        found = [outputs[request_id] for request_id in ids]
-        self._ranks.tell("generated", found)
-        return found
+        return [outputs[request_id] for request_id in ids]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> "ChunkStream":
         """One prompt's chunks as they come; what is no longer read is aborted. Raises ValueError as `add_request`."""

@@ -1,6 +1,6 @@
 """The device's side of an engine: memory of the pools, the compiled model, the sampler. Planned steps in, tokens out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,11 @@ from .staging import Fetched, Staging
 from .step_inputs import StepArrays, build
 from .work import Decodes, Work
 
+# Fields of EngineConfig that decide what a rank runs.
+_ALIKE = (
+    "max_model_len", "max_requests", "max_batched_tokens", "page_size", "expected_tokens", "kv_dtype", "kv_bytes",
+    "memory_fraction", "cuda_graphs", "capture_at_start",
+)  # fmt: skip
 _CPU_KV_BYTES = 2**30
 _EXPECTED_TOKENS = 4096
 _KV_DTYPES = {"fp8": torch.float8_e4m3fn}
@@ -62,6 +67,20 @@ class Launched:
     fetched: Fetched
 
 
+class _Agreed:
+    """Drafts that are rank 0's on all ranks. A draft is the highest of numbers that no collective has made equal."""
+
+    def __init__(self, drafter: Drafter, ranks: Ranks):
+        self.drafter, self._ranks = drafter, ranks
+
+    def draft_from(
+        self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None, draws: bool = False
+    ) -> mtp.Drafted:  # fmt: skip
+        """As of mtp.Drafts."""
+        found = self.drafter.draft_from(count, fill, drafts, draws)
+        return found._replace(tokens=self._ranks.of_rank_0(found.tokens))
+
+
 class ModelRunner:
     """Runs planned steps of one model; where several ranks run it, all make one together.
 
@@ -82,8 +101,19 @@ class ModelRunner:
         self.speculative_tokens = speculative_tokens if assistant is not None else 0
         # Rows of a step that want logits at most, but for those of prompts.
         self._rows = min(config.max_requests * (1 + self.speculative_tokens), config.max_batched_tokens)
-        model = packed.model
         self.ranks = Ranks(packed.division, config.step_timeout)
+        kept = {"speculative_tokens": self.speculative_tokens, "draft_verification": verification, "assistant": type(assistant)}
+        kept |= {"draft_rope_offset": draft_rope_offset, "stop tokens": sorted(stop_tokens)}
+        kept["fusions"] = sorted(config.optimize.enabled())
+        self.ranks.check_equal(kept | {f"EngineConfig.{name}": getattr(config, name) for name in _ALIKE})
+        with self.ranks.together("making the engine", limited=False):
+            self._make(packed, config, stop_tokens, assistant, draft_rope_offset)
+
+    def _make(
+        self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int], assistant: nn.Module | None,
+        draft_rope_offset: int,
+    ) -> None:  # fmt: skip
+        model, speculative_tokens, verification = packed.model, self.speculative_tokens, self.verification
         self.device: torch.device = model.device
         self.vocabulary = packed.vocabulary
         self.on_gpu = self.device.type == "cuda"
@@ -124,7 +154,7 @@ class ModelRunner:
             inputs = self._padding_step(1, 1, self.pages.tables[next(iter(self.windows))].shape[1])
             self.graphs = GraphRunner(
                 packed.program, inputs | self.kv, config.max_requests, self._buckets(), state=self.state,
-                argmax=self.vocabulary.argmax, agree=lambda flag: self.ranks.any(flag, self.device),
+                argmax=self.vocabulary.argmax, agree=self._agree,
             )  # fmt: skip
         self.drafter: Drafts | None = None
         if assistant is not None:
@@ -132,8 +162,10 @@ class ModelRunner:
             buckets = self._within(Buckets().decode, config.max_requests) if graphs else ()
             self.drafter = Drafter(
                 model, assistant, speculative_tokens, self.kv, draft_rope_offset, width=width, sizes=buckets,
-                draws=verification != "match",
+                draws=verification != "match", agree=self._agree,
             )  # fmt: skip
+            if self.ranks.several:
+                self.drafter = _Agreed(self.drafter, self.ranks)
 
     # Memory
 
@@ -226,10 +258,11 @@ class ModelRunner:
             width = -(-tokens // self.config.page_size) if tokens != rows else 1
             step = self._padding_step(tokens, rows, min(width, self.pages.tables[next(iter(self.windows))].shape[1]))
             self.graphs(step | self.kv)
-        if isinstance(self.drafter, Drafter):
+        drafter = self.drafter.drafter if isinstance(self.drafter, _Agreed) else self.drafter
+        if isinstance(drafter, Drafter):
             for count in reversed(self._within(buckets.decode, self.config.max_requests)):
                 yield f"draft {count}"
-                self._draft_padding(self.drafter, count)
+                self._draft_padding(drafter, count)
 
     def _draft_padding(self, drafter: Drafter, count: int) -> None:
         places = torch.zeros(count, dtype=torch.int64, device=self.device)
@@ -260,9 +293,10 @@ class ModelRunner:
     def launch(self, work: Sequence[Work], drafts: int | None = None) -> Launched:
         """Start a planned step, which makes so many drafts of each request, K unless given. On a GPU this returns before it has
         run."""
-        plan = self._plan(work, drafts)
-        self.ranks.tell("step", plan)
-        return Launched(work, Fetched(self.run(plan)))
+        plan = self._plan(work, drafts)  # an error here is this step's alone
+        with self.ranks.together():
+            self.ranks.tell("step", plan)
+            return Launched(work, Fetched(self._run(plan)))
 
     def _plan(self, work: Sequence[Work], drafts: int | None) -> StepPlan:
         begun = () if isinstance(work, Decodes) else [self.sampler.begin(w) for w in work if w.begins]
@@ -276,19 +310,16 @@ class ModelRunner:
         rows, rounds = arrays.targets, arrays.rounds
         return StepPlan(
             arrays, sampling, [counted for counted in begun if counted is not None], self.sampler.top(rows), prompt_top,
-            self.sampler.thresholds(rows) if "temperature" in sampling else frozenset(),
+            self.sampler.thresholds(rows) if self.ranks.several and "temperature" in sampling else frozenset(),
             self.speculative_tokens if drafts is None else drafts,
             draws=self.state.scores is not None and bool(rounds) and self.sampler.draws(rounds["round_rows"]),
         )  # fmt: skip
 
     @torch.no_grad()
-    def run(self, plan: StepPlan) -> dict[str, Tensor]:
-        """Start a step, as planned by rank 0; its results are on the device, and the same on all ranks."""
+    def run(self, plan: StepPlan) -> None:
+        """On another rank than 0: start a step that rank 0 has planned."""
         with self.ranks.together():
-            results = self._run(plan)
-            if self._launched is not None:
-                self._launched.record()
-        return results
+            self._run(plan)
 
     def _run(self, plan: StepPlan) -> dict[str, Tensor]:
         arrays, draws = plan.arrays, plan.draws
@@ -310,6 +341,9 @@ class ModelRunner:
                 nonlocal accepted
                 block, shaped = self.verification == "block", self.vocabulary.gather(shaped)
                 tokens, accepted = mtp.settle(self.state, tokens, shaped, offsets, step, block)
+                if self.ranks.several:  # decided by numbers with a fraction: one rank's word holds
+                    both = self.ranks.of_rank_0(torch.cat((tokens, accepted)))
+                    tokens, accepted = both.split((len(tokens), len(accepted)))
                 return tokens
 
             settled = settle if draws else None
@@ -318,6 +352,8 @@ class ModelRunner:
                 results["accepted"] = mtp.finish_round(
                     self.drafter, self.state, results["tokens"], hidden, step, plan.drafts, accepted, draws
                 )
+        if self._launched is not None:
+            self._launched.record()
         return results
 
     def _logits(
@@ -347,12 +383,17 @@ class ModelRunner:
 
     def close(self) -> None:
         """No step will follow; on every rank."""
-        self.ranks.close()
-        if self.ranks.several:
-            owners = (self.graphs, self.drafter)
+        if not self.ranks.several or self.ranks.failed or self.ranks.leads and not self.ranks.open:
+            return
+        owners = (self.graphs, self.drafter.drafter if isinstance(self.drafter, _Agreed) else self.drafter)
+        with self.ranks.together("the last step"):
             for recorder in {getattr(owner, "recorder", None) for owner in owners}:
                 if isinstance(recorder, CudaRecorder):
                     recorder.close()
+        self.ranks.close()
+
+    def _agree(self, flag: bool) -> bool:
+        return self.ranks.any_rank(flag, self.device)
 
     def fail(self) -> None:
         """A step did not run: nothing that it should have stored is to be reused."""

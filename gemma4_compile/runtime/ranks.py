@@ -4,9 +4,7 @@ Plans go over sockets of their own, not over the process group: a socket tells a
 ended, and may be idle for hours. A thread of each rank listens there. Where a rank is gone, the others cannot finish the step
 that they are in, and on a GPU the host cannot even leave it: a kernel waits there for memory that nobody will write, and the
 process for the kernel. So whoever is in a step, or has one on its GPU, then prints why and ends the process; whoever has none
-gets a RuntimeError at its next call.
-
-A step that takes longer than the time-out ends the run in the same way.
+gets a RuntimeError at its next call. A step that takes longer than the time-out ends the run in the same way.
 """
 
 import os
@@ -16,28 +14,32 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gemma4_compile.parallel import Division
+from gemma4_compile.torchrun import RanksError
 
 _TICK = 0.1  # seconds between two looks at the clock
 _CLOSE = ("close", None)
+_FAILED = ("failed", None)
 
 
 class Ranks:
-    """This process among those that run one model; alone, everything here is free of cost.
+    """This process among those that run one model; alone, nothing here costs time.
 
     division  of the model
     timeout   seconds that a step may take
     in_flight whether a step that was started has not run yet; to be set by who knows
 
-    Made by all ranks together. Raises RuntimeError from any method once the run has ended.
+    Made by all ranks together. Raises RanksError from any method once the run has ended.
     """
 
     def __init__(self, division: Division, timeout: float):
@@ -55,57 +57,54 @@ class Ranks:
     # Steps
 
     def tell(self, kind: str, content: Any = None) -> None:
-        """Rank 0: a message to all others. `step` is one, a plan that they will run."""
+        """Rank 0: a message to all others, within `together`. `step` is one, a plan that they will run."""
         if not self.several:
             return
-        self._state.check()
-        if self._state.closed:
-            raise RanksError("the engine must be open, got one that was closed, whose other ranks have gone; make a new one")
-        with self.together("a message to the other ranks"), self._sending:
+        message = ForkingPickler.dumps((kind, content))
+        with self._sending:
             for connection in self._connections:
-                connection.send((kind, content))
+                connection.send_bytes(message)
 
     def messages(self) -> Iterator[tuple[str, Any]]:
         """Any other rank: what rank 0 tells, until it closes."""
-        while not (self._state.closed and self._inbox.empty()):
+        while not self._state.closed:
             kind, content = self._inbox.get()
             self._state.check()
-            if (kind, content) != _CLOSE:
+            if (kind, content) == _CLOSE:
+                self._state.closed = True
+            else:
                 yield kind, content
         self._state.check()
 
     @contextmanager
     def together(self, what: str = "a step", limited: bool = True) -> Iterator[None]:
-        """All ranks do something that none can finish alone. An error in it ends the run for all.
+        """All ranks do something that none can finish alone. An error in it, or an interrupt, ends the run for all.
 
         limited  by the time-out"""
         if not self.several:
             yield
             return
         self._state.check()
-        self._state.begin(what, time.monotonic() + self.timeout if limited else float("inf"))
+        if self.leads and self._state.closed:  # before anything that the others would hear of
+            raise RanksError("the engine must be open, got one that was closed, whose other ranks have gone; make a new one")
+        self._state.begin(what, self.timeout if limited else float("inf"))
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             reason = f"{what} failed: {type(error).__name__}: {error}"
             self._state.wait_for_reason(0.5)  # perhaps as another rank is gone, which the listener is about to learn
             self._state.end(reason)
             self._report(reason)
+            if not isinstance(error, Exception):
+                raise
             raise RanksError(f"{self._state.name} ends: {reason}") from error
-        except BaseException:  # of the user, who may go on
-            self._state.end()
-            raise
         self._state.end()
 
     def least(self, value: int) -> int:
         """The lowest of what the ranks give."""
-        if not self.several:
-            return value
-        values: list[Any] = [None] * self.division.ranks
-        dist.all_gather_object(values, value, group=self._group())
-        return min(values)
+        return min(self._gathered(value)) if self.several else value
 
-    def any(self, flag: bool, device: torch.device) -> bool:
+    def any_rank(self, flag: bool, device: torch.device) -> bool:
         """Whether it is so on any rank. Waits for the device."""
         if not self.several:
             return flag
@@ -113,30 +112,57 @@ class Ranks:
         found = collectives.all_reduce(torch.tensor(float(flag), device=device), "max", self.division.group)
         return bool(collectives.wait_tensor(found).item())
 
+    def of_rank_0(self, x: Tensor) -> Tensor:
+        """Rank 0's tensor on all ranks. Nothing waits for the device."""
+        if not self.several:
+            return x
+        collectives = torch.ops._c10d_functional
+        return collectives.wait_tensor(collectives.broadcast(x.contiguous(), 0, self.division.group))
+
+    def check_equal(self, what: Mapping[str, Any]) -> None:
+        """Raises ValueError where the ranks give other values by the same names."""
+        if not self.several:
+            return
+        given = self._gathered({name: repr(value) for name, value in what.items()})
+        for name in what:
+            if len({one[name] for one in given}) > 1:
+                values = ", ".join(one[name] for one in given)
+                raise ValueError(f"all ranks must make their engine with the same {name}, got {values}; give all the same")
+
     def close(self) -> None:
         """Rank 0: no more steps; the others may go on. Harmless twice, and on other ranks."""
         if self.leads and not self._state.closed:
             self._state.closed = True
-            with self._sending:
-                for connection in self._connections:
-                    with suppress(OSError):
-                        connection.send(_CLOSE)
+            self._send(_CLOSE)
+
+    @property
+    def open(self) -> bool:
+        """Whether steps may come."""
+        return not self._state.closed
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run has ended with an error."""
+        return bool(self._state.reason)
 
     # Within
 
     def _group(self) -> Any:
         return dist.distributed_c10d._resolve_process_group(self.division.group)  # type: ignore[arg-type]
 
+    def _gathered(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.division.ranks
+        dist.all_gather_object(values, value, group=self._group())
+        return values
+
     def _connect(self) -> None:
         """A socket from rank 0 to each other rank; on one host a local one."""
         ranks, group = self.division.ranks, self._group()
-        hosts: list[Any] = [None] * ranks
-        dist.all_gather_object(hosts, socket.gethostname(), group=group)
-        one_host = len(set(hosts)) == 1
+        one_host = len(set(self._gathered(socket.gethostname()))) == 1
         key = secrets.token_bytes(32) if self.leads else b""
         listener = None
         if self.leads:
-            address = None if one_host else (socket.gethostname(), 0)
+            address = None if one_host else (socket.gethostbyname(socket.gethostname()), 0)
             listener = Listener(address, "AF_UNIX" if one_host else "AF_INET", backlog=ranks, authkey=key)
         told: list[Any] = [(listener.address, key) if listener is not None else None]
         dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
@@ -150,90 +176,110 @@ class Ranks:
         self._connections = [by_rank[rank] for rank in range(1, ranks)]
         listener.close()
 
-    def _report(self, text: str) -> None:
-        if self._sending.acquire(timeout=1):  # a message may be on its way to a rank that reads none
-            for connection in self._connections:
-                with suppress(OSError):
-                    connection.send(("failed", text))
-            self._sending.release()
+    def _send(self, message: tuple[str, Any]) -> None:
+        """To all, as far as they are there; not longer than a second, as a rank may read nothing."""
+
+        def send() -> None:
+            with self._sending:
+                for connection in self._connections:
+                    with suppress(OSError):
+                        connection.send(message)
+
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        sender.join(1)
+
+    def _report(self, reason: str) -> None:
+        self._send(("failed", reason))
 
     def _listen(self) -> None:
-        """Of its own thread: messages, ends of connections, and the clock."""
-        state, ranks = self._state, range(1, self.division.ranks) if self.leads else (0,)
+        """Of its own thread: messages, ends of connections, and the clock; until nothing is to come and nothing runs."""
+        ranks = range(1, self.division.ranks) if self.leads else (0,)
         names = dict(zip(self._connections, ranks, strict=True))
-        while not state.closed:
-            if (late := state.late()) is not None:
-                reason = f"{late} took longer than step_timeout={self.timeout:g} s; raise it, or see what keeps a rank"
-                self._report(reason)
-                self._fail(reason)
+        closing = False  # rank 0 has said so: its end is no failure then
+        while not (self._state.closed and self._runs() is None):
+            late = self._runs()
+            if late is not None and time.monotonic() > late[1]:
+                self._fail(f"{late[0]} took longer than step_timeout={self.timeout:g} s; raise it, or see what keeps a rank")
                 return
-            for connection in wait(list(names), _TICK):
+            if not names:
+                time.sleep(_TICK)
+            for connection in wait(list(names), _TICK) if names else ():
                 assert isinstance(connection, Connection)
                 rank = names[connection]
                 try:
                     kind, content = connection.recv()
-                except (EOFError, OSError):
-                    if not state.closed:
+                except Exception:  # of the socket, or of half a message
+                    if not (closing or self._state.closed):
                         how = "its process died, or left before rank 0 closed the engine" if rank else "its process died"
                         self._fail(f"rank {rank} is gone: {how}")
-                    return
+                        return
+                    del names[connection]
+                    continue
                 if kind == "failed":
-                    self._fail(f"rank {rank} ended the run: {content}")
+                    self._fail(content if rank else f"rank 0 ended the run: {content}")
                     return
-                if (kind, content) == _CLOSE:
-                    state.closed = True
+                closing |= (kind, content) == _CLOSE
                 self._inbox.put((kind, content))
 
+    def _runs(self) -> tuple[str, float] | None:
+        """What this rank, or its GPU, is about, and when it must be through."""
+        found = self._state.doing
+        if found is None and self._flies():  # not asked within a step, where a graph may be captured
+            found = "a step", self._state.ended + self.timeout
+        return found
+
+    def _flies(self) -> bool:
+        try:
+            return self.in_flight()
+        except Exception:  # CUDA has failed
+            return True
+
     def _fail(self, reason: str) -> None:
-        self._state.fail(reason, self.in_flight)
-        self._inbox.put(("failed", None))  # whoever waits for a message learns of it
-
-
-class RanksError(RuntimeError):
-    """The ranks are not in step any more: none of them can go on."""
+        if self.leads or not reason.startswith("rank 0"):
+            self._report(reason)
+        self._state.fail(reason, self._flies)
+        self._inbox.put(_FAILED)  # whoever waits for a message learns of it
 
 
 class _State:
     """Whether this rank is in a step, and why the run has ended; between the caller's thread and the listening one."""
 
     def __init__(self, name: str):
-        self.name, self.closed = name, False
+        self.name, self.closed, self.reason = name, False, ""
+        self.doing: tuple[str, float] | None = None  # what, and when it must be through
+        self.ended = time.monotonic()
         self._lock, self._failed = threading.Lock(), threading.Event()
-        self._doing, self._deadline, self._reason = "", float("inf"), ""
 
-    def begin(self, what: str, deadline: float) -> None:
+    def begin(self, what: str, seconds: float) -> None:
         with self._lock:
-            self._doing, self._deadline = what, deadline
+            self.doing = what, time.monotonic() + seconds
 
     def end(self, reason: str = "") -> None:
         """reason: of an error that ends the run here."""
         with self._lock:
-            self._doing, self._deadline = "", float("inf")
-            if reason and not self._reason:
-                self._reason, self.closed = reason, True
+            self.doing, self.ended = None, time.monotonic()
+            if reason and not self.reason:
+                self.reason, self.closed = reason, True
                 self._failed.set()
 
-    def late(self) -> str | None:
-        """What has taken too long, if anything has."""
-        with self._lock:
-            return self._doing if self._doing and time.monotonic() > self._deadline else None
-
-    def fail(self, reason: str, in_flight: Callable[[], bool]) -> None:
+    def fail(self, reason: str, flies: Callable[[], bool]) -> None:
         """The run has ended. In a step so does this process: the step may never come back."""
         with self._lock:
-            if self._reason:  # the first is the cause of all others
+            if self.reason:  # the first is the cause of all others
                 return
-            self._reason, self.closed = reason, True
+            self.reason, self.closed = reason, True
             self._failed.set()
-            if self._doing or in_flight():
+            if self.doing or flies():
+                with suppress(Exception):
+                    sys.stdout.flush()
                 print(f"gemma4-compile: {self.name} ends: {reason}", file=sys.stderr, flush=True)
                 os._exit(1)
 
     def check(self) -> None:
         if self._failed.is_set():
-            raise RanksError(f"{self.name} cannot go on: {self._reason}; start all ranks anew")
+            raise RanksError(f"{self.name} cannot go on: {self.reason}; start all ranks anew")
 
-    def wait_for_reason(self, within: float = 1.0) -> None:
+    def wait_for_reason(self, within: float) -> None:
         """An error may have a cause that the listening thread is about to learn; that ends this rank."""
         self._failed.wait(within)
-        self.check()

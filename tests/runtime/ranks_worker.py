@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,11 @@ def rank_of(scenario: str) -> None:
     assert group is not None
     ranks = Ranks(Division(dist.get_world_size(), rank, group.group_name), timeout=2 if scenario.startswith("stuck") else 60)
     assert ranks.least(10 - rank) == 10 - dist.get_world_size() + 1
-    assert ranks.any(rank == 1, torch.device("cpu")) and not ranks.any(False, torch.device("cpu"))
+    assert ranks.any_rank(rank == 1, torch.device("cpu")) and not ranks.any_rank(False, torch.device("cpu"))
+    assert ranks.of_rank_0(torch.tensor([rank + 5])).tolist() == [5]
+    with suppress(ValueError):
+        ranks.check_equal({"rank": rank})
+        raise AssertionError("other values were not seen")
     count = 0
     if scenario.startswith("in flight"):
         ranks.in_flight = lambda: True
@@ -55,8 +60,8 @@ def rank_of(scenario: str) -> None:
         for number in range(STEPS):
             if scenario in ("idle rank 1", "in flight rank 1") and number == TROUBLE:
                 time.sleep(1)  # in no step: rank 1 goes meanwhile
-            ranks.tell("step", number)
             with ranks.together():
+                ranks.tell("step", number)
                 step(scenario, rank, number)
             count += 1
         ranks.close()
