@@ -36,7 +36,9 @@ def step(scenario: str, rank: int, number: int) -> None:
             time.sleep(60)
         elif scenario.startswith("failing"):
             raise ValueError("no such page")
-    if number == TROUBLE and not scenario.startswith(("nothing", "left", "idle", "in flight")):
+        elif scenario.startswith("interrupted"):
+            raise KeyboardInterrupt
+    if number == TROUBLE and not scenario.startswith(("nothing", "left", "idle", "in flight", "silent")):
         time.sleep(60)  # as on a GPU, where the host cannot leave a kernel that waits for another rank
     dist.all_reduce(torch.ones(1))
 
@@ -46,7 +48,9 @@ def rank_of(scenario: str) -> None:
     rank = dist.get_rank()
     group = dist.group.WORLD
     assert group is not None
-    ranks = Ranks(Division(dist.get_world_size(), rank, group.group_name), timeout=2 if scenario.startswith("stuck") else 60)
+    ranks = Ranks(
+        Division(dist.get_world_size(), rank, group.group_name), timeout=2 if scenario.startswith(("stuck", "silent")) else 60
+    )
     assert ranks.least(10 - rank) == 10 - dist.get_world_size() + 1
     assert ranks.any_rank(rank == 1, torch.device("cpu")) and not ranks.any_rank(False, torch.device("cpu"))
     assert ranks.of_rank_0(torch.tensor([rank + 5])).tolist() == [5]
@@ -54,10 +58,12 @@ def rank_of(scenario: str) -> None:
         ranks.check_equal({"rank": rank})
         raise AssertionError("other values were not seen")
     count = 0
-    if scenario.startswith("in flight"):
+    if scenario.startswith("in flight") or (scenario.startswith("silent") and rank):
         ranks.in_flight = lambda: True
     if ranks.leads:
         for number in range(STEPS):
+            if scenario == "silent rank 0" and number == TROUBLE:
+                time.sleep(5)  # while steps of the others do not end
             if scenario in ("idle rank 1", "in flight rank 1") and number == TROUBLE:
                 time.sleep(1)  # in no step: rank 1 goes meanwhile
             with ranks.together():

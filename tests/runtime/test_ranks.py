@@ -17,7 +17,7 @@ from .ranks_worker import RANKS, STEPS
 ROOT = Path(__file__).parents[2]
 SCENARIOS = (
     "nothing", "killed rank 1", "killed rank 0", "stuck rank 2", "failing rank 1", "failing rank 0", "left rank 1",
-    "idle rank 1", "in flight rank 1",
+    "idle rank 1", "in flight rank 1", "silent rank 0", "interrupted rank 0",
 )  # fmt: skip
 Ends = list[tuple[int | None, str]]
 
@@ -67,6 +67,18 @@ def test_a_rank_that_left_is_noticed_at_the_next_step(scenario: str, ends: dict[
         assert "RanksError: rank 0 of 3 cannot go on" in said
     if scenario.startswith("in flight"):  # a step of it waits for the other on the GPU, and the interpreter would wait for that
         assert "rank 0 of 3 ends: rank 1 is gone" in said and "Traceback" not in said
+
+
+def test_a_step_that_does_not_end_on_a_gpu_is_noticed_there(ends: dict[str, Ends]) -> None:
+    (code, said), *others = ends["silent rank 0"]
+    assert all(code == 1 and "a step took longer than step_timeout=2 s" in said for code, said in others)
+    assert code == 1 and "RanksError: rank 0 of 3 cannot go on: a step took longer" in said
+
+
+def test_an_interrupt_in_a_step_ends_all(ends: dict[str, Ends]) -> None:
+    (code, said), *others = ends["interrupted rank 0"]
+    assert code == 1 and said.rstrip().endswith("KeyboardInterrupt")
+    assert all(code == 1 and "a step failed: KeyboardInterrupt" in said for code, said in others)
 
 
 def test_alone_there_is_nobody_to_wait_for() -> None:
