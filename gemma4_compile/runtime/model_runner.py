@@ -102,10 +102,11 @@ class ModelRunner:
         # Rows of a step that want logits at most, but for those of prompts.
         self._rows = min(config.max_requests * (1 + self.speculative_tokens), config.max_batched_tokens)
         self.ranks = Ranks(packed.division, config.step_timeout)
-        kept = {"speculative_tokens": self.speculative_tokens, "draft_verification": verification, "assistant": type(assistant)}
-        kept |= {"draft_rope_offset": draft_rope_offset, "stop tokens": sorted(stop_tokens)}
-        kept["fusions"] = sorted(config.optimize.enabled())
-        self.ranks.check_equal(kept | {f"EngineConfig.{name}": getattr(config, name) for name in _ALIKE})
+        alike: dict[str, Any] = {f"EngineConfig.{name}": getattr(config, name) for name in _ALIKE}
+        alike |= {"fusions": sorted(config.optimize.enabled()), "stop tokens": sorted(stop_tokens)}
+        alike |= {"assistant": type(assistant), "speculative_tokens": self.speculative_tokens}
+        alike |= {"draft_rope_offset": draft_rope_offset, "draft_verification": verification}
+        self.ranks.check_equal(alike)
         with self.ranks.together("making the engine", limited=False):
             self._make(packed, config, stop_tokens, assistant, draft_rope_offset)
 
@@ -150,11 +151,12 @@ class ModelRunner:
         self.kv = allocate(packed.geometry, sizes.pages, config.page_size, self.kv_dtype, self.device)
         self.sampler = Sampler(config.max_requests, self.vocabulary, self.state, stop_tokens)
         self.graphs: GraphRunner | None = None
+        agree = self._agree if self.ranks.several else None
         if graphs:
             inputs = self._padding_step(1, 1, self.pages.tables[next(iter(self.windows))].shape[1])
             self.graphs = GraphRunner(
                 packed.program, inputs | self.kv, config.max_requests, self._buckets(), state=self.state,
-                argmax=self.vocabulary.argmax, agree=self._agree,
+                argmax=self.vocabulary.argmax, agree=agree,
             )  # fmt: skip
         self.drafter: Drafts | None = None
         if assistant is not None:
@@ -162,7 +164,7 @@ class ModelRunner:
             buckets = self._within(Buckets().decode, config.max_requests) if graphs else ()
             self.drafter = Drafter(
                 model, assistant, speculative_tokens, self.kv, draft_rope_offset, width=width, sizes=buckets,
-                draws=verification != "match", agree=self._agree,
+                draws=verification != "match", agree=agree,
             )  # fmt: skip
             if self.ranks.several:
                 self.drafter = _Agreed(self.drafter, self.ranks)
