@@ -208,7 +208,7 @@ class Engine:
                     self.add_request(prompt, param, request_id, stream=False)
                     self._requests[request_id].outputs = outputs
                 except ValueError as error:
-                    warnings.warn(f"prompt {index} is not served: {error}", stacklevel=2)
+                    warnings.warn(f"prompt {index} is not served: {error}", stacklevel=3)
                     outputs[request_id] = _refused(request_id, prompt, str(error))
             with tqdm(total=len(ids), desc="requests", disable=not self.config.progress) as bar:
                 while len(outputs) < len(ids):

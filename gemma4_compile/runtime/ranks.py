@@ -162,7 +162,8 @@ class Ranks:
         key = secrets.token_bytes(32) if self.leads else b""
         listener = None
         if self.leads:
-            address = None if one_host else (socket.gethostbyname(socket.gethostname()), 0)
+            # Where torchrun's other processes have found this host; its own name may mean itself alone.
+            address = None if one_host else (os.environ.get("MASTER_ADDR", socket.gethostname()), 0)
             listener = Listener(address, "AF_UNIX" if one_host else "AF_INET", backlog=ranks, authkey=key)
         told: list[Any] = [(listener.address, key) if listener is not None else None]
         dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
