@@ -72,8 +72,6 @@ def _hollow(make: Any, config: Any) -> Iterator[Path]:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + size)
         yield folder
-        if dist.is_initialized():
-            dist.barrier()
 
 
 @torch.no_grad()
