@@ -160,6 +160,14 @@ def random_assistant(
 
     vocab_size  a target's of fewer tokens, a multiple of 128
     """
+    config = assistant_config(target, vocab_size)
+    model = _random(lambda: assistant_class()(config), device, dtype, seed)
+    shuffle_embeddings(model, seed)
+    return model
+
+
+def assistant_config(target: str, vocab_size: int | None = None) -> Gemma4AssistantConfig:
+    """Of the assistant of a released target; arguments of random_assistant."""
     given = ASSISTANT_CONFIGS[target]
     if vocab_size is not None:
         centroids = vocab_size // 128
@@ -167,12 +175,14 @@ def random_assistant(
             "text_config": given["text_config"] | {"vocab_size": vocab_size}, "num_centroids": centroids,
             "centroid_intermediate_top_k": min(given["centroid_intermediate_top_k"], centroids),
         }  # fmt: skip
-    config = Gemma4AssistantConfig(**given)
-    model = _random(lambda: assistant_class()(config), device, dtype, seed)
-    if model.masked_embedding is not None:
-        order = model.masked_embedding.token_ordering
+    return Gemma4AssistantConfig(**given)
+
+
+def shuffle_embeddings(assistant: Any, seed: int) -> None:
+    """A random order of an assistant's ordered embeddings, if it has them."""
+    if assistant.masked_embedding is not None:
+        order = assistant.masked_embedding.token_ordering
         order.copy_(torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)))
-    return model
 
 
 def _random(make: Callable[[], Any], device: str, dtype: torch.dtype, seed: int) -> Any:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import Gemma4AssistantConfig, Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from gemma4_compile import parallel
 from gemma4_compile.assistant import assistant_class
-from gemma4_compile.checkpoints import ASSISTANT_CONFIGS, TEXT_CONFIGS
-from gemma4_compile.loading import cut
+from gemma4_compile.checkpoints import TEXT_CONFIGS
+from gemma4_compile.loading import assistant_config, cut, shuffle_embeddings
 
 _NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 
@@ -32,18 +32,9 @@ def divided_model(name: str, layers: int | None = None, **overrides: Any) -> Any
 
 def divided_assistant(name: str, target: Any, vocab_size: int | None = None) -> Any:
     """As loading.random_assistant, bf16, divided as its target."""
-    given = ASSISTANT_CONFIGS[name]
-    if vocab_size is not None:
-        count = vocab_size // 128
-        given = given | {
-            "text_config": given["text_config"] | {"vocab_size": vocab_size}, "num_centroids": count,
-            "centroid_intermediate_top_k": min(given["centroid_intermediate_top_k"], count),
-        }  # fmt: skip
-    with _hollow(assistant_class(), Gemma4AssistantConfig(**given)) as folder:
+    with _hollow(assistant_class(), assistant_config(name, vocab_size)) as folder:
         assistant = _drawn(parallel.load_assistant(folder, parallel.division_of(target), torch.bfloat16))
-    if assistant.masked_embedding is not None:
-        order = assistant.masked_embedding.token_ordering
-        order.copy_(torch.randperm(len(order), generator=torch.Generator().manual_seed(0)))
+    shuffle_embeddings(assistant, 0)
     return assistant
 
 
