@@ -35,11 +35,7 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
     Raises ValueError for a folder that is missing, not a Gemma-4 checkpoint or broken, and for an id that gives no checkpoint.
     """
     folder, model_type = checkpoint(folder)
-    with readable(folder):
-        if text_only and model_type == "gemma4":
-            model = text_of_multimodal(folder, dtype, local_files_only=True)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    model = read(folder, dtype, text_only and model_type == "gemma4")
     return model.eval().to(device), tokenizer_of(folder)
 
 
@@ -93,11 +89,17 @@ def text_of_multimodal(folder: str | Path, dtype: torch.dtype | None, **options:
     return model
 
 
-@contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """What goes wrong within is the fault of the weights in a folder: raises ValueError."""
+def read(folder: Path, dtype: torch.dtype | None, text_only: bool, **options: Any) -> Any:
+    """The model of a local folder; of a multimodal checkpoint its text part alone, if asked.
+
+    options   of from_pretrained
+
+    Raises ValueError for whatever goes wrong: it is the fault of the weights."""
+    options["local_files_only"] = True
     try:
-        yield
+        if text_only:
+            return text_of_multimodal(folder, dtype, **options)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
     except Exception as error:  # safetensors, JSON and OS errors alike: the user needs the file, not the traceback
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the weights must be readable, got {reason!r} in {folder}; download the checkpoint again") from error

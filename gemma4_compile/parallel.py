@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.models.gemma4 import modeling_gemma4 as hf
 
 from .assistant import load_assistant as whole_assistant
 from .geometry import geometry
-from .loading import checkpoint, quiet, readable, text_of_multimodal
+from .loading import checkpoint, quiet, read
 from .ops.symmetric import forget
 from .ops.vocabulary import Vocabulary
 
@@ -64,12 +64,8 @@ def load(
     chosen.tp_plan = plan(config, int(chosen.tp_size or 1))
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError("dividing a model takes accelerate, got none; pip install 'gemma4-compile[tensor-parallel]'")
-    options: dict[str, Any] = {"distributed_config": chosen, "local_files_only": True}
-    with readable(folder):
-        if model_type == "gemma4":  # 5.24 mixes the divided embedding with whole tensors in front of the towers
-            model = text_of_multimodal(folder, dtype, **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
+    # Without towers: 5.24 mixes the divided embedding with whole tensors in front of them.
+    model = read(folder, dtype, model_type == "gemma4", distributed_config=chosen)
     for module in model.modules():  # 5.17 sums gradients in hooks, at which Dynamo breaks a graph
         module._backward_hooks.clear()
     return share_kv_heads(model.eval().requires_grad_(False))
@@ -218,16 +214,18 @@ def _local_forward(part: Any, mesh: Any, is_head: bool) -> Callable[..., Tensor]
     """The forward of a module of plain parts, where what transformers puts around it asks for its own kind of tensors."""
     plain, collectives, group = partial(type(part).forward, part), torch.ops._c10d_functional, mesh.get_group().group_name
 
+    def total(x: Tensor) -> Tensor:
+        return collectives.wait_tensor(collectives.all_reduce(x, "sum", group))
+
     def summed(*args: Any) -> Tensor:
-        return collectives.wait_tensor(collectives.all_reduce(plain(*args), "sum", group))
+        return total(plain(*args))
 
     def embedding(input_ids: Tensor) -> Tensor:
         """The rows of this rank's tokens, and the sum over the ranks, of which one alone is not zero."""
         here = part.weight.shape[0]
         places = input_ids - mesh.get_local_rank() * here
         rows = plain(places.clamp(0, here - 1))
-        rows = torch.where(((places >= 0) & (places < here))[..., None], rows, torch.zeros_like(rows))
-        return collectives.wait_tensor(collectives.all_reduce(rows, "sum", group))
+        return total(torch.where(((places >= 0) & (places < here))[..., None], rows, torch.zeros_like(rows)))
 
     if isinstance(part, nn.Embedding):
         return embedding

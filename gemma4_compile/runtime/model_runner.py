@@ -260,11 +260,15 @@ class ModelRunner:
             width = -(-tokens // self.config.page_size) if tokens != rows else 1
             step = self._padding_step(tokens, rows, min(width, self.pages.tables[next(iter(self.windows))].shape[1]))
             self.graphs(step | self.kv)
-        drafter = self.drafter.drafter if isinstance(self.drafter, _Agreed) else self.drafter
-        if isinstance(drafter, Drafter):
+        if (drafter := self._own_drafter()) is not None:
             for count in reversed(self._within(buckets.decode, self.config.max_requests)):
                 yield f"draft {count}"
                 self._draft_padding(drafter, count)
+
+    def _own_drafter(self) -> Drafter | None:
+        """What drafts on this rank."""
+        drafter = self.drafter.drafter if isinstance(self.drafter, _Agreed) else self.drafter
+        return drafter if isinstance(drafter, Drafter) else None
 
     def _draft_padding(self, drafter: Drafter, count: int) -> None:
         places = torch.zeros(count, dtype=torch.int64, device=self.device)
@@ -387,7 +391,7 @@ class ModelRunner:
         """No step will follow; on every rank."""
         if not self.ranks.several or self.ranks.failed or self.ranks.leads and not self.ranks.open:
             return
-        owners = (self.graphs, self.drafter.drafter if isinstance(self.drafter, _Agreed) else self.drafter)
+        owners = (self.graphs, self._own_drafter())
         with self.ranks.together("the last step"):
             for recorder in {getattr(owner, "recorder", None) for owner in owners}:
                 if isinstance(recorder, CudaRecorder):
