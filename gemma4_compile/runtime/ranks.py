@@ -198,10 +198,9 @@ class Ranks:
         ranks = range(1, self.division.ranks) if self.leads else (0,)
         names = dict(zip(self._connections, ranks, strict=True))
         closing = False  # rank 0 has said so: its end is no failure then
-        while not (self._state.closed and self._runs() is None):
-            late = self._runs()
-            if late is not None and time.monotonic() > late[1]:
-                self._fail(f"{late[0]} took longer than step_timeout={self.timeout:g} s; raise it, or see what keeps a rank")
+        while (runs := self._runs()) is not None or not self._state.closed:
+            if runs is not None and time.monotonic() > runs[1]:
+                self._fail(f"{runs[0]} took longer than step_timeout={self.timeout:g} s; raise it, or see what keeps a rank")
                 return
             if not names:
                 time.sleep(_TICK)
