@@ -13,10 +13,12 @@ All graphs share one memory pool. What one graph leaves for the next is kept ali
 placed on it; afterwards the pool may reuse it, as each graph is replayed behind the one that writes its inputs.
 """
 
+import gc
 import warnings
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -70,6 +72,19 @@ class Recorder(Protocol):
         """The same memory without a claim on it: the pool may hand it to the next graph."""
 
 
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No collection of cyclic garbage: an engine in it would destroy its graphs and unload its kernels, and CUDA gives up a
+    capture amid which that happens. torch.cuda.graph once collected before it, and does no more."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class CudaRecorder:
     """CUDA graphs of one device, in one memory pool."""
 
@@ -87,7 +102,9 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # thread_local: other threads, as the one that listens to other ranks or a user's own, may use CUDA meanwhile.
+        capture = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self.device), without_collection(), capture:
             results = list(function())
         self._graphs.add(graph)
         return graph.replay, results

@@ -102,6 +102,7 @@ class ModelRunner:
         # Rows of a step that want logits at most, but for those of prompts.
         self._rows = min(config.max_requests * (1 + self.speculative_tokens), config.max_batched_tokens)
         self.ranks = Ranks(packed.division, config.step_timeout)
+        self._closed = False
         alike: dict[str, Any] = {f"EngineConfig.{name}": getattr(config, name) for name in _ALIKE}
         alike |= {"fusions": sorted(config.optimize.enabled()), "stop tokens": sorted(stop_tokens)}
         alike |= {"assistant": type(assistant), "speculative_tokens": self.speculative_tokens}
@@ -388,9 +389,10 @@ class ModelRunner:
         return (self.graphs or self.packed).run(inputs), step, None
 
     def close(self) -> None:
-        """No step will follow; on every rank."""
-        if not self.ranks.several or self.ranks.failed or self.ranks.leads and not self.ranks.open:
+        """No step will follow; on every rank. Harmless twice."""
+        if self._closed or not self.ranks.several or self.ranks.failed:
             return
+        self._closed = True
         owners = (self.graphs, self._own_drafter())
         with self.ranks.together("the last step"):
             for recorder in {getattr(owner, "recorder", None) for owner in owners}:

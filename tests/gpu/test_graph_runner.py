@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from gemma4_compile import demo_checkpoint, optimize
 from gemma4_compile.demo import DEMO_NAMES, held_out_prompts
 from gemma4_compile.loading import load
 from gemma4_compile.runtime.batch import PlainKV, Request
-from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner
+from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, CudaRecorder, GraphRunner
 from gemma4_compile.runtime.model import PackedModel
 
 BUCKETS = Buckets(decode=(1, 2, 4, 8, 16), tokens=(16, 32, 64, 128, 256), rows=(4, 16))
@@ -134,3 +137,42 @@ def test_inputs_on_the_host_are_refused(served: Served):
     inputs = served.graph_kv.inputs([Request([5, 6])])
     with pytest.raises(CaptureRefused, match="positions on cpu"):
         GraphRunner(served.packed.program, inputs | {"positions": inputs["positions"].cpu()}, REQUESTS)
+
+
+def test_a_capture_outlives_garbage() -> None:
+    """Collected amid it, a dead graph would be destroyed there, which CUDA does not permit."""
+    recorder, x = CudaRecorder(torch.device("cuda", 0)), torch.ones(8, device="cuda")
+    cycle: list[Any] = list(recorder.record(lambda: [x + 1]))
+    cycle.append(cycle)
+    dead = weakref.ref(cycle[0].__self__)
+    del cycle
+    usual = gc.get_threshold()
+
+    def work() -> list[torch.Tensor]:
+        gc.set_threshold(1)
+        kept: list[Any] = [[] for _ in range(1000)]
+        assert dead() is not None, f"collected behind {len(kept)} lists"
+        return [x * 2]
+
+    try:
+        replay, (result,) = recorder.record(work)
+    finally:
+        gc.set_threshold(*usual)
+    replay()
+    assert result.tolist() == [2.0] * 8
+
+
+def test_a_capture_outlives_another_thread() -> None:
+    recorder, x = CudaRecorder(torch.device("cuda", 0)), torch.ones(8, device="cuda")
+    event = torch.cuda.Event()
+    event.record()
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as other:
+
+        def work() -> list[torch.Tensor]:
+            assert other.submit(event.query).result()
+            return [x * 3]
+
+        replay, (result,) = recorder.record(work)
+    replay()
+    assert result.tolist() == [3.0] * 8

@@ -1,5 +1,6 @@
 """The graph runner without a GPU: buckets, padding, refusals, and the check that no graph keeps what it must not."""
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor
 from gemma4_compile.pieces import SPLIT_POINTS
 from gemma4_compile.program import Program
 from gemma4_compile.runtime.batch import STEP_INPUTS, PlainKV, Request
-from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner
+from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner, without_collection
 from gemma4_compile.runtime.row_state import RowState
 from tests.runtime.host_recorder import HostRecorder
 from tests.runtime.served import memory, packed, tokens_of
@@ -239,3 +240,16 @@ def test_a_piece_that_works_on_the_host_is_refused(monkeypatch: pytest.MonkeyPat
 def test_bad_buckets(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="tokens must be ascending positive sizes, got"):
         Buckets(tokens=sizes)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_collection_is_as_before_behind_a_capture(before: bool) -> None:
+    usual = gc.isenabled()
+    (gc.enable if before else gc.disable)()
+    try:
+        with pytest.raises(RuntimeError, match="a failure"), without_collection():
+            assert not gc.isenabled()
+            raise RuntimeError("a failure")
+        assert gc.isenabled() is before
+    finally:
+        (gc.enable if usual else gc.disable)()
