@@ -1,6 +1,6 @@
 """Time the all-reduce with the norms behind it, one-shot and by NCCL, against NCCL and Inductor's code for the norms.
 
-    python scripts/bench_all_reduce.py [--ranks 2] [--tokens 1,8] [--out FILE]
+    python scripts/bench_all_reduce.py [--ranks 2] [--tokens 1,8] [--ways one-shot,nccl+ours] [--out FILE]
 
 Starts itself under torchrun, a process a GPU. A row is one op of a layer, in microseconds an instance: the slowest rank's
 median over replays of CUDA graphs that hold many instances on rotating buffers; the ways' replays alternate:
@@ -120,7 +120,7 @@ def exchange_rate(ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * x.numel() * 2 / seconds.item()
 
 
-def row(op: str, tokens: int, group: str, ranks: int, bandwidth: float, link: float) -> dict[str, Any]:
+def row(op: str, tokens: int, names: list[str], group: str, ranks: int, bandwidth: float, link: float) -> dict[str, Any]:
     model, sizes = CASES[op]
     torch._dynamo.reset()
     first = example(op, sizes, tokens, torch.bfloat16, "cuda")
@@ -131,6 +131,8 @@ def row(op: str, tokens: int, group: str, ranks: int, bandwidth: float, link: fl
     graphs: dict[str, tuple[Any, list[Any]]] = {}
     failed: dict[str, str] = {}
     for name, function in ways(op, group).items():
+        if name not in names:
+            continue
         problem = ""
         try:
             if function(*first) is None:
@@ -167,7 +169,7 @@ def line(found: dict[str, Any]) -> str:
     return f"{found['op']:27} {found['tokens']:5}{times}{found['floor_us']:9.2f}  x{gain:5.2f}  {found['chosen']}"
 
 
-def bench(tokens: list[int]) -> dict[str, Any]:
+def bench(tokens: list[int], names: list[str]) -> dict[str, Any]:
     everyone: Any = dist.group.WORLD
     group, ranks = everyone.group_name, dist.get_world_size()
     bandwidth, link = copy_bandwidth(), exchange_rate(ranks)
@@ -178,7 +180,7 @@ def bench(tokens: list[int]) -> dict[str, Any]:
     rows = []
     for op in CASES:
         for count in tokens:
-            rows.append(row(op, count, group, ranks, bandwidth, link))
+            rows.append(row(op, count, names, group, ranks, bandwidth, link))
             if chief:
                 print(line(rows[-1]), flush=True)
                 for name, reason in rows[-1].get("failed", {}).items():
@@ -201,8 +203,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="GPUs")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma-separated token counts")
+    parser.add_argument("--ways", default=",".join(WAYS), help="comma-separated, of those above")
     parser.add_argument("--out", type=Path, default=None, help="write the rows as JSON")
     options = parser.parse_args()
+    names = options.ways.split(",")
+    if unknown := set(names) - set(WAYS):
+        parser.error(f"--ways are of {', '.join(WAYS)}, got {', '.join(sorted(unknown))}")
     if torch.cuda.device_count() < options.ranks or options.ranks < 2:
         print(f"bench_all_reduce needs 2 GPUs or more and --ranks of them, found {torch.cuda.device_count()}", file=sys.stderr)
         return 2
@@ -213,7 +219,7 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=5))
     with torch.no_grad():
-        result = bench([int(t) for t in options.tokens.split(",")])
+        result = bench([int(t) for t in options.tokens.split(",")], names)
     if options.out and dist.get_rank() == 0:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     forget()

@@ -25,7 +25,7 @@ from .plans import one_shot_pays, row_plan
 from .post_attention_norms import check_norms
 from .rms_norm import check_norm
 from .rows import add_rows, chunk_size, inverse_rms, load_row, norm_row, scale_row, store_row, times_row
-from .symmetric import DATA, FLAGS, MOST_RANKS, MOST_ROWS, Workspace, meet, row_at, slot_of, workspace
+from .symmetric import DATA, MOST_ROWS, Workspace, receive, send, sendable, workspace
 
 PREFIX = "all_reduce_"
 
@@ -51,40 +51,31 @@ def sum_over_ranks(x: Tensor, group: str) -> Tensor:
 
 
 @jit
-def _publish(x_ptr, addresses_ptr, offset, RANK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Put a row where the other ranks read it."""
-    row = load_row(x_ptr, WIDTH, CHUNK)
-    store_row(row_at(addresses_ptr, RANK, offset, x_ptr.dtype.element_ty), row, WIDTH, CHUNK)
-
-
-@jit
-def _summed(addresses_ptr, offset, dtype: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """The sum of a row over the ranks, in their order, rounded once."""
-    total = load_row(row_at(addresses_ptr, 0, offset, dtype), WIDTH, CHUNK)
-    total = scale_row(total, 1.0, None, tl.float32)
-    for rank in tl.static_range(1, RANKS):
-        total = add_rows(total, load_row(row_at(addresses_ptr, rank, offset, dtype), WIDTH, CHUNK))
-    return scale_row(total, 1.0, None, dtype)
+def _part(chunks, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    out = ()
+    for i in tl.static_range(COUNT):
+        out += (chunks[FIRST + i],)  # type: ignore[assignment]
+    return out
 
 
 @jit
 def _one_shot_tail_kernel(
     x_ptr, experts_ptr, residual_ptr, dense_weight_ptr, expert_weight_ptr, weight_ptr, scalar_ptr, next_weight_ptr,
-    hidden_ptr, normed_ptr, addresses_ptr, counts_ptr, x_stride, experts_stride, residual_stride, eps,
-    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, DATA: tl.constexpr, FLAGS: tl.constexpr,
-    MOST_RANKS: tl.constexpr, MOST_ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+    hidden_ptr, normed_ptr, addresses_ptr, turns_ptr, x_stride, experts_stride, residual_stride, eps,
+    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, DATA: tl.constexpr, MOST_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """_tail_kernel behind the sum over the ranks; without a residual, the norm alone."""
     row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
-    dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     weight, dense_weight, expert_weight, next_weight = None, None, None, None
-    count = tl.load(counts_ptr + row)
-    slot = slot_of(row, count, SLOT, DATA, MOST_ROWS)
+    CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
+    turn = tl.load(turns_ptr + row)
 
-    _publish(x_ptr + row * x_stride, addresses_ptr, slot, RANK, WIDTH, CHUNK)
+    rows = sendable(load_row(x_ptr + row * x_stride, WIDTH, CHUNK))
     if experts_ptr is not None:
-        _publish(experts_ptr + row * experts_stride, addresses_ptr, slot + SLOT // 2, RANK, WIDTH, CHUNK)
+        rows = rows + sendable(load_row(experts_ptr + row * experts_stride, WIDTH, CHUNK))
+    send(rows, addresses_ptr, turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS, WIDTH, CHUNK)
     if residual_ptr is not None:  # before the wait, which hides it
         residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
     if WEIGHTS_FIRST:
@@ -94,12 +85,11 @@ def _one_shot_tail_kernel(
             expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK)
         if next_weight_ptr is not None:
             next_weight = load_row(next_weight_ptr, WIDTH, CHUNK)
-    meet(addresses_ptr, row, count + 1, RANK, RANKS, FLAGS, MOST_RANKS)
-    tl.store(counts_ptr + row, count + 1)
+    sums = receive(rows, addresses_ptr, turns_ptr, turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS, WIDTH, CHUNK)
 
-    x = _summed(addresses_ptr, slot, dtype, RANKS, WIDTH, CHUNK)
+    x = _part(sums, 0, CHUNKS)
     if experts_ptr is not None:
-        experts = _summed(addresses_ptr, slot + SLOT // 2, dtype, RANKS, WIDTH, CHUNK)
+        experts = _part(sums, CHUNKS, CHUNKS)
         x = norm_row(x, dense_weight, dense_weight_ptr, WIDTH, CHUNK, eps)
         x = add_rows(x, norm_row(experts, expert_weight, expert_weight_ptr, WIDTH, CHUNK, eps))
     hidden = norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps)
@@ -116,26 +106,24 @@ def _one_shot_tail_kernel(
 @jit
 def _one_shot_norms_kernel(
     x_ptr, residual_ptr, weight_ptr, feed_forward_weight_ptr, router_scale_ptr, expert_weight_ptr,
-    hidden_ptr, feed_forward_ptr, router_ptr, expert_ptr, addresses_ptr, counts_ptr,
+    hidden_ptr, feed_forward_ptr, router_ptr, expert_ptr, addresses_ptr, turns_ptr,
     x_stride, residual_stride, router_root, eps,
-    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, DATA: tl.constexpr, FLAGS: tl.constexpr,
-    MOST_RANKS: tl.constexpr, MOST_ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, DATA: tl.constexpr, MOST_ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """_post_attention_norms_kernel behind the sum over the ranks."""
     row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
     router_root = pinned(router_root)
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
-    count = tl.load(counts_ptr + row)
-    slot = slot_of(row, count, SLOT, DATA, MOST_ROWS)
+    turn = tl.load(turns_ptr + row)
 
-    _publish(x_ptr + row * x_stride, addresses_ptr, slot, RANK, WIDTH, CHUNK)
+    rows = sendable(load_row(x_ptr + row * x_stride, WIDTH, CHUNK))
+    send(rows, addresses_ptr, turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS, WIDTH, CHUNK)
     residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
     weight = load_row(weight_ptr, WIDTH, CHUNK)
-    meet(addresses_ptr, row, count + 1, RANK, RANKS, FLAGS, MOST_RANKS)
-    tl.store(counts_ptr + row, count + 1)
+    x = receive(rows, addresses_ptr, turns_ptr, turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS, WIDTH, CHUNK)
 
-    x = _summed(addresses_ptr, slot, dtype, RANKS, WIDTH, CHUNK)
     hidden = add_rows(residual, norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps))
     store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
     scale = inverse_rms(hidden, WIDTH, eps)
@@ -168,9 +156,9 @@ def one_shot_tail(
     weights = (t if t is None else t.contiguous() for t in (dense_weight, expert_weight, weight))
     _one_shot_tail_kernel[(rows,)](
         x_rows, expert_rows, residual_rows, *weights, layer_scalar,
-        next_weight if next_weight is None else next_weight.contiguous(), hidden, normed, space.addresses, space.counts,
+        next_weight if next_weight is None else next_weight.contiguous(), hidden, normed, space.addresses, space.turns,
         *(0 if t is None else t.stride(0) for t in (x_rows, expert_rows, residual_rows)), eps,
-        space.rank, space.ranks, space.slot, DATA, FLAGS, MOST_RANKS, MOST_ROWS, width, chunk_size(width, warps), weights_first,
+        space.rank, space.ranks, space.slot, DATA, MOST_ROWS, width, chunk_size(width, warps), weights_first,
         num_warps=warps,
     )  # fmt: skip
     return hidden, normed
@@ -195,8 +183,8 @@ def one_shot_norms(
     warps, _ = row_plan(rows, width)
     weights = (t.contiguous() for t in (weight, feed_forward_weight, router_scale, expert_weight))
     _one_shot_norms_kernel[(rows,)](
-        x_rows, residual_rows, *weights, *outputs, space.addresses, space.counts, x_rows.stride(0), residual_rows.stride(0),
-        router_root, eps, space.rank, space.ranks, space.slot, DATA, FLAGS, MOST_RANKS, MOST_ROWS, width,
+        x_rows, residual_rows, *weights, *outputs, space.addresses, space.turns, x_rows.stride(0), residual_rows.stride(0),
+        router_root, eps, space.rank, space.ranks, space.slot, DATA, MOST_ROWS, width,
         chunk_size(width, warps), num_warps=warps,
     )  # fmt: skip
     return outputs
@@ -285,7 +273,7 @@ def by_one_shot(op: str, *arguments: Any) -> Any:
     form, x = FORMS[op], rest[0]
     if x.numel() > MOST_ROWS * x.shape[-1]:
         return None
-    space = workspace(group, x.device, slot_bytes(x, form.sums))
+    space = workspace(group, x.device, slot_bytes(x, form.sums), x.element_size())
     return None if space is None else form.one_shot(space, *rest)
 
 

@@ -33,10 +33,10 @@ def row_plan(rows: int, width: int) -> tuple[int, bool]:
 
 
 def one_shot_pays(rows: int, row_bytes: int, ranks: int) -> bool:
-    """Whether each rank reads the parts of all ranks itself: one launch, but (ranks - 1) times the bytes, where a ring moves
-    less than twice. On two H100s it took half of NCCL's time up to 512 rows of 11 KB (benchmarks/all-reduce-2xh100.json);
-    with more ranks it is not measured."""
-    return 1 < ranks <= 8 and rows <= 512 and rows * row_bytes * (ranks - 1) <= (2**23 if ranks == 2 else 2**21)
+    """Whether each rank sends its part to all others itself: one launch, but (ranks - 1) times the bytes, where a ring moves
+    less than twice. On two H200s it took half of NCCL's time at 512 rows of 11 KB; on four as long as NCCL at 256
+    (benchmarks/all-reduce-h200.json). With more ranks it is not measured."""
+    return 1 < ranks <= 8 and rows <= 512 and rows * row_bytes * (ranks - 1) <= (2**23 if ranks <= 4 else 2**21)
 
 
 def head_plan(rows: int, dim: int) -> tuple[int, int]:
