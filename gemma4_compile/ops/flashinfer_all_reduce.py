@@ -1,6 +1,7 @@
-"""FlashInfer's `trtllm` all-reduce in front of our fused ops, to be measured beside the one-shot launch and NCCL.
+"""FlashInfer's `trtllm` all-reduce in front of our fused ops, measured beside the one-shot launch and NCCL.
 
-Nothing chooses it: who wants it calls by_flashinfer. FlashInfer is an extra, imported at the first call.
+Nothing chooses it, as it wins nowhere but on four GPUs at 128 tokens and more (docs/tensor_parallel.md): who wants it calls
+by_flashinfer. FlashInfer is an extra, imported at the first call.
 
 Each rank writes its part into the memory of all, and reads its own until no -0 is left there: -0 is what the memory holds
 before a part has come, and parts are sent without it. No meeting is needed, and the sum is a launch of its own: the norm that
