@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .feed_forward_tail import check_experts, check_tail
+from .feed_forward_tail import check_experts, check_tail, finish_tail
 from .library import OPS, as_rows, fresh, jit, pinned, register, tl
 from .plans import one_shot_pays, row_plan
-from .post_attention_norms import check_norms
+from .post_attention_norms import check_norms, finish_norms
 from .rms_norm import check_norm
-from .rows import add_rows, chunk_size, inverse_rms, load_row, norm_row, scale_row, store_row, times_row
+from .rows import chunk_size, load_row
 from .symmetric import DATA, MOST_ROWS, Workspace, receive, send, sendable, workspace
 
 PREFIX = "all_reduce_"
@@ -68,7 +68,7 @@ def _one_shot_tail_kernel(
     """_tail_kernel behind the sum over the ranks; without a residual, the norm alone."""
     row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
-    weight, dense_weight, expert_weight, next_weight = None, None, None, None
+    experts, residual = None, None
     CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
     turn = tl.load(turns_ptr + row)
 
@@ -78,29 +78,20 @@ def _one_shot_tail_kernel(
     send(rows, addresses_ptr, turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS, WIDTH, CHUNK)
     if residual_ptr is not None:  # before the wait, which hides it
         residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
-    if WEIGHTS_FIRST:
-        weight = load_row(weight_ptr, WIDTH, CHUNK)
-        if experts_ptr is not None:
-            dense_weight = load_row(dense_weight_ptr, WIDTH, CHUNK)
-            expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK)
-        if next_weight_ptr is not None:
-            next_weight = load_row(next_weight_ptr, WIDTH, CHUNK)
+    weight = load_row(weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
+    dense_weight = load_row(dense_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and dense_weight_ptr is not None else None
+    expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and expert_weight_ptr is not None else None
+    next_weight = load_row(next_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and next_weight_ptr is not None else None
     sums = receive(rows, addresses_ptr, turns_ptr, turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS, WIDTH, CHUNK)
 
     x = _part(sums, 0, CHUNKS)
     if experts_ptr is not None:
         experts = _part(sums, CHUNKS, CHUNKS)
-        x = norm_row(x, dense_weight, dense_weight_ptr, WIDTH, CHUNK, eps)
-        x = add_rows(x, norm_row(experts, expert_weight, expert_weight_ptr, WIDTH, CHUNK, eps))
-    hidden = norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps)
-    if residual_ptr is not None:
-        hidden = add_rows(residual, hidden)
-    if scalar_ptr is not None:
-        hidden = times_row(hidden, tl.load(scalar_ptr).to(tl.float32))
-    store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
-    if next_weight_ptr is not None:
-        normed = norm_row(hidden, next_weight, next_weight_ptr, WIDTH, CHUNK, eps)
-        store_row(normed_ptr + row * WIDTH, normed, WIDTH, CHUNK)
+    finish_tail(
+        x, experts, residual, weight, dense_weight, expert_weight, next_weight,
+        weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
+        row, WIDTH, CHUNK, eps,
+    )  # fmt: skip
 
 
 @jit
@@ -115,7 +106,6 @@ def _one_shot_norms_kernel(
     row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
     router_root = pinned(router_root)
-    dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     turn = tl.load(turns_ptr + row)
 
     rows = sendable(load_row(x_ptr + row * x_stride, WIDTH, CHUNK))
@@ -123,17 +113,11 @@ def _one_shot_norms_kernel(
     residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
     weight = load_row(weight_ptr, WIDTH, CHUNK)
     x = receive(rows, addresses_ptr, turns_ptr, turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS, WIDTH, CHUNK)
-
-    hidden = add_rows(residual, norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps))
-    store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
-    scale = inverse_rms(hidden, WIDTH, eps)
-    feed_forward_weight = load_row(feed_forward_weight_ptr, WIDTH, CHUNK)
-    router_scale = load_row(router_scale_ptr, WIDTH, CHUNK)
-    expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK)
-    store_row(feed_forward_ptr + row * WIDTH, scale_row(hidden, scale, feed_forward_weight, dtype), WIDTH, CHUNK)
-    router = scale_row(scale_row(hidden, scale, None, dtype), 1.0, router_scale, dtype)
-    store_row(router_ptr + row * WIDTH, times_row(router, router_root), WIDTH, CHUNK)
-    store_row(expert_ptr + row * WIDTH, scale_row(hidden, scale, expert_weight, dtype), WIDTH, CHUNK)
+    finish_norms(
+        x, residual, weight, None, None, None,
+        weight_ptr, feed_forward_weight_ptr, router_scale_ptr, expert_weight_ptr,
+        hidden_ptr, feed_forward_ptr, router_ptr, expert_ptr, router_root, row, WIDTH, CHUNK, eps,
+    )  # fmt: skip
 
 
 def one_shot_tail(

@@ -89,6 +89,27 @@ def check_experts(op: str, experts: Tensor, residual: Tensor) -> None:
 
 
 @jit
+def finish_tail(
+    x, experts, residual, weight, dense_weight, expert_weight, next_weight,
+    weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
+    row, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps,
+):  # fmt: skip
+    """A row from the inputs to both outputs. Residual None: the norm alone; weights None: read where they are used."""
+    if experts is not None:
+        x = norm_row(x, dense_weight, dense_weight_ptr, WIDTH, CHUNK, eps)
+        x = add_rows(x, norm_row(experts, expert_weight, expert_weight_ptr, WIDTH, CHUNK, eps))
+    hidden = norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps)
+    if residual is not None:
+        hidden = add_rows(residual, hidden)
+    if scalar_ptr is not None:
+        hidden = times_row(hidden, tl.load(scalar_ptr).to(tl.float32))
+    store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
+    if next_weight_ptr is not None:
+        normed = norm_row(hidden, next_weight, next_weight_ptr, WIDTH, CHUNK, eps)
+        store_row(normed_ptr + row * WIDTH, normed, WIDTH, CHUNK)
+
+
+@jit
 def _tail_kernel(
     x_ptr, experts_ptr, residual_ptr, dense_weight_ptr, expert_weight_ptr, weight_ptr, scalar_ptr, next_weight_ptr,
     hidden_ptr, normed_ptr, x_stride, experts_stride, residual_stride, eps,
@@ -96,17 +117,14 @@ def _tail_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
-    weight, dense_weight, expert_weight, next_weight = None, None, None, None
+    experts = None
 
     if CHAINED:  # after a kernel of the same op: only x is its output, so all else may be read while it still runs
         residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
-    if WEIGHTS_FIRST:
-        weight = load_row(weight_ptr, WIDTH, CHUNK)
-        if experts_ptr is not None:
-            dense_weight = load_row(dense_weight_ptr, WIDTH, CHUNK)
-            expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK)
-        if next_weight_ptr is not None:
-            next_weight = load_row(next_weight_ptr, WIDTH, CHUNK)
+    weight = load_row(weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
+    dense_weight = load_row(dense_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and dense_weight_ptr is not None else None
+    expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and expert_weight_ptr is not None else None
+    next_weight = load_row(next_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and next_weight_ptr is not None else None
     if CHAINED:
         tl.extra.cuda.gdc_wait()
     x = load_row(x_ptr + row * x_stride, WIDTH, CHUNK)
@@ -114,18 +132,11 @@ def _tail_kernel(
         experts = load_row(experts_ptr + row * experts_stride, WIDTH, CHUNK)
     if not CHAINED:
         residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
-
-    if experts_ptr is not None:
-        x = norm_row(x, dense_weight, dense_weight_ptr, WIDTH, CHUNK, eps)
-        x = add_rows(x, norm_row(experts, expert_weight, expert_weight_ptr, WIDTH, CHUNK, eps))
-    hidden = add_rows(residual, norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps))
-    if scalar_ptr is not None:
-        hidden = times_row(hidden, tl.load(scalar_ptr).to(tl.float32))
-    store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
-
-    if next_weight_ptr is not None:
-        normed = norm_row(hidden, next_weight, next_weight_ptr, WIDTH, CHUNK, eps)
-        store_row(normed_ptr + row * WIDTH, normed, WIDTH, CHUNK)
+    finish_tail(
+        x, experts, residual, weight, dense_weight, expert_weight, next_weight,
+        weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
+        row, WIDTH, CHUNK, eps,
+    )  # fmt: skip
 
 
 def launch_tail(

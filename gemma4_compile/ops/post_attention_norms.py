@@ -15,7 +15,17 @@ from .feed_forward_tail import launch_tail
 from .library import as_rows, expect, fresh, jit, pinned, register, tl
 from .plans import row_plan
 from .rms_norm import normalize
-from .rows import add_rows, chunk_size, inverse_rms, load_row, norm_row, scale_row, store_row, times_row
+from .rows import (
+    add_rows,
+    chunk_size,
+    inverse_rms,
+    late_row,
+    load_row,
+    norm_row,
+    scale_row,
+    store_row,
+    times_row,
+)
 
 
 def post_attention_norm_reference(
@@ -50,6 +60,26 @@ def check_norms(op: str, x: Tensor, residual: Tensor, *weights: Tensor) -> None:
 
 
 @jit
+def finish_norms(
+    x, residual, weight, feed_forward_weight, router_scale, expert_weight,
+    weight_ptr, feed_forward_weight_ptr, router_scale_ptr, expert_weight_ptr,
+    hidden_ptr, feed_forward_ptr, router_ptr, expert_ptr, router_root, row, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps,
+):  # fmt: skip
+    """A row from the inputs to all outputs. Weights None: read where they are used."""
+    dtype = hidden_ptr.dtype.element_ty
+    hidden = add_rows(residual, norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps))
+    store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
+    scale = inverse_rms(hidden, WIDTH, eps)  # one for all three norms
+    feed_forward_weight = late_row(feed_forward_weight, feed_forward_weight_ptr, WIDTH, CHUNK)
+    router_scale = late_row(router_scale, router_scale_ptr, WIDTH, CHUNK)
+    expert_weight = late_row(expert_weight, expert_weight_ptr, WIDTH, CHUNK)
+    store_row(feed_forward_ptr + row * WIDTH, scale_row(hidden, scale, feed_forward_weight, dtype), WIDTH, CHUNK)
+    router = scale_row(scale_row(hidden, scale, None, dtype), 1.0, router_scale, dtype)
+    store_row(router_ptr + row * WIDTH, times_row(router, router_root), WIDTH, CHUNK)
+    store_row(expert_ptr + row * WIDTH, scale_row(hidden, scale, expert_weight, dtype), WIDTH, CHUNK)
+
+
+@jit
 def _post_attention_norms_kernel(
     x_ptr, residual_ptr, weight_ptr, feed_forward_weight_ptr, router_scale_ptr, expert_weight_ptr,
     hidden_ptr, feed_forward_ptr, router_ptr, expert_ptr, x_stride, residual_stride, router_root, eps,
@@ -58,29 +88,18 @@ def _post_attention_norms_kernel(
     row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
     router_root = pinned(router_root)
-    dtype = hidden_ptr.dtype.element_ty
 
     x = load_row(x_ptr + row * x_stride, WIDTH, CHUNK)
     residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
-    weight = None
-    if WEIGHTS_FIRST:
-        weight = load_row(weight_ptr, WIDTH, CHUNK)
-        feed_forward_weight = load_row(feed_forward_weight_ptr, WIDTH, CHUNK)
-        router_scale = load_row(router_scale_ptr, WIDTH, CHUNK)
-        expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK)
-
-    hidden = add_rows(residual, norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps))
-    store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
-    scale = inverse_rms(hidden, WIDTH, eps)  # one for all three norms
-    if not WEIGHTS_FIRST:
-        feed_forward_weight = load_row(feed_forward_weight_ptr, WIDTH, CHUNK)
-        router_scale = load_row(router_scale_ptr, WIDTH, CHUNK)
-        expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK)
-
-    store_row(feed_forward_ptr + row * WIDTH, scale_row(hidden, scale, feed_forward_weight, dtype), WIDTH, CHUNK)
-    router = scale_row(scale_row(hidden, scale, None, dtype), 1.0, router_scale, dtype)
-    store_row(router_ptr + row * WIDTH, times_row(router, router_root), WIDTH, CHUNK)
-    store_row(expert_ptr + row * WIDTH, scale_row(hidden, scale, expert_weight, dtype), WIDTH, CHUNK)
+    weight = load_row(weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
+    feed_forward_weight = load_row(feed_forward_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
+    router_scale = load_row(router_scale_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
+    expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
+    finish_norms(
+        x, residual, weight, feed_forward_weight, router_scale, expert_weight,
+        weight_ptr, feed_forward_weight_ptr, router_scale_ptr, expert_weight_ptr,
+        hidden_ptr, feed_forward_ptr, router_ptr, expert_ptr, router_root, row, WIDTH, CHUNK, eps,
+    )  # fmt: skip
 
 
 def launch_post_attention_norm(

@@ -24,6 +24,12 @@ def load_row(ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @jit
+def late_row(row, ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """A row, read now if it was not before."""
+    return load_row(ptr, WIDTH, CHUNK) if row is None else row
+
+
+@jit
 def store_row(ptr, chunks, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     for i in tl.static_range(len(chunks)):
         column = i * CHUNK + tl.arange(0, CHUNK)
@@ -56,9 +62,7 @@ def scale_row(chunks, scale, weights, dtype: tl.constexpr):
 def norm_row(chunks, weights, weight_ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps):
     """Gemma4RMSNorm of a row, in its dtype. Weights None: read from weight_ptr after the reduction."""
     scale = inverse_rms(chunks, WIDTH, eps)
-    if weights is None:
-        weights = load_row(weight_ptr, WIDTH, CHUNK)
-    return scale_row(chunks, scale, weights, chunks[0].dtype)
+    return scale_row(chunks, scale, late_row(weights, weight_ptr, WIDTH, CHUNK), chunks[0].dtype)
 
 
 @jit
