@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from gemma4_compile import parallel
-from gemma4_compile.assistant import load_assistant
 from gemma4_compile.config import EngineConfig
-from gemma4_compile.loading import checkpoint, load, text_part, tokenizer_of
-from gemma4_compile.optimize import existing_state, optimize, state_of
-from gemma4_compile.torchrun import RanksError, launched_ranks
+from gemma4_compile.torchrun import RanksError
 
 from . import invariants
 from .draft_length import DraftLength, SpeculativeTokens
@@ -30,6 +25,7 @@ from .metrics import EngineMetrics, RequestMetrics
 from .model import PackedModel
 from .model_runner import Launched, ModelRunner
 from .mtp import VERIFICATIONS
+from .opening import assistant_of, model_of, stop_tokens
 from .outputs import Chunk, RequestOutput, Sample, TokenLogprob
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
@@ -95,9 +91,9 @@ class Engine:
         if draft_verification not in VERIFICATIONS:
             known = ", ".join(VERIFICATIONS)
             raise ValueError(f"draft_verification must be one of {known}, got {draft_verification!r}; choose one")
-        self.model, self.tokenizer = _model_of(model, config, tokenizer)
-        self.assistant = _assistant_of(assistant, self.model)
-        self._stop_tokens = frozenset(i for i in _stop_tokens(self.model) if i < self.model.config.vocab_size)
+        self.model, self.tokenizer = model_of(model, config, tokenizer)
+        self.assistant = assistant_of(assistant, self.model)
+        self._stop_tokens = frozenset(i for i in stop_tokens(self.model) if i < self.model.config.vocab_size)
         self.runner = ModelRunner(
             PackedModel(self.model), config, self._stop_tokens, self.assistant, most, draft_rope_offset, draft_verification
         )
@@ -589,49 +585,6 @@ def _logprobs(results: dict[str, Any], prefix: str, rows: range, tokens: Tokens[
                                                                           strict=True)))
         for row, token in zip(rows, tokens, strict=False)
     ]  # fmt: skip
-
-
-def _model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: Any) -> tuple[Any, Any]:
-    """An optimized Gemma4ForCausalLM, and a tokenizer or None."""
-    if isinstance(model, (str, Path)) and launched_ranks() > 1:
-        folder, _ = checkpoint(model)
-        text, found = parallel.load(folder, dtype=config.dtype, device=config.device), tokenizer_of(folder)
-    elif isinstance(model, (str, Path)):
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loaded, found = load(model, device, config.dtype, config.text_only)
-        if loaded.config.get_text_config().enable_moe_block and device == "cuda" and loaded.dtype == torch.float32:
-            loaded.set_experts_implementation("batched_mm")  # torch's grouped product on a GPU takes bf16 alone
-        text = text_part(loaded)
-    else:
-        name: Any = getattr(model, "name_or_path", "")
-        found = tokenizer_of(name) if name and tokenizer is None else None
-        text = text_part(model)
-    if not isinstance(text, nn.Module) or existing_state(text) is None:
-        optimize(text.requires_grad_(False), config.optimize)
-    return text, found if tokenizer is None else tokenizer
-
-
-def _assistant_of(assistant: nn.Module | str | Path | None, model: Any) -> nn.Module | None:
-    """An assistant beside its target, before memory is given to pools."""
-    division = state_of(model).division
-    if not isinstance(assistant, (str, Path)):
-        if assistant is not None and (got := parallel.division_of(assistant)) != division:
-            raise ValueError(
-                f"an assistant must be divided as its target, between {division.ranks} ranks, got {got.ranks}; give its folder"
-            )
-        return assistant
-    if division.ranks > 1:
-        return parallel.load_assistant(assistant, division, model.dtype)
-    return load_assistant(assistant, dtype=model.dtype).to(model.device).eval().requires_grad_(False)
-
-
-def _stop_tokens(model: Any) -> frozenset[int]:
-    """The model's own end tokens: of its generation config, which for Gemma names <end_of_turn> too, else of its config."""
-    generation = getattr(model, "generation_config", None)
-    found = getattr(generation, "eos_token_id", None)
-    if found is None:
-        found = model.config.get_text_config().eos_token_id
-    return frozenset(found if isinstance(found, (list, tuple)) else () if found is None else (found,))
 
 
 def _is_several(prompts: Any) -> bool:
