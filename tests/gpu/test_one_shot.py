@@ -57,6 +57,7 @@ def test_it_is_the_op_over_the_sum(ranks: int, op: str, dtype: torch.dtype) -> N
     spaces = spaces_of(ranks, slot_bytes(torch.empty(1, WIDTHS[0], dtype=dtype), sums))
     streams = [torch.cuda.Stream() for _ in spaces]
     # No -0 in the memory: nobody waits, and all kernels are loaded before one may wait for another that is not.
+    torch.cuda._sleep(1)
     for turn in range(15):
         for rank, space in enumerate(spaces):
             space.memory[DATA:].zero_()
