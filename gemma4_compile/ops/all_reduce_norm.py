@@ -252,10 +252,11 @@ def by_nccl(op: str, *arguments: Any) -> Any:
 
 
 def by_one_shot(op: str, *arguments: Any) -> Any:
-    """The way of few tokens: one launch. None for more rows than the memory has, or where all ranks have none in common."""
+    """The way of few tokens: one launch. None for more rows than the memory has, other than 16 and 32 bits, or where
+    all ranks have no memory in common."""
     *rest, group = arguments
     form, x = FORMS[op], rest[0]
-    if x.numel() > MOST_ROWS * x.shape[-1]:
+    if x.numel() > MOST_ROWS * x.shape[-1] or x.element_size() not in (2, 4):
         return None
     space = workspace(group, x.device, slot_bytes(x, form.sums), x.element_size())
     return None if space is None else form.one_shot(space, *rest)
