@@ -13,6 +13,8 @@ import torch  # noqa: E402
 
 # Set before Inductor reads it; the same folder for all xdist workers.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"gemma4_compile_tests_{os.getuid()}"))
+# Kernels of scalar loops, here and in processes started from here: of what compiling one takes, vectorized headers are a third.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
