@@ -13,11 +13,16 @@ import torch  # noqa: E402
 
 # Set before Inductor reads it; the same folder for all xdist workers.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"gemma4_compile_tests_{os.getuid()}"))
+# Kernels of scalar loops, here and in processes started from here: of what compiling one takes, vectorized headers are a third.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 # What takes longest, longest first: of files that are handed out whole (--dist loadfile) none may be left for the end.
-LONGEST = ("test_parallel.py", "inspection/test_inspect.py", "test_optimize.py", "runtime/test_mtp.py", "ops/test_verify.py")
+LONGEST = (
+    "test_optimize.py", "test_parallel.py", "inspection/test_inspect.py", "runtime/test_program.py", "runtime/test_mtp.py",
+    "passes/test_yoco.py", "runtime/test_engine.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,7 +40,8 @@ def graphs(model: Any) -> int:
 def test_generates_the_same_tokens(cache: str, kind: str) -> None:
     """Through Inductor; two lengths, padded, across the end of the sliding window (8). Static keys and values of a dense model
     are those of one with experts."""
-    plain, model = tiny(kind), optimize(tiny(kind))
+    less = {"num_hidden_layers": 2, "layer_types": CONFIGS["dense"]["layer_types"]} if kind == "moe" else {}  # one of each
+    plain, model = tiny(kind, **less), optimize(tiny(kind, **less))
     for tokens in (5, 11):
         ids = prompt(2, tokens)
         options = {"cache_implementation": cache}
@@ -65,7 +66,7 @@ def test_no_graph_for_lengths_steps_or_batches(kind: str) -> None:
 
 def test_static_cache_decodes_in_two_graphs() -> None:
     """Before and behind the end of the window: transformers writes these differently. Plain compilation needs one a step."""
-    plain, model = tiny("moe"), passes_only(tiny("moe"))
+    plain, model = tiny("dense"), passes_only(tiny("dense"))
     ids = prompt(2, 4)
     options = {"cache_implementation": "static", "max_new_tokens": 16, "min_new_tokens": 16}
     assert torch.equal(generate(model, ids, **options), generate(plain, ids, **options))
@@ -73,7 +74,7 @@ def test_static_cache_decodes_in_two_graphs() -> None:
 
 
 def test_sampled_tokens_are_the_same() -> None:
-    plain, model = tiny("e"), passes_only(tiny("e"))
+    plain, model = tiny("dense"), passes_only(tiny("dense"))
     outputs = []
     for candidate in (plain, model):
         torch.manual_seed(7)
@@ -83,7 +84,7 @@ def test_sampled_tokens_are_the_same() -> None:
 
 def test_static_cache_in_chunks() -> None:
     """Chunked prefill on a StaticCache: fills the window at once, then slides; each result as the plain model's."""
-    plain, model = tiny("moe"), passes_only(tiny("moe"))
+    plain, model = tiny("dense"), passes_only(tiny("dense"))
     caches = [StaticCache(config=plain.config, max_cache_len=40) for _ in range(2)]
     for tokens in (prompt(1, 12), prompt(1, 5, seed=2), prompt(1, 1, seed=3)):
         with torch.no_grad():
@@ -121,7 +122,9 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_work_as_before(name: str) -> None:
-    kind = "moe" if name in ("router logits", "embeddings", "named none") else "e"
+    kinds = dict.fromkeys(("router logits", "embeddings", "named none"), "moe")
+    kinds |= dict.fromkeys(("last logits", "chosen logits", "hidden states", "loss", "positions"), "dense")  # the least
+    kind = kinds.get(name, "e")
     plain = tiny(kind)
     if name == "router logits" and "router_logits" not in plain(prompt(1, 2), output_router_logits=True):
         pytest.skip("this transformers returns router logits from the base model only")
@@ -202,7 +205,7 @@ def test_an_unknown_cache_runs_uncompiled_and_says_so() -> None:
 
 def test_a_cache_by_its_older_name() -> None:
     """A release that renamed the argument takes both names, and so does the optimized model, in the same graphs."""
-    plain, model = tiny("e"), passes_only(tiny("e"))
+    plain, model = tiny("dense"), passes_only(tiny("dense"))
     whole, cache = prompt(2, 8), DynamicCache(config=plain.config)
     with torch.no_grad():
         model(whole[:, :5], past_key_values=cache)
@@ -276,11 +279,12 @@ def test_a_model_that_leaves_its_cache_unused_is_an_error(static: bool) -> None:
     assert cache.get_seq_length() == 0
 
 
-def test_no_deprecated_names_of_ours() -> None:
-    """transformers warns of its older names: none of these warnings may come from here."""
+def test_no_warnings_in_ordinary_use_nor_of_older_names() -> None:
+    """transformers warns of its older names: none of these warnings may come from here, nor any other."""
     model = passes_only(tiny("e"))
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", UserWarning)
         for cache in ("dynamic", "static"):
             generate(model, prompt(2, 5), cache_implementation=cache)
 
@@ -329,10 +333,3 @@ def test_training_mode_after_optimize_is_refused() -> None:
 def test_missing_input_is_hugging_faces_own_error() -> None:
     with torch.no_grad(), pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         passes_only(tiny("dense"))()
-
-
-def test_no_warnings_in_ordinary_use() -> None:
-    model = passes_only(tiny("e"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        generate(model, prompt(2, 5))

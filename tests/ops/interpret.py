@@ -8,7 +8,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
-from functools import partial  # noqa: E402
+from functools import cache, partial  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -21,6 +21,8 @@ from gemma4_compile.ops.examples import SMALL, Sizes, example  # noqa: E402
 from tests.ops.kernel_cases import CASES, check_op  # noqa: E402
 
 truncating, product_of_bits = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+patch_language, numpy_of = interpreter._patch_lang, cache(interpreter._get_np_dtype)
+patched: set[int] = set()
 
 
 def _rounding(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
@@ -42,6 +44,21 @@ def _wide(operand: Any) -> Any:
     return type(operand)((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
+def _patch_once(fn: Callable) -> Any:
+    """Triton looks through its whole language at each call of a kernel or a function of one, a third of the time, and takes its
+    changes back behind a kernel. Here they stay."""
+    if id(fn.__globals__) not in patched:  # of a module, which stays
+        patch_language(fn)
+        patched.add(id(fn.__globals__))
+    return interpreter._LangPatchScope()
+
+
+def _numpy_type(dtype: Any) -> np.dtype:
+    """Triton writes down the table of all types at each look into it."""
+    return np.dtype(np.uint64) if isinstance(dtype.scalar, tl.pointer_type) else numpy_of(dtype.scalar)
+
+
+interpreter._patch_lang, interpreter._get_np_dtype = _patch_once, _numpy_type
 interpreter._convert_float = _rounding
 interpreter.InterpreterBuilder.create_dot = _dot
 ODD = Sizes(hidden=37, q_heads=2, kv_heads=1, head_dim=18, intermediate=19, ple=5, layers=2, vocabulary=7, experts=5, top_k=2)

@@ -2,7 +2,9 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,25 +92,48 @@ def at_yoco_boundary(usual: str, at_boundary: str) -> dict[str, int]:
     return {usual: 3, at_boundary: 1} if slices else {usual: 4}
 
 
+@cache
+def _traced(kind: str, dtype: torch.dtype) -> tuple[GraphModule, tuple[Any, ...], Tensor]:
+    """Dynamo's graph of a tiny model, which is the same for all fusions; what it is called with; the plain model's logits."""
+    model, ids = tiny(kind, dtype).requires_grad_(False), prompt(2, 6)
+    calls: list[tuple[GraphModule, tuple[Any, ...]]] = []
+
+    def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append((gm, args))
+            return gm.forward(*args)
+
+        return call
+
+    prepare()
+    with torch.no_grad():
+        torch.compile(own_code(lambda ids: model(ids, use_cache=False).logits), backend=backend, fullgraph=True)(ids)
+        expected = model(ids, use_cache=False).logits
+    ((gm, args),) = calls
+    return gm, args, expected
+
+
+def _alone(kind: str, fusion: str, dtype: torch.dtype = torch.float32) -> tuple[Graph, Record, Tensor, Tensor]:
+    """A tiny model with this fusion only: the graph and the record, its logits and the plain ones."""
+    gm, args, expected = _traced(kind, dtype)
+    graph = deepcopy(gm.graph)
+    record = run(pipeline({fusion}), graph)
+    with torch.no_grad():
+        (logits,) = GraphModule(gm, graph)(*args)
+    return graph, record, logits, expected
+
+
 def forms(kind: str, fusion: str) -> Counter[str]:
     """How often each form of one fusion fires in a tiny model, alone."""
-    model = tiny(kind).requires_grad_(False)
-    done = compile_passes(lambda ids: model(ids, use_cache=False).logits, {fusion})
-    with torch.no_grad():
-        done.call(prompt(2, 6))
-    (record,) = done.records
+    _, record, _, _ = _alone(kind, fusion)
     return Counter(site.rewrite for site in record.matched(fusion))
 
 
 def assert_equal_alone(kind: str, fusion: str, dtype: torch.dtype) -> None:
     """With this fusion only, the CPU references give the very numbers of the plain model."""
-    model = tiny(kind, dtype).requires_grad_(False)
-    ids = prompt(2, 6)
-    done = compile_passes(lambda ids: model(ids, use_cache=False).logits, {fusion})
-    with torch.no_grad():
-        expected, actual = model(ids, use_cache=False).logits, done.call(ids)
-    assert sum(len(record.matched(fusion)) for record in done.records) > 0
-    assert not any("gemma4.rms_norm" in str(n.target) or "gemma4.rope" in str(n.target) for n in done.graphs[0].nodes)
+    graph, record, actual, expected = _alone(kind, fusion, dtype)
+    assert record.matched(fusion)
+    assert not any("gemma4.rms_norm" in str(n.target) or "gemma4.rope" in str(n.target) for n in graph.nodes)
     assert_same(actual, expected)
 
 

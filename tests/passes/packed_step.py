@@ -15,12 +15,15 @@ _REQUESTS = 3  # the most of a step: memory is no dynamic shape
 
 
 class PackedStep:
-    """One model, compiled with the fusions in `enabled` and no code generation; each call is a step over memory of its own."""
+    """One model, compiled with the fusions in `enabled` and no code generation, or run as it is (None).
 
-    def __init__(self, kind: str, enabled: Collection[str], dtype: torch.dtype = torch.float32):
+    Each call is a step over memory of its own."""
+
+    def __init__(self, kind: str, enabled: Collection[str] | None, dtype: torch.dtype = torch.float32):
         self.model = tiny(kind, dtype).requires_grad_(False)
         self.geometry, self.dtype = geometry(self.model.config), dtype
-        self.run: Run = compile_passes(_make_step(self.model, self.geometry), enabled)
+        step = _make_step(self.model, self.geometry)
+        self.run = Run(step, [], []) if enabled is None else compile_passes(step, enabled)
 
     def __call__(self, batch: Sequence[Request]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits, and the keys and values that were written."""

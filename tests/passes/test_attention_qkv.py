@@ -39,7 +39,7 @@ def test_no_site_outside_of_packed_steps() -> None:
 @pytest.mark.parametrize("kind", ["e", "moe"])
 def test_equals_unfused(kind: str, dtype: torch.dtype) -> None:
     """Logits, and what lies in the pages, to the bit."""
-    (fused, pages), (unfused, other) = (PackedStep(kind, enabled, dtype)(BATCH) for enabled in (BOTH, ()))
+    (fused, pages), (unfused, other) = (PackedStep(kind, enabled, dtype)(BATCH) for enabled in (BOTH, None))
     assert_same(fused, unfused)
     assert pages.keys() == other.keys() and pages
     for name, tensor in pages.items():
@@ -50,7 +50,7 @@ def test_equals_unfused(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["e", "moe"])
 def test_dynamic_shape(kind: str) -> None:
     """One graph serves other numbers of tokens, requests and wanted rows."""
-    step, unfused = PackedStep(kind, {*BOTH, "yoco"}), PackedStep(kind, ())
+    step, unfused = PackedStep(kind, {*BOTH, "yoco"}), PackedStep(kind, None)
     for batch in (BATCH, [Request([5] * 9, rows=[1, 2, 8])] * 3, [Request([4, 5])] * 2):
         (logits, pages), (expected, other) = step(batch), unfused(batch)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)  # yoco's products have fewer rows

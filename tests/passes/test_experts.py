@@ -15,6 +15,7 @@ from gemma4_compile import OptimizeConfig
 from gemma4_compile.experts import PREFIX, fused_experts, objection
 from tests.models import DEVICE, prompt, tiny
 from tests.passes.harness import Run, assert_same, compile_passes
+from tests.test_optimize import passes_only
 
 FUSION = "experts"
 
@@ -176,12 +177,12 @@ def test_the_config_says_what_the_user_chose() -> None:
 
 
 def test_report_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = gemma4_compile.optimize(tiny("moe").requires_grad_(False))
+    model = passes_only(tiny("moe").requires_grad_(False))
     plain(model)
     fusion = gemma4_compile.report(model).fusions[FUSION]
     assert (fusion.expected, fusion.matched) == (3, 3)
     gemma4_compile.restore(model)
-    model = gemma4_compile.optimize(model, OptimizeConfig(disable=(FUSION,)))
+    model = passes_only(model, OptimizeConfig(disable=(FUSION,)))
     plain(model)
     assert not gemma4_compile.report(model).fusions[FUSION].enabled
     monkeypatch.setenv("GEMMA4_COMPILE_DISABLE", FUSION)
