@@ -232,12 +232,11 @@ def test_a_full_window_is_rolled() -> None:
 
 
 def test_fusions_that_are_off_promise_nothing() -> None:
-    model = tiny("moe", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
-    found = inspect(model, context=6, config=OptimizeConfig(disable=("route",)), compare="plain")
+    found = inspect(tiny("moe"), context=6, config=OptimizeConfig(disable=("route",)), compare="plain")
     rows = {row.name: row for row in found.passes}
     assert rows["route"].expected is None and rows["geglu"].expected is None
     assert not any(row.unmatched for row in found.passes)
-    assert rows["post_attention_norms"].expected == rows["post_attention_norms"].matched == 2
+    assert rows["post_attention_norms"].expected == rows["post_attention_norms"].matched == 3
     assert "route" not in {row.name for row in found.fusions}
 
 
@@ -338,21 +337,21 @@ def test_models() -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(CONFIGS["dense"]))
+    config.write_text(json.dumps(CONFIGS["moe"]))
     out = tmp_path / "out"
     common = ["inspect", str(config), "--out", str(out), "--device", "cpu", "--context", "6"]
-    assert main([*common, "--layer", "2"]) == 1
+    assert main([*common, "--layer", "3"]) == 1
     err = capsys.readouterr().err
-    assert "the layer must be 0 to 1 for this model, got 2; choose one of them" in err and not out.exists()
+    assert "the layer must be 0 to 2 for this model, got 3; choose one of them" in err and not out.exists()
     assert main([*common, "--layer", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "gemma4-compile, layer 1, full" in printed and "report.html" in printed
+    assert "gemma4-compile, layer 1, full, experts" in printed and "report.html" in printed
     assert main(common) == 1
     assert capsys.readouterr().err.count("\n") == 1
-    assert main([*common, "--force", "--json", "--layer", "0"]) == 0
+    assert main([*common, "--force", "--json", "--layer", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {field.name for field in dataclasses.fields(data.Inspection)} == set(found)
-    assert {kernel["layer"] for kernel in found["ours"]["kernels"]} == {0}
+    assert {kernel["layer"] for kernel in found["ours"]["kernels"]} == {2}
 
 
 @pytest.mark.parametrize("plain", [False, True])
