@@ -28,12 +28,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .library import jit, tl
+from .library import constant, jit, tl
 
 Made = TypeVar("Made")
 MOST_RANKS = 16
 MOST_ROWS = 512
 TURNS = 3
+_LAST_TURN = constant(TURNS - 1)
 _ADDRESSES = 8 * MOST_RANKS  # bytes at the start: where each rank's memory is, as this rank sees it
 DATA: int = _ADDRESSES + 4 * MOST_ROWS  # behind each row's turn: the rows, [TURNS, MOST_ROWS, ranks, slot]
 
@@ -163,7 +164,7 @@ def row_at(addresses_ptr, rank, place, dtype: tl.constexpr):
 
 @jit
 def turn_after(turn):
-    return tl.where(turn == 2, 0, turn + 1)
+    return tl.where(turn == _LAST_TURN, 0, turn + 1)
 
 
 @jit
