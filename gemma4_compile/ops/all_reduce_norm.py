@@ -21,11 +21,11 @@ from torch import Tensor
 
 from .feed_forward_tail import check_experts, check_tail, finish_tail
 from .library import OPS, as_rows, fresh, jit, pinned, register, tl
-from .plans import one_shot_pays, row_plan
+from .plans import one_shot_pays, one_shot_plan
 from .post_attention_norms import check_norms, finish_norms
 from .rms_norm import check_norm
 from .rows import chunk_size, load_row
-from .symmetric import DATA, MOST_ROWS, Workspace, receive, send, sendable, workspace
+from .symmetric import MOST_ROWS, Workspace, receive, send, sendable, workspace
 
 PREFIX = "all_reduce_"
 
@@ -62,8 +62,8 @@ def _part(chunks, FIRST: tl.constexpr, COUNT: tl.constexpr):
 def _one_shot_tail_kernel(
     x_ptr, experts_ptr, residual_ptr, dense_weight_ptr, expert_weight_ptr, weight_ptr, scalar_ptr, next_weight_ptr,
     hidden_ptr, normed_ptr, addresses_ptr, turns_ptr, x_stride, experts_stride, residual_stride, eps,
-    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, DATA: tl.constexpr, MOST_ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """_tail_kernel behind the sum over the ranks; without a residual, the norm alone."""
     row = tl.program_id(0).to(tl.int64)
@@ -75,14 +75,14 @@ def _one_shot_tail_kernel(
     rows = sendable(load_row(x_ptr + row * x_stride, WIDTH, CHUNK))
     if experts_ptr is not None:
         rows = rows + sendable(load_row(experts_ptr + row * experts_stride, WIDTH, CHUNK))
-    send(rows, addresses_ptr, turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS, WIDTH, CHUNK)
+    send(rows, addresses_ptr, turn, row, RANK, RANKS, SLOT, WIDTH, CHUNK)
     if residual_ptr is not None:  # before the wait, which hides it
         residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
     weight = load_row(weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
     dense_weight = load_row(dense_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and dense_weight_ptr is not None else None
     expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and expert_weight_ptr is not None else None
     next_weight = load_row(next_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and next_weight_ptr is not None else None
-    sums = receive(rows, addresses_ptr, turns_ptr, turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS, WIDTH, CHUNK)
+    sums = receive(rows, addresses_ptr, turns_ptr, turn, row, RANK, RANKS, SLOT, WIDTH, CHUNK)
 
     x = _part(sums, 0, CHUNKS)
     if experts_ptr is not None:
@@ -99,8 +99,7 @@ def _one_shot_norms_kernel(
     x_ptr, residual_ptr, weight_ptr, feed_forward_weight_ptr, router_scale_ptr, expert_weight_ptr,
     hidden_ptr, feed_forward_ptr, router_ptr, expert_ptr, addresses_ptr, turns_ptr,
     x_stride, residual_stride, router_root, eps,
-    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, DATA: tl.constexpr, MOST_ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """_post_attention_norms_kernel behind the sum over the ranks."""
     row = tl.program_id(0).to(tl.int64)
@@ -109,10 +108,10 @@ def _one_shot_norms_kernel(
     turn = tl.load(turns_ptr + row)
 
     rows = sendable(load_row(x_ptr + row * x_stride, WIDTH, CHUNK))
-    send(rows, addresses_ptr, turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS, WIDTH, CHUNK)
+    send(rows, addresses_ptr, turn, row, RANK, RANKS, SLOT, WIDTH, CHUNK)
     residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
     weight = load_row(weight_ptr, WIDTH, CHUNK)
-    x = receive(rows, addresses_ptr, turns_ptr, turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS, WIDTH, CHUNK)
+    x = receive(rows, addresses_ptr, turns_ptr, turn, row, RANK, RANKS, SLOT, WIDTH, CHUNK)
     finish_norms(
         x, residual, weight, None, None, None,
         weight_ptr, feed_forward_weight_ptr, router_scale_ptr, expert_weight_ptr,
@@ -136,14 +135,13 @@ def one_shot_tail(
     hidden, normed = fresh(x), None if next_weight is None else fresh(x)
     x_rows, (rows, width) = as_rows(x), as_rows(x).shape
     residual_rows, expert_rows = (None if t is None else as_rows(t) for t in (residual, experts))
-    warps, weights_first = row_plan(rows, width)
+    warps, weights_first = one_shot_plan(rows, width)
     weights = (t if t is None else t.contiguous() for t in (dense_weight, expert_weight, weight))
     _one_shot_tail_kernel[(rows,)](
         x_rows, expert_rows, residual_rows, *weights, layer_scalar,
         next_weight if next_weight is None else next_weight.contiguous(), hidden, normed, space.addresses, space.turns,
         *(0 if t is None else t.stride(0) for t in (x_rows, expert_rows, residual_rows)), eps,
-        space.rank, space.ranks, space.slot, DATA, MOST_ROWS, width, chunk_size(width, warps), weights_first,
-        num_warps=warps,
+        space.rank, space.ranks, space.slot, width, chunk_size(width, warps), weights_first, num_warps=warps,
     )  # fmt: skip
     return hidden, normed
 
@@ -164,12 +162,11 @@ def one_shot_norms(
     outputs = fresh(x), fresh(x), fresh(x), fresh(x)
     x_rows, residual_rows = as_rows(x), as_rows(residual)
     rows, width = x_rows.shape
-    warps, _ = row_plan(rows, width)
+    warps, _ = one_shot_plan(rows, width)
     weights = (t.contiguous() for t in (weight, feed_forward_weight, router_scale, expert_weight))
     _one_shot_norms_kernel[(rows,)](
         x_rows, residual_rows, *weights, *outputs, space.addresses, space.turns, x_rows.stride(0), residual_rows.stride(0),
-        router_root, eps, space.rank, space.ranks, space.slot, DATA, MOST_ROWS, width,
-        chunk_size(width, warps), num_warps=warps,
+        router_root, eps, space.rank, space.ranks, space.slot, width, chunk_size(width, warps), num_warps=warps,
     )  # fmt: skip
     return outputs
 

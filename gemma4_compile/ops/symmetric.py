@@ -34,9 +34,9 @@ Made = TypeVar("Made")
 MOST_RANKS = 16
 MOST_ROWS = 512
 TURNS = 3
-_LAST_TURN = constant(TURNS - 1)
 _ADDRESSES = 8 * MOST_RANKS  # bytes at the start: where each rank's memory is, as this rank sees it
 DATA: int = _ADDRESSES + 4 * MOST_ROWS  # behind each row's turn: the rows, [TURNS, MOST_ROWS, ranks, slot]
+_LAST_TURN, _MOST_ROWS, _DATA = constant(TURNS - 1), constant(MOST_ROWS), constant(DATA)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Workspace:
 
     def clear(self, itemsize: int) -> None:
         """No row has come, and the first turn is next. itemsize: bytes of an element, 2 or 4."""
-        self.memory[:DATA].zero_()
+        self.turns.zero_()
         kind = {2: torch.int16, 4: torch.int32}[itemsize]
         self.memory[DATA:].view(kind).fill_(torch.iinfo(kind).min)  # the bits of -0
 
@@ -148,11 +148,9 @@ def _share(group: str, device: torch.device, slot: int, itemsize: int) -> Worksp
 
 
 @jit
-def place_of(
-    turn, row, rank, RANKS: tl.constexpr, SLOT: tl.constexpr, DATA: tl.constexpr, MOST_ROWS: tl.constexpr
-):  # fmt: skip
+def place_of(turn, row, rank, RANKS: tl.constexpr, SLOT: tl.constexpr):
     """Where a rank's row of a turn lies in the memory of any rank, in bytes."""
-    return DATA + ((turn.to(tl.int64) * MOST_ROWS + row) * RANKS + rank) * SLOT
+    return _DATA + ((turn.to(tl.int64) * _MOST_ROWS + row) * RANKS + rank) * SLOT
 
 
 @jit
@@ -184,13 +182,13 @@ def _minus_zero(SIZE: tl.constexpr, bits: tl.constexpr):
 
 @jit
 def send(
-    rows, addresses_ptr, turn, row, RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, DATA: tl.constexpr,
-    MOST_ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    rows, addresses_ptr, turn, row, RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Sendable rows of WIDTH, one behind the other in `rows`, to all others; and room for theirs in two turns."""
     dtype: tl.constexpr = rows[0].dtype
     CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
-    place = place_of(turn, row, RANK, RANKS, SLOT, DATA, MOST_ROWS)
+    place = place_of(turn, row, RANK, RANKS, SLOT)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             for i in tl.static_range(len(rows)):
@@ -202,7 +200,7 @@ def send(
     read = turn_after(turn_after(turn))
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            old = row_at(addresses_ptr, RANK, place_of(read, row, rank, RANKS, SLOT, DATA, MOST_ROWS), bits)
+            old = row_at(addresses_ptr, RANK, place_of(read, row, rank, RANKS, SLOT), bits)
             for i in tl.static_range((SIZE + CHUNK - 1) // CHUNK):
                 column = i * CHUNK + tl.arange(0, CHUNK)
                 tl.store(old + column, _minus_zero(CHUNK, bits), column < SIZE)
@@ -237,12 +235,15 @@ def _look(
 
 @jit
 def receive(
-    rows, addresses_ptr, turns_ptr, turn, row, RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr, DATA: tl.constexpr,
-    MOST_ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    rows, addresses_ptr, turns_ptr, turn, row, RANK: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The sums over the ranks of the rows that were sent, in the ranks' order, in fp32 and rounded once. Ends the turn."""
-    place = place_of(turn, row, 0, RANKS, SLOT, DATA, MOST_ROWS)
-    sums, missing = _look(rows, addresses_ptr, place, RANK, RANKS, SLOT, WIDTH, CHUNK)
+    place = place_of(turn, row, 0, RANKS, SLOT)
+    if RANKS == 2:  # a first look in front of the loop is faster here; with eight ranks it takes three times as long to compile
+        sums, missing = _look(rows, addresses_ptr, place, RANK, RANKS, SLOT, WIDTH, CHUNK)
+    else:
+        sums, missing = rows, tl.full((), 1, tl.int32)
     while missing > 0:
         sums, missing = _look(rows, addresses_ptr, place, RANK, RANKS, SLOT, WIDTH, CHUNK)
     tl.store(turns_ptr + row, turn_after(turn))

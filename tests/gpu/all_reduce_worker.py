@@ -30,13 +30,15 @@ from torch import Tensor  # noqa: E402
 from gemma4_compile import OptimizeConfig, demo_checkpoint, optimize, report  # noqa: E402
 from gemma4_compile.ops import OPS, Vocabulary, all_reduce_norm, flashinfer_all_reduce  # noqa: E402
 from gemma4_compile.ops.all_reduce_norm import FORMS, by_nccl, by_one_shot, slot_bytes, sum_over_ranks  # noqa: E402
-from gemma4_compile.ops.examples import SMALL, Sizes, example  # noqa: E402
+from gemma4_compile.ops.examples import SMALL  # noqa: E402
 from gemma4_compile.ops.local_sample import local_highest, token_of  # noqa: E402
 from gemma4_compile.ops.logits import logprobs_of  # noqa: E402
 from gemma4_compile.ops.symmetric import forget, workspace  # noqa: E402
 from tests.gpu.times import microseconds  # noqa: E402
 from tests.ops.accuracy import assert_as_accurate  # noqa: E402
+from tests.ops.all_reduce_cases import arguments  # noqa: E402
 from tests.ops.exact import exact  # noqa: E402
+from tests.ops.kernel_cases import outputs  # noqa: E402
 from tests.ops.sample_cases import MIXES, awkward, parameters  # noqa: E402
 
 WIDTHS = (2816, 5376)
@@ -56,19 +58,8 @@ def group() -> str:
     return everyone.group_name
 
 
-def arguments(op: str, sizes: Sizes, tokens: int, dtype: torch.dtype, seed: int) -> list[Any]:
-    """What is summed is the rank's own; everything else is equal on all."""
-    torch.manual_seed(seed)
-    common = list(example(op, sizes, tokens, dtype, "cuda"))
-    torch.manual_seed(7919 * seed + dist.get_rank() + 1)
-    for i in range(FORMS[op].sums):
-        common[i] = torch.randn_like(common[i])
-        common[i][..., 3] = -0.0  # which the one-shot memory holds before a row has come
-    return common
-
-
-def outputs(result: Any) -> Result:
-    return result if isinstance(result, tuple) else (result,)
+def given(op: str, width: int, tokens: int, dtype: torch.dtype, turn: int) -> list[Any]:
+    return arguments(op, replace(SMALL, hidden=width), tokens, dtype, "cuda", turn, dist.get_rank())
 
 
 def gathered(x: Tensor) -> list[Tensor]:
@@ -130,7 +121,7 @@ def form(op: str, *ways: Way) -> None:
     for width in WIDTHS:
         for tokens in TOKENS:
             for dtype in DTYPES:
-                mine = arguments(op, replace(SMALL, hidden=width), tokens, dtype, seed := seed + 1)
+                mine = given(op, width, tokens, dtype, seed := seed + 1)
                 for way in ways:
                     assert_right(op, mine, way(op, mine), f"{way.__name__}, {width} x {tokens} {dtype}", way is not nccl)
 
@@ -145,7 +136,7 @@ def rounds(count: int, way: Way) -> None:
             op = names[turn % len(names)]
             # Rows of two widths that take turns in the same places.
             width, tokens = (2816, 2816, 2808)[turn % 3], (1, 8, 3, 64, 2)[turn % 5]
-            mine = arguments(op, replace(SMALL, hidden=width), tokens, torch.bfloat16, 100 + turn)
+            mine = given(op, width, tokens, torch.bfloat16, 100 + turn)
             if late.random() < 0.3:
                 torch.cuda._sleep(late.randrange(400_000))
             kept.append((op, mine, way(op, mine), f"round {turn}"))
@@ -158,7 +149,7 @@ def captured(count: int, way: Way) -> None:
     late = random.Random(dist.get_rank())
     ops = ("post_attention_norms", "moe_feed_forward_tail_norm", "feed_forward_tail_norm")
     for tokens in (1, 16):
-        static = [arguments(op, replace(SMALL, hidden=2816), tokens, torch.bfloat16, 5) for op in ops]
+        static = [given(op, 2816, tokens, torch.bfloat16, 5) for op in ops]
         for _ in range(2):
             for op, mine in zip(ops, static, strict=True):
                 way(op, mine)
@@ -168,7 +159,7 @@ def captured(count: int, way: Way) -> None:
             results = [way(op, mine) for op, mine in zip(ops, static, strict=True)]
         for replay in range(count // (2 * len(ops)) + 1):
             for op, mine in zip(ops, static, strict=True):
-                for i, fresh in enumerate(arguments(op, replace(SMALL, hidden=2816), tokens, torch.bfloat16, 1000 + replay)):
+                for i, fresh in enumerate(given(op, 2816, tokens, torch.bfloat16, 1000 + replay)):
                     if isinstance(fresh, Tensor):
                         mine[i].copy_(fresh)
             if late.random() < 0.3:
@@ -181,7 +172,7 @@ def captured(count: int, way: Way) -> None:
 
 def captured_without_memory() -> None:
     """A graph that is captured before the memory was made holds NCCL's all-reduce, and says so."""
-    mine = arguments("rms_norm", replace(SMALL, hidden=1160), 3, torch.bfloat16, 3)
+    mine = given("rms_norm", 1160, 3, torch.bfloat16, 3)
     outputs(by_nccl("rms_norm", *mine, group()))  # NCCL's own start is not for a capture either
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -196,7 +187,7 @@ def captured_without_memory() -> None:
 def many_tokens() -> None:
     """Through the op itself, which leaves these to NCCL."""
     for op in ("feed_forward_tail_norm", "moe_feed_forward_tail_norm"):
-        mine = arguments(op, replace(SMALL, hidden=5376), 700, torch.bfloat16, 11)
+        mine = given(op, 5376, 700, torch.bfloat16, 11)
         assert_right(op, mine, outputs(all_reduce_norm(op, *mine, group=group())), op, rounds_once=False)
 
 
@@ -328,6 +319,7 @@ def cases(count: int) -> dict[str, Callable[[], None]]:
         "CUDA graph": partial(captured, count, chosen),
         "CUDA graph without memory": captured_without_memory,
         "many tokens": many_tokens,
+        "flashinfer": partial(by_flashinfer, count),
         "divided vocabulary": divided_vocabulary,
         "divided vocabulary in CUDA graphs": divided_vocabulary_captured,
         "tokens e": partial(tokens_of_one_process, "e", False),

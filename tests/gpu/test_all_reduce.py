@@ -24,6 +24,7 @@ CASES = (
     "CUDA graph",
     "CUDA graph without memory",
     "many tokens",
+    "flashinfer",
     "divided vocabulary",
     "divided vocabulary in CUDA graphs",
     *("tokens e", "tokens e in CUDA graphs", "tokens moe", "tokens moe in CUDA graphs"),

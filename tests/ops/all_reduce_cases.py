@@ -1,0 +1,38 @@
+"""What the one-shot all-reduces are tested with, in processes under the interpreter, on streams of a GPU and between GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma4_compile.ops import OPS
+from gemma4_compile.ops.all_reduce_norm import FORMS
+from gemma4_compile.ops.examples import Sizes, example
+from gemma4_compile.ops.symmetric import Workspace
+from tests.ops.kernel_cases import outputs
+
+
+def arguments(op: str, sizes: Sizes, tokens: int, dtype: torch.dtype, device: str, turn: int, rank: int) -> list[Any]:
+    """A rank's in a turn: what is summed is its own, everything else is equal on all."""
+    torch.manual_seed(turn)
+    found = list(example(op, sizes, tokens, dtype, device))
+    torch.manual_seed(7919 * turn + rank + 1)
+    for i in range(FORMS[op].sums):
+        found[i] = torch.randn_like(found[i])
+        found[i][..., 3] = -0.0  # which the memory holds before a row has come
+    return found
+
+
+def over_the_sums(op: str, parts: Sequence[list[Any]]) -> tuple:
+    """The op's own kernel over the ranks' parts, added in their order in fp32 and rounded once."""
+    sums = FORMS[op].sums
+    totals = [sum(part[i].float() for part in parts).to(parts[0][i].dtype) for i in range(sums)]  # type: ignore[union-attr]
+    return outputs(OPS[op].launch(*totals, *parts[0][sums:]))
+
+
+def join(space: Workspace, memories: Sequence[Tensor]) -> None:
+    """Tell a rank where the memory of each rank is."""
+    space.addresses[: space.ranks].copy_(torch.tensor([memory.data_ptr() for memory in memories]))
