@@ -49,7 +49,7 @@ class DraftLength:
         if self._rounds % _EVERY < _PROBE:
             return self.most
         size = running.bit_length()
-        known = {k: median(self._times[size, k]) for k in range(self.most + 1) if self._times[size, k]}
+        known = {k: median(times) for k in range(self.most + 1) if (times := self._times.get((size, k)))}
         if len(known) <= self.most:  # each is measured once, the long ones first
             return max(k for k in range(self.most + 1) if k not in known)
         return max(known, key=lambda k: self.tokens(k) / known[k])
