@@ -13,13 +13,7 @@ from gemma4_compile import OptimizeConfig, optimize, report, restore
 from gemma4_compile.optimize import state_of
 from gemma4_compile.step_cache import CACHE
 from tests.models import CONFIGS, prompt, tiny
-
-
-def passes_only(model: Any, config: OptimizeConfig | None = None) -> Any:
-    """Optimized, without code generation: the graph after the passes runs as it is."""
-    optimize(model, config)
-    state_of(model).backend.compile = lambda gm, inputs, config_patches: gm.forward
-    return model
+from tests.passes.harness import passes_only
 
 
 def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -26,10 +26,11 @@ from gemma4_compile.parallel import local_parts
 from gemma4_compile.program import Program, compile_step, open_step
 
 from .batch import KINDS, PlainKV, require
-from .cuda_graphs import Buckets, CudaRecorder, Recorder, check_host, fitting
+from .cuda_graphs import Buckets, check_host, fitting
 from .memory import owners
 from .model import program_folder
 from .mtp import Drafted, fill_rows
+from .recorder import CudaRecorder, Recorder
 
 _INPUTS = {"tokens": torch.int64, "hidden": None, "positions": torch.int64, "starts": torch.int32} | {
     f"table.{kind}": torch.int32 for kind in KINDS

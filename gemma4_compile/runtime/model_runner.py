@@ -14,13 +14,14 @@ from gemma4_compile.program import StepResult
 
 from . import invariants, mtp
 from .batch import KINDS, STEP_INPUTS
-from .cuda_graphs import Buckets, CudaRecorder, GraphRunner
+from .cuda_graphs import Buckets, GraphRunner
 from .drafter import Drafter, candidates_of
 from .memory import MemoryReport, PoolSizes, allocate, divide, naive_token_bytes, owners, token_bytes
 from .model import PackedModel
 from .mtp import Drafts
 from .pages import KVPages
 from .ranks import Ranks
+from .recorder import CudaRecorder
 from .row_state import RowState
 from .sampler import Counted, Sampler, named_logprobs
 from .staging import Fetched, Staging

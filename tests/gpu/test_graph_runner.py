@@ -14,8 +14,9 @@ from gemma4_compile import demo_checkpoint, optimize
 from gemma4_compile.demo import DEMO_NAMES, held_out_prompts
 from gemma4_compile.loading import load
 from gemma4_compile.runtime.batch import PlainKV, Request
-from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, CudaRecorder, GraphRunner
+from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner
 from gemma4_compile.runtime.model import PackedModel
+from gemma4_compile.runtime.recorder import CudaRecorder
 
 BUCKETS = Buckets(decode=(1, 2, 4, 8, 16), tokens=(16, 32, 64, 128, 256), rows=(4, 16))
 REQUESTS, CAPACITY, STEPS = 17, 320, 6

@@ -13,7 +13,9 @@ from torch.fx import Graph, GraphModule
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextModel
 
 import gemma4_compile.ops  # noqa: F401
+from gemma4_compile import OptimizeConfig, optimize
 from gemma4_compile.dynamo import own_code
+from gemma4_compile.optimize import state_of
 from gemma4_compile.passes import Record, pipeline, prepare, run
 from tests.models import DEVICE, prompt, tiny
 
@@ -46,6 +48,13 @@ def compile_passes(function: Callable[..., Any], enabled: Collection[str]) -> Ru
         return gm.forward
 
     return Run(torch.compile(own_code(function), backend=backend, fullgraph=True), graphs, records)
+
+
+def passes_only(model: Any, config: OptimizeConfig | None = None) -> Any:
+    """A model optimized without code generation: the graph after the passes runs as it is."""
+    optimize(model, config)
+    state_of(model).backend.compile = lambda gm, inputs, config_patches: gm.forward
+    return model
 
 
 def assert_same(actual: Any, expected: Any) -> None:

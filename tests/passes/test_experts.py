@@ -14,8 +14,7 @@ import gemma4_compile
 from gemma4_compile import OptimizeConfig
 from gemma4_compile.experts import PREFIX, fused_experts, objection
 from tests.models import DEVICE, prompt, tiny
-from tests.passes.harness import Run, assert_same, compile_passes
-from tests.test_optimize import passes_only
+from tests.passes.harness import Run, assert_same, compile_passes, passes_only
 
 FUSION = "experts"
 
