@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,11 +33,15 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
     dtype      of the weights; the checkpoint's own unless given
     text_only  of a multimodal checkpoint, a Gemma4ForCausalLM of its text part: the towers are not read
 
-    Raises ValueError for a folder that is missing, not a Gemma-4 checkpoint or broken, and for an id that gives no checkpoint.
+    Raises ValueError for a folder that is missing, not a Gemma-4 checkpoint or broken, for an id that gives no checkpoint, and
+    for weights that do not fit into the GPU.
     """
     folder, model_type = checkpoint(folder)
     model = read(folder, dtype, text_only and model_type == "gemma4")
-    return model.eval().to(device), tokenizer_of(folder)
+    try:
+        return model.eval().to(device), tokenizer_of(folder)
+    except torch.OutOfMemoryError as error:
+        raise _no_room(error) from error
 
 
 def checkpoint(folder: str | Path) -> tuple[Path, str]:
@@ -94,15 +99,32 @@ def read(folder: Path, dtype: torch.dtype | None, text_only: bool, **options: An
 
     options   of from_pretrained
 
-    Raises ValueError for whatever goes wrong: it is the fault of the weights."""
+    Raises ValueError for weights that cannot be read or do not fit into memory, ConnectionError where the ranks do not find
+    each other."""
     options["local_files_only"] = True
     try:
         if text_only:
             return text_of_multimodal(folder, dtype, **options)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
+    except torch.OutOfMemoryError as error:
+        raise _no_room(error) from error
     except Exception as error:  # safetensors, JSON and OS errors alike: the user needs the file, not the traceback
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error.__cause__, dist.DistError):  # transformers makes the process group
+            raise ConnectionError(
+                f"the ranks must find each other, got {_reason(error.__cause__)!r}; see that all run, and reach MASTER_ADDR"
+            ) from error
+        reason = _reason(error)
         raise ValueError(f"the weights must be readable, got {reason!r} in {folder}; download the checkpoint again") from error
+
+
+def _no_room(error: torch.OutOfMemoryError) -> ValueError:
+    """What to say of weights that are larger than the GPU."""
+    return ValueError(f"the weights must fit into the GPU's memory, got {_reason(error)!r}; free some, or take more GPUs")
+
+
+def _reason(error: BaseException) -> str:
+    """One line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 @contextmanager
@@ -135,9 +157,9 @@ def _from_hub(name: str) -> str:
     try:
         return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
     except Exception as error:  # of the network, of the hub's answer and of the disk, in many classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = f"no such folder, and {_reason(error)}"
         raise ValueError(
-            f"a checkpoint must be a folder or an id on the hub, got {name!r}: no such folder, and {reason}; check the name"
+            f"a checkpoint must be a folder or an id on the hub, got {name!r}: {reason}; check the name"
         ) from error
 
 

@@ -7,6 +7,7 @@ can read. Here such projections are loaded whole, and each rank keeps the head t
 """
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,9 +53,12 @@ def load(
     device   None or what transformers takes: "cuda", a GPU a rank, where there is one, else "cpu"
 
     Raises ValueError for a checkpoint that is missing, broken or no Gemma-4, where the heads cannot be divided between the
-    ranks, and for another device; ImportError without accelerate."""
+    ranks, for ranks without torchrun, and for another device; ImportError without accelerate; ConnectionError where the ranks
+    do not find each other."""
     from transformers.distributed import DistributedConfig
 
+    if ranks not in (None, 1) and "RANK" not in os.environ and not dist.is_initialized():
+        raise ValueError(f"ranks={ranks} must be so many processes, got this one alone; use torchrun --nproc-per-node {ranks}")
     there = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in (None, there):
         raise ValueError(f"the ranks' device must be {there} here, got {device}; leave it out, or hide GPUs from the ranks")

@@ -3,8 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma4ForCausalLM
 
 from gemma4_compile import demo_checkpoint
 from gemma4_compile.loading import load, random_model
@@ -43,6 +46,19 @@ def test_broken_folders(tmp_path: Path, damage: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody should download weights again because they are larger than the GPU."""
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+    for model, name in ((AutoModelForCausalLM, "from_pretrained"), (Gemma4ForCausalLM, "to")):
+        with monkeypatch.context() as patch:
+            patch.setattr(model, name, full)
+            with pytest.raises(ValueError, match="must fit into the GPU's memory, got 'CUDA out of memory.* 2 GiB'; free"):
+                load(demo_checkpoint("e") / "target")
 
 
 def test_broken_config(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, LlamaConfig
 
 from gemma4_compile import SamplingParams, demo_checkpoint
@@ -187,6 +188,25 @@ def test_another_device_is_refused() -> None:
     other = "cpu" if torch.cuda.is_available() else "cuda"
     with pytest.raises(ValueError, match=f"the ranks' device must be .* here, got {other}"):
         load(demo_checkpoint("e") / "target", device=other)
+
+
+def test_ranks_without_torchrun() -> None:
+    with pytest.raises(ValueError, match="must be so many processes, got this one alone; use torchrun --nproc-per-node 2"):
+        load(demo_checkpoint("e") / "target", ranks=2)
+
+
+def test_ranks_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fault of the weights."""
+    launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+
+    def refused(**options: Any) -> None:
+        raise dist.DistNetworkError("The client socket has failed to connect")
+
+    monkeypatch.setattr(dist, "init_process_group", refused)
+    with pytest.raises(ConnectionError, match="must find each other, got 'The client socket has failed to connect'"):
+        load(demo_checkpoint("e") / "target")
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
