@@ -15,6 +15,9 @@ import torch  # noqa: E402
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"gemma4_compile_tests_{os.getuid()}"))
 # Kernels of scalar loops, here and in processes started from here: of what compiling one takes, vectorized headers are a third.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+# What an operation makes of shapes is computed each time, in processes started from here too: for small models whose sizes are
+# symbols, PyTorch's cache of it takes longer, some 30% of a trace and of Inductor's work. Read when Dynamo is imported.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

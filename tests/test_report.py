@@ -1,7 +1,5 @@
-"""report: true counts, true reasons, on a warm cache too."""
+"""report: true counts, true reasons. On a warm cache too: see runtime/test_program.py."""
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -30,19 +28,20 @@ SMALL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", TEXT_CONFIGS)
 def test_every_site_of_the_released_models(name: str, dtype: torch.dtype) -> None:
-    """Prefill and decode, lengths that change, batches of 1 and 4; all fusions on."""
+    """Prefill and decode, lengths that change, a batch of 4, and of 1 in the dtype of the releases; all fusions on."""
     layers = 4 if TEXT_CONFIGS[name].get("num_kv_shared_layers") else 2
     model = random_model(name, layers=layers, dtype=dtype, vocab_size=64, **SMALL[name])
     if model.config.enable_moe_block:
         model.set_experts_implementation("grouped_mm")
     passes_only(model, ALL)
-    for batch in (1, 4):
+    batches = (1, 4) if dtype == torch.bfloat16 else (4,)
+    for batch in batches:
         for tokens in (5, 7):
             generate(model, prompt(batch, tokens) % 60 + 3, max_new_tokens=3, min_new_tokens=3)
     result = report(model)
     for fusion in result.fusions.values():
         assert fusion.matched == fusion.expected, str(result)
-    assert result.graphs_compiled == 4
+    assert result.graphs_compiled == 2 * len(batches)
     assert result.fusions["qkv_norm_rope"].expected == layers
     assert result.fusions["route"].expected == (layers if model.config.enable_moe_block else 0)
 
@@ -91,26 +90,3 @@ def test_a_pattern_broken_on_purpose_is_a_reason(monkeypatch: pytest.MonkeyPatch
     fusion = report(model).fusions["post_attention_norms"]
     assert fusion.matched == 0 and len(fusion.unmatched) == 2
     assert "expected rms_norm" in fusion.unmatched[0].reason
-
-
-_SCRIPT = """
-import torch
-from torch._dynamo.utils import counters
-from gemma4_compile import optimize, report
-from tests.models import prompt, tiny
-model = optimize(tiny("dense"))
-with torch.no_grad():
-    model(prompt(2, 5))
-result = report(model)
-assert all(f.matched == f.expected for f in result.fusions.values() if f.enabled), result
-print(counters["aot_autograd"]["autograd_cache_hit"])
-"""
-
-
-def test_true_on_a_warm_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    hits = [
-        subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True).stdout.strip()
-        for _ in range(2)
-    ]
-    assert hits == ["0", "1"]

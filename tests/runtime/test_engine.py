@@ -12,14 +12,16 @@ import pytest
 import torch
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig
 
-from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams
+from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams, report
 from gemma4_compile.demo import DEMO_NAMES
 from gemma4_compile.geometry import geometry
+from gemma4_compile.optimize import state_of
 from gemma4_compile.runtime import invariants
 from gemma4_compile.runtime.cuda_graphs import Buckets, GraphRunner
 from gemma4_compile.runtime.memory import divide, naive_token_bytes, owners, token_bytes
 from gemma4_compile.runtime.outputs import Chunk
 from tests.models import CONFIGS, tiny
+from tests.passes.harness import passes_only
 from tests.runtime.demo_models import Demo, demo
 from tests.runtime.host_recorder import HostRecorder
 from tests.runtime.soak import soak
@@ -385,11 +387,8 @@ def test_the_split_follows_the_expected_lengths() -> None:
 
 def test_an_optimized_model_stays_as_it_was() -> None:
     """Its own config, and its own calls beside the engine."""
-    from gemma4_compile import optimize, report
-    from gemma4_compile.optimize import state_of
-
     config = OptimizeConfig(max_graphs=7)
-    model = optimize(tiny("e").requires_grad_(False), config)
+    model = passes_only(tiny("e").requires_grad_(False), config)
     engine = Engine(model, SMALL)
     assert engine.model is model and state_of(model).backend.config == config and report(model).packed_steps == 1
     ids = torch.tensor([list(range(3, 12))])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from gemma4_compile import OptimizeConfig, optimize, program, report
 from gemma4_compile.backend import Backend
+from gemma4_compile.checkpoints import TEXT_CONFIGS
 from gemma4_compile.geometry import geometry
 from gemma4_compile.loading import random_model
 from gemma4_compile.program import Program, compile_program, fingerprint, load
@@ -22,36 +24,51 @@ from gemma4_compile.runtime.model import PackedModel
 from tests.models import tiny
 from tests.runtime.served import memory, packed
 
-# Widths are made small, for memory and time of CI: number and kinds of the layers are the released ones.
+# Widths are made small, for memory and time of CI: kinds of the layers and their order are the released ones. Of two models
+# that share KV, one has its full depth, and of two that do not. In the others each kind of layer follows whatever it can.
 NARROW: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
-RELEASED: dict[str, tuple[int, int, dict[str, Any]]] = {  # pieces, unique ones
-    "E2B": (36, 9, {"vocab_size_per_layer_input": 64}),
-    "E4B": (43, 9, {"vocab_size_per_layer_input": 64}),
-    "26B-A4B": (31, 5, {"num_experts": 16, "moe_intermediate_size": 64}),
-    "31B": (61, 5, {"num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 2}),
+RELEASED: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # pieces, unique ones, layers that share KV
+    "E2B": (36, 9, 20, {"vocab_size_per_layer_input": 64}),
+    "E4B": (13, 9, 6, {"vocab_size_per_layer_input": 64}),
+    "26B-A4B": (31, 5, 0, {"num_experts": 16, "moe_intermediate_size": 64}),
+    "31B": (7, 5, 0, {"num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 2}),
 }
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_unique_pieces_of_the_released_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At full depth: a piece more than layers, and as few unique ones as the kinds of layers and their order allow."""
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No piece is compiled, and so no program saved."""
     monkeypatch.setattr(program, "_compile_piece", lambda piece, backend: None)
-    pieces, unique, narrow = RELEASED[name]
-    model = random_model(name, **NARROW, **narrow).requires_grad_(False)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        yield
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_unique_pieces_of_the_released_models(name: str, traced_only: None) -> None:
+    """A piece more than layers, and as few unique ones as the kinds of layers and their order allow."""
+    pieces, unique, shared, narrow = RELEASED[name]
+    kinds = TEXT_CONFIGS[name]["layer_types"]
+    if pieces <= len(kinds):
+        kinds = ["sliding_attention", "sliding_attention", "full_attention"] * (pieces // 3)
+    layers: dict[str, Any] = {"num_hidden_layers": len(kinds), "layer_types": kinds, "num_kv_shared_layers": shared}
+    model = random_model(name, **NARROW, **narrow, **layers).requires_grad_(False)
     if model.config.enable_moe_block:
         model.set_experts_implementation("grouped_mm")
     config = OptimizeConfig()
-    made = compile_program(model, Backend(config, config.enabled()), geometry(model.config))
+    # At this depth PyTorch's cache pays, which conftest.py switches off.
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=True):
+        made = compile_program(model, Backend(config, config.enabled()), geometry(model.config))
     assert (made.plan.pieces, made.plan.unique_pieces) == (pieces, unique)
     ops = Counter(call.op for call in made.plan.calls if not call.piece)
     owners = sum(not layer.shares_kv for layer in geometry(model.config).layers)
-    assert ops == Counter(attention_qkv=owners, attention=pieces - 1 - owners)
+    assert owners == pieces - 1 - shared
+    assert ops == Counter(attention_qkv=owners, attention=shared)
     assert not any(call.host for call in made.plan.calls)
     assert len(made.plan.record.matched("experts")) == (30 if model.config.enable_moe_block else 0)
     assert made.plan.model == fingerprint(model), "the switches of the trace are no choice of the user's"
 
 
-def test_equal_layers_share_their_piece() -> None:
+def test_equal_layers_share_their_piece(traced_only: None) -> None:
     """Sliding layers of the tiny model in a row: the second boundary repeats the first."""
     kinds = ["sliding_attention"] * 4 + ["full_attention"]
     model = PackedModel(optimize(tiny("dense", num_hidden_layers=5, layer_types=kinds).requires_grad_(False)))
@@ -64,9 +81,8 @@ def test_equal_layers_share_their_piece() -> None:
 
 
 @pytest.mark.parametrize("where", ["config", "environment"])
-def test_without_attention_qkv(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_attention_qkv(where: str, traced_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms in the pieces, and every layer calls attention."""
-    monkeypatch.setattr(program, "_compile_piece", lambda piece, backend: None)
     monkeypatch.setenv("GEMMA4_COMPILE_DISABLE", "attention_qkv" if where == "environment" else "")
     config = OptimizeConfig(disable=("attention_qkv",) if where == "config" else ())
     model = tiny("e").requires_grad_(False)
@@ -75,8 +91,8 @@ def test_without_attention_qkv(where: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert (made.plan.pieces, made.plan.unique_pieces) == (5, 5)
 
 
-def test_report() -> None:
-    model = optimize(tiny("e", seed=3).requires_grad_(False))
+def test_report(traced_only: None) -> None:
+    model = optimize(tiny("e").requires_grad_(False))
     assert report(model).fusions["attention_qkv"].expected == 0, "no packed step yet"
     PackedModel(model)
     found = report(model)
@@ -87,13 +103,14 @@ def test_report() -> None:
     assert "1 packed steps" in str(found) and "5 pieces in all, 5 unique" in str(found)
 
 
+# First a packed step, then a call of another model through torch.compile.
 _SCRIPT = """
 import json, sys, torch
 from torch._dynamo.utils import counters
 from gemma4_compile import optimize, report
 from gemma4_compile.runtime.batch import PlainKV, Request
 from gemma4_compile.runtime.model import PackedModel
-from tests.models import tiny
+from tests.models import prompt, tiny
 model = optimize(tiny(sys.argv[1]).requires_grad_(False))
 counters.clear()  # of the patterns, which are traced from Hugging Face's modules
 step = PackedModel(model)
@@ -104,30 +121,43 @@ for _ in range(6):
     requests = [Request([t], r.seen + len(r.tokens)) for t, r in zip(tokens, requests)]
     texts = [text + [token] for text, token in zip(texts, tokens)]
 found = report(model)
-print(json.dumps({
+packed = {
     "texts": texts, "compiled": step.program.compiled, "traced": counters["stats"]["unique_graphs"],
     "misses": counters["inductor"]["fxgraph_cache_miss"],
     "graphs": found.graphs_compiled, "loaded": found.loaded,
     "matched": {name: [f.matched, f.expected] for name, f in found.fusions.items() if f.enabled},
-}))
+}
+counters.clear()
+model = optimize(tiny("dense"))
+with torch.no_grad():
+    model(prompt(2, 5))
+fusions = report(model).fusions.values()
+assert all(f.matched == f.expected for f in fusions if f.enabled), fusions
+print(json.dumps([packed, counters["aot_autograd"]["autograd_cache_hit"]]))
 """
 
 
-def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def in_turn(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What _SCRIPT prints in a process, and in another after it, which finds the caches warm."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    command = [sys.executable, "-c", _SCRIPT, "e"]
+    runs = (subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for _ in range(2))
+    return [json.loads(done.stdout.splitlines()[-1]) for done in runs]
+
+
+def test_a_second_process_compiles_nothing(in_turn: list[Any]) -> None:
     """The same tokens and the same report, without a trace, a graph or a piece compiled."""
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    first, second = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", _SCRIPT, "e"], capture_output=True, text=True, check=True, env=environment
-            ).stdout.splitlines()[-1]
-        )
-        for _ in range(2)
-    )
+    (first, _), (second, _) = in_turn
     assert first["compiled"] == first["misses"] > 0 and first["graphs"] == 1 and first["traced"] > 0
     assert (second["compiled"], second["misses"], second["graphs"], second["traced"]) == (0, 0, 0, 0)
     assert second["loaded"] == 1
     assert second["texts"] == first["texts"] and second["matched"] == first["matched"]
+
+
+def test_the_report_is_true_on_a_warm_cache(in_turn: list[Any]) -> None:
+    """Each process has asserted that its report is; the second found its graph in the cache."""
+    assert [hits for _, hits in in_turn] == [0, 1]
 
 
 @pytest.fixture
@@ -135,6 +165,20 @@ def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "program"
     packed("dense").program.save(folder)
     return folder
+
+
+@pytest.fixture
+def compiled_before(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
+    """Whatever is compiled, it is the program of the tiny dense model, which exists. How often, in the end."""
+    calls: list[Program] = []
+
+    def compile_program(*arguments: Any) -> Program:
+        calls.append(packed("dense").program)
+        return calls[-1]
+
+    packed("dense")
+    monkeypatch.setattr(program, "compile_program", compile_program)
+    return calls
 
 
 def test_save_and_load(saved: Path) -> None:
@@ -173,36 +217,29 @@ def rename_weight(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [break_piece, lose_piece, break_json, age, rename_weight])
-def test_broken_files_are_compiled_anew(harm: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_files_are_compiled_anew(harm: Any, saved: Path, compiled_before: list[Program]) -> None:
     harm(saved)
     model = tiny("dense").requires_grad_(False)
     with pytest.raises(ValueError, match="a saved program must be whole and of this model, got .*; delete it"):
         load(saved, model)
-    calls: list[Program] = []
-
-    def recompiled(*arguments: Any) -> Program:
-        calls.append(packed("dense").program)
-        return calls[-1]
-
-    monkeypatch.setattr(program, "compile_program", recompiled)
     config = OptimizeConfig()
     with pytest.warns(UserWarning, match="compiles anew"):
         program.open_program(model, Backend(config, config.enabled()), geometry(model.config), saved)
-    assert len(calls) == 1
+    assert len(compiled_before) == 1
     assert load(saved, model).compiled == 0, "whole again"
 
 
-def test_other_models_have_other_files(tmp_path: Path) -> None:
+def test_other_models_have_other_files(tmp_path: Path, compiled_before: list[Program]) -> None:
     """The folder's name changes with whatever the code depends on, and with nothing else."""
     config = OptimizeConfig(cache_dir=str(tmp_path))
     for options in ({}, {"seed": 4}, {"rms_norm_eps": 1e-5}, {"dtype": torch.bfloat16}):
         PackedModel(optimize(tiny("dense", **options).requires_grad_(False), config))
     PackedModel(optimize(tiny("dense").requires_grad_(False), OptimizeConfig(cache_dir=str(tmp_path), disable=("ple_tail",))))
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == len(compiled_before) == 4
     hooked = tiny("dense").requires_grad_(False)
     hooked.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 2)
     PackedModel(optimize(hooked, config))  # a hook is part of the graph, and of no name: neither saved nor loaded
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 4 and len(compiled_before) == 5
 
 
 @pytest.mark.parametrize(
@@ -234,7 +271,7 @@ def test_limits() -> None:
         program(inputs)
 
 
-def test_files_that_cannot_be_written_are_a_warning(tmp_path: Path) -> None:
+def test_files_that_cannot_be_written_are_a_warning(tmp_path: Path, compiled_before: list[Program]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="could not save the compiled program"):
         PackedModel(optimize(tiny("dense").requires_grad_(False), OptimizeConfig(cache_dir=str(tmp_path / "file"))))
