@@ -23,8 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # What takes longest, longest first: of files that are handed out whole (--dist loadfile) none may be left for the end.
 LONGEST = (
-    "test_optimize.py", "test_parallel.py", "inspection/test_inspect.py", "test_report.py", "runtime/test_program.py",
-    "runtime/test_mtp.py", "test_demo_models.py", "passes/test_yoco.py", "runtime/test_engine.py",
+    "test_optimize.py", "inspection/test_inspect.py", "test_parallel.py", "runtime/test_engine.py", "runtime/test_program.py",
+    "runtime/test_mtp.py", "test_demo_models.py", "passes/test_yoco.py", "test_report.py",
 )  # fmt: skip
 
 
