@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -64,6 +64,10 @@ class Workspace:
     @property
     def turns(self) -> Tensor:
         return self.memory[_ADDRESSES:DATA].view(torch.int32)
+
+    def join(self, addresses: Sequence[int]) -> None:
+        """addresses: of each rank's memory, as this rank sees it."""
+        self.addresses[: self.ranks].copy_(torch.tensor(addresses))
 
     def clear(self, itemsize: int) -> None:
         """No row has come, and the first turn is next. itemsize: bytes of an element, 2 or 4."""
@@ -142,7 +146,7 @@ def _share(group: str, device: torch.device, slot: int, itemsize: int) -> Worksp
     addresses = list(handle.buffer_ptrs)
     space = Workspace(memory, handle.rank, len(addresses), slot)
     space.clear(itemsize)
-    space.addresses[: space.ranks].copy_(torch.tensor(addresses))
+    space.join(addresses)
     torch.cuda.synchronize(device)  # all ranks meet behind this, before any writes
     return space
 

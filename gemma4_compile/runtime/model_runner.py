@@ -225,9 +225,8 @@ class ModelRunner:
                 tokens //= 2
         if fitting < config.max_batched_tokens:
             # Half of what fits, as the pools want memory too.
-            remedy = f"lower max_batched_tokens to {fitting // 2}" if fitting else "free memory or take a larger GPU"
-            if self.ranks.several:
-                remedy = "lower it, free memory or take more GPUs"
+            unknown = "lower it, free memory or take more GPUs" if self.ranks.several else "free memory or take a larger GPU"
+            remedy = f"lower max_batched_tokens to {fitting // 2}" if fitting else unknown
             raise ValueError(
                 f"a step of max_batched_tokens={config.max_batched_tokens} must fit into the GPU's memory beside the weights, "
                 f"got out of memory; {remedy}"

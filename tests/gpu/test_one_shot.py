@@ -16,7 +16,7 @@ import torch
 from gemma4_compile.ops.all_reduce_norm import FORMS, slot_bytes
 from gemma4_compile.ops.examples import SMALL
 from gemma4_compile.ops.symmetric import DATA, Workspace
-from tests.ops.all_reduce_cases import arguments, join, over_the_sums
+from tests.ops.all_reduce_cases import arguments, over_the_sums
 from tests.ops.kernel_cases import outputs
 
 ROUNDS, BATCH = 1000, 50
@@ -47,7 +47,7 @@ def test_it_is_the_op_over_the_sum(ranks: int, op: str, dtype: torch.dtype) -> N
     # No -0 in the memory: nobody waits, and all kernels are loaded before one may wait for another that is not.
     torch.cuda._sleep(1)
     for space in spaces:
-        join(space, memories)
+        space.join([memory.data_ptr() for memory in memories])
     for turn in range(15):
         for rank, space in enumerate(spaces):
             space.memory[DATA:].zero_()

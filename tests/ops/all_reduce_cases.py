@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gemma4_compile.ops import OPS
 from gemma4_compile.ops.all_reduce_norm import FORMS
 from gemma4_compile.ops.examples import Sizes, example
-from gemma4_compile.ops.symmetric import Workspace
 from tests.ops.kernel_cases import outputs
 
 
@@ -31,8 +29,3 @@ def over_the_sums(op: str, parts: Sequence[list[Any]]) -> tuple:
     sums = FORMS[op].sums
     totals = [sum(part[i].float() for part in parts).to(parts[0][i].dtype) for i in range(sums)]  # type: ignore[union-attr]
     return outputs(OPS[op].launch(*totals, *parts[0][sums:]))
-
-
-def join(space: Workspace, memories: Sequence[Tensor]) -> None:
-    """Tell a rank where the memory of each rank is."""
-    space.addresses[: space.ranks].copy_(torch.tensor([memory.data_ptr() for memory in memories]))

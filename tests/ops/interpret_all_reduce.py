@@ -21,7 +21,7 @@ from torch import Tensor
 from gemma4_compile.ops.all_reduce_norm import FORMS, slot_bytes
 from gemma4_compile.ops.examples import SMALL
 from gemma4_compile.ops.symmetric import Workspace
-from tests.ops.all_reduce_cases import arguments, join, over_the_sums
+from tests.ops.all_reduce_cases import arguments, over_the_sums
 from tests.ops.kernel_cases import outputs
 
 RANKS = {op: 2 + i % 2 for i, op in enumerate(FORMS)}  # the kernel of two ranks looks first, that of more in its loop
@@ -59,7 +59,7 @@ def rounds(rank: int, memories: Memories) -> None:
     random.seed(rank)
     spaces = {key: Workspace(shared[rank], rank, *key[:2]) for key, shared in memories.items() if rank < key[0]}
     for key, space in spaces.items():
-        join(space, memories[key])
+        space.join([memory.data_ptr() for memory in memories[key]])
     for op, ranks in RANKS.items():
         if rank >= ranks:
             continue
@@ -85,7 +85,7 @@ def rounds(rank: int, memories: Memories) -> None:
 
 def main() -> None:
     memories: Memories = {}
-    for ranks in (2, 3):
+    for ranks in set(RANKS.values()):
         for dtype in (torch.bfloat16, torch.float32):
             for sums in (1, 2):
                 slot = slot_bytes(torch.empty(1, SMALL.hidden, dtype=dtype), sums)
@@ -93,7 +93,7 @@ def main() -> None:
                 for rank, memory in enumerate(shared):
                     Workspace(memory, rank, ranks, slot).clear(dtype.itemsize)
                 memories[ranks, slot, dtype.itemsize] = shared
-    multiprocessing.spawn(rounds, args=(memories,), nprocs=3)
+    multiprocessing.spawn(rounds, args=(memories,), nprocs=max(RANKS.values()))
 
 
 if __name__ == "__main__":
