@@ -10,6 +10,12 @@ from torch import Tensor
 _COUNT = itertools.count()
 
 
+def first_line(error: BaseException) -> str:
+    """An error in one line, by its type: what Dynamo and Inductor raise is pages long."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {text[:200]}"
+
+
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a code object of its own.
 

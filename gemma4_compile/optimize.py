@@ -4,35 +4,36 @@ The model is not edited: a compiled callable is put where nn.Module.compile() pu
 """
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gemma4 import modeling_gemma4 as hf
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from . import ops  # noqa: F401  (registers the ops)
 from .backend import Backend
 from .config import OptimizeConfig
-from .dynamo import dense, own_code
+from .dynamo import dense, first_line, own_code
 from .experts import fused_experts
 from .geometry import Geometry, geometry
-from .parallel import check_kv_heads, division_of
+from .hf.cache_views import release_cache
+from .hf.kv_memory import Unfit
+from .hf.masks import masks
+from .hf.route import PACKED, UNCOMPILED, WHOLE, MultimodalCalls, PackedRoute, Ways
+from .parallel import check_kv_heads, division_of, local_parts
 from .passes import prepare
-from .program import Program
+from .program import Program, fingerprint, open_program, program_folder, weights_of
 from .progress import compiling
 from .step_cache import CACHE, GROW, Step, StepCache, UnsupportedCache, commit, plan, take_cache
 
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
-_MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Module:
@@ -42,8 +43,9 @@ def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Modul
               in eval mode, fp32, fp16 or bf16
     config    OptimizeConfig; the default enables each fusion that was measured to pay
 
-    Compilation happens at the first calls: one graph for prefill, one for decode, for any length. Optimizing twice is
-    harmless, with another config it starts anew. Gradients are refused when the model is called, not here: parameters as
+    Compilation happens at the first call: one packed step for prompts and decode, of any length and batch, which a second process
+    loads. A call that does not fit one runs as a graph of the whole model, one that this cannot trace runs uncompiled; `report`
+    says which and why. Optimizing twice is harmless, with another config it starts anew. Gradients are refused when the model is called, not here: parameters as
     from_pretrained leaves them are fine under torch.no_grad() or inference_mode().
 
     Raises TypeError for another model, ValueError for training mode, experts that cannot be traced, or a device other than
@@ -125,8 +127,11 @@ class CompiledModel:
         self.division = division_of(module)
         self.geometry: Geometry = geometry(module.config, self.division.ranks)
         self.signature = inspect.signature(module.forward)
-        self.eager_reason = ""  # why the last call was not compiled
-        self.programs: list[Program] = []  # packed steps, see runtime/model.py
+        self.ways = Ways()
+        self.why_whole = ""  # why the call at hand is no packed step
+        self.programs: list[Program] = []  # packed steps, of calls and of PackedModel
+        self._route: PackedRoute | None = None
+        self._broken = ""  # why graphs of the whole model do not compile
         self._step = torch.compile(own_code(_make_step(module)), backend=backend, fullgraph=True, dynamic=None)
         self._module_ref: Any = module
         self._outer: nn.Module | None = None
@@ -143,6 +148,14 @@ class CompiledModel:
                 self._layer_types.append((part, kinds))
                 part.unique_layer_types = dict.fromkeys(sorted(kinds))
         self._outer = outer
+        if not self.backend.config.packed:
+            self.why_whole = "OptimizeConfig(packed=False)"
+        elif isinstance(outer, hf.Gemma4ForCausalLM):
+            self._route = PackedRoute(self, outer)
+        elif isinstance(outer, hf.Gemma4ForConditionalGeneration):
+            outer._compiled_call_impl = MultimodalCalls(outer, self, PackedRoute(self, outer))  # type: ignore[assignment]
+        else:
+            self.why_whole = "a model without a head"
         generation = getattr(outer, "generation_config", None)
         if generation is not None:
             self._disable_compile = generation.disable_compile
@@ -154,6 +167,8 @@ class CompiledModel:
             part.unique_layer_types = kinds
         # The class has the default. A copy or an unpickled model has lost ours already.
         self._module_ref.__dict__.pop("_compiled_call_impl", None)
+        if self._outer is not None:
+            self._outer.__dict__.pop("_compiled_call_impl", None)
         generation = getattr(self._outer, "generation_config", None)
         if generation is not None:
             generation.disable_compile = self._disable_compile
@@ -165,29 +180,55 @@ class CompiledModel:
         bound = self.signature.bind(*args, **kwargs)
         inputs = dict(bound.arguments)
         inputs |= inputs.pop("kwargs", {})
-        self._check_call(module)
+        self.check_call(module)
         tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
         if not isinstance(tokens, Tensor):  # Hugging Face says what is wrong
             return module._call_impl(*args, **kwargs)
-        if self._asked(inputs, "output_attentions") and module.config._attn_implementation == "sdpa":
-            self._warn_eager("SDPA gives no attentions; call model.set_attn_implementation('eager') to get them")
-            return module._call_impl(*args, **kwargs)
+        cache = None
         try:
             cache = take_cache(inputs, self.signature.parameters)
             use_cache = inputs.get("use_cache")
             if cache is None and (module.config.use_cache if use_cache is None else use_cache):
                 cache = DynamicCache(config=module.config)
+            if self._route is not None:
+                try:
+                    output = self._route(inputs, cache)
+                    self.ways.note(PACKED)
+                    return output if self._returns_dict(inputs) else output.to_tuple()
+                except Unfit as reason:
+                    self.why_whole = str(reason)
+            release_cache(cache)
+            if self._asked(inputs, "output_attentions") and module.config._attn_implementation == "sdpa":
+                raise _Uncompiled("SDPA gives no attentions; call model.set_attn_implementation('eager') to get them")
+            if self._broken:
+                raise _Uncompiled(self._broken)
             steps = self._plan(cache, tokens)
-        except UnsupportedCache as error:
-            self._warn_eager(f"it does not know {error}")
+        except (UnsupportedCache, _Uncompiled) as error:
+            unknown = "it does not know " if isinstance(error, UnsupportedCache) else ""
+            self.ways.note(UNCOMPILED, f"{unknown}{error}")
             return module._call_impl(*args, **kwargs)
         return self._run(inputs, tokens, cache, steps)
 
+    def packed_program(self, model: Any) -> Program:
+        """The packed step of the model, or of its text part; compiled or loaded once, and bound to the weights that it has now."""
+        with local_parts(model):
+            weights, known = weights_of(model), fingerprint(model)
+            for index, program in enumerate(self.programs):
+                if known and program.plan.model == known:
+                    self.programs[index] = program.with_weights(weights)
+                    return self.programs[index]
+            folder = program_folder(model, self.backend, self.division, model.device)
+            self.programs.append(open_program(model, self.backend, self.geometry, folder))
+        return self.programs[-1]
+
+    def _returns_dict(self, inputs: dict[str, Any]) -> bool:
+        given = inputs.get("return_dict")
+        return self._module_ref.config.return_dict if given is None else given
+
     def _run(self, inputs: dict[str, Any], tokens: Tensor, cache: Any, steps: list[Step] | None) -> Any:
+        given = dict(inputs)
         self._prepare(inputs, tokens, cache)
-        return_dict = inputs.pop("return_dict", None)
-        if return_dict is None:
-            return_dict = self._module_ref.config.return_dict
+        return_dict = self._returns_dict(inputs)
         inputs |= {"return_dict": True, "use_cache": cache is not None}
         _normalize(inputs, steps)
         if any(self._asked(inputs, name) for name in _RECORDED):
@@ -203,12 +244,17 @@ class CompiledModel:
             try:
                 with fused_experts(self._module_ref.config, "experts" in self.backend.enabled):
                     output, new = self._step(inputs, steps)
-            except FailOnRecompileLimitHit:  # before anything ran: the user's cache is as it was
-                self._warn_eager(
-                    f"max_graphs={self.backend.config.max_graphs} are in use; raise it, or call with fewer kinds of inputs"
-                )
-                output = self._module_ref._call_impl(**inputs, **{CACHE: cache})
-                return output if return_dict else output.to_tuple()
+            except TorchDynamoException as error:  # before anything ran: the user's cache is as it was
+                full = isinstance(error, FailOnRecompileLimitHit)
+                reason = f"max_graphs={self.backend.config.max_graphs} are in use; raise it, or call with fewer kinds of inputs"
+                if not full:
+                    reason = f"a graph of the whole model does not compile: {first_line(error)}"
+                output = self._module_ref._call_impl(**given, **({} if cache is None else {CACHE: cache}))
+                if not full:  # else the call was wrong, and Hugging Face has said so
+                    self._broken = reason
+                self.ways.note(UNCOMPILED, reason)
+                return output
+        self.ways.note(WHOLE, self.why_whole, quiet=self._route is None and not self._multimodal)
         if graphed:  # the next replay writes to the same memory, and the caller may hold this step's logits
             for name in list(output):
                 output[name] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output[name])
@@ -236,25 +282,13 @@ class CompiledModel:
         seen = 0 if cache is None else cache.get_seq_length()
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = (torch.arange(length, device=tokens.device) + seen).unsqueeze(0)
-        given = inputs.get("attention_mask")
-        if not isinstance(given, dict):
-            given = dict.fromkeys(_MASKS)
-            padding = inputs.get("attention_mask")
-        else:  # generate() makes the masks of static caches itself, with None for a plain causal one
-            padding = None
-        # Only shape, dtype and device are read.
-        embeds = torch.empty((), dtype=self._dtype, device=tokens.device).expand(batch, length, self.geometry.hidden)
-        arguments = {
-            "config": self._module_ref.config,
-            "inputs_embeds": embeds,
-            "attention_mask": padding,
-            CACHE: cache,
-            "position_ids": inputs["position_ids"],
-            "allow_is_causal_skip": False,
-        }
-        inputs["attention_mask"] = {
-            kind: make(**arguments) if given.get(kind) is None else given[kind] for kind, make in _MASKS.items()
-        }
+        mask = inputs.get("attention_mask")
+        given = mask if isinstance(mask, dict) else None  # generate() makes those of static caches, None for a plain causal one
+        padding = None if given is not None else mask
+        config = self._module_ref.config
+        inputs["attention_mask"] = masks(
+            config, (batch, length), self._dtype, tokens.device, cache, inputs["position_ids"], padding, given
+        )
 
     def _plan(self, cache: Any, tokens: Tensor) -> list[Step] | None:
         if cache is None:
@@ -265,7 +299,7 @@ class CompiledModel:
     def _dtype(self) -> torch.dtype:
         return next(self._module_ref.parameters()).dtype
 
-    def _check_call(self, module: nn.Module) -> None:
+    def check_call(self, module: nn.Module) -> None:
         if module.training:
             raise ValueError(
                 "an optimized model is for inference, got training mode; call model.eval(), or restore(model) to train"
@@ -276,10 +310,13 @@ class CompiledModel:
                 "call it under torch.inference_mode(), or model.requires_grad_(False)"
             )
 
-    def _warn_eager(self, reason: str) -> None:
-        if reason != self.eager_reason:
-            self.eager_reason = reason
-            warnings.warn(f"gemma4_compile runs this call uncompiled: {reason}", stacklevel=3)
+    @property
+    def _multimodal(self) -> bool:
+        return isinstance(self._outer, hf.Gemma4ForConditionalGeneration)
+
+
+class _Uncompiled(Exception):
+    """Why a call is left to Hugging Face."""
 
 
 def _make_step(module: nn.Module) -> Callable[..., Any]:

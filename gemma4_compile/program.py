@@ -25,17 +25,18 @@ from typing import Any, NamedTuple
 import torch
 import torch._inductor
 from torch import SymInt, Tensor
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from .backend import Backend
+from .backend import Backend, uuid
 from .dynamo import own_code
 from .experts import fused_experts
 from .geometry import Geometry
 from .passes import Miss, Record, Site, pipeline, prepare, run
 from .pieces import SPLIT_POINTS, Piece, split, split_point_of
 from .runtime.attention import NAME
-from .runtime.batch import KINDS, STEP_INPUTS, PlainKV, Request, check_inputs, require, varying_dim
+from .runtime.batch import KINDS, OPTIONAL, STEP_INPUTS, PlainKV, Request, check_inputs, require, step_input, varying_dim
 
 # What the step is traced with. Sizes are symbols; these are the hints that Inductor and measured token counts go by.
 _TRACED_REQUESTS, _TRACED_TOKENS = 8, 32
@@ -106,7 +107,7 @@ class Program:
         check: Check = check_inputs,
     ):  # fmt: skip
         self.plan, self.compiled, self._check_inputs = plan, compiled, check
-        self._pieces = pieces
+        self._pieces, self.weights = pieces, weights
         self._folder: Path | None = None  # that it was loaded from: a loaded piece cannot be written again
         self._values: list[Any] = []
         self._inputs: list[tuple[int, str]] = []
@@ -137,6 +138,14 @@ class Program:
         self.boundary = next(reads_rows, -1)
         self._free_after_use()
 
+    def with_weights(self, weights: dict[str, Tensor]) -> "Program":
+        """The same program over other tensors of a model with its fingerprint; itself if they are those that it has."""
+        if all(weights[name] is tensor for name, tensor in self.weights.items()):
+            return self
+        other = Program(self.plan, self._pieces, weights, self.compiled, self._check_inputs)
+        other._folder = self._folder
+        return other
+
     def _free_after_use(self) -> None:
         made = {index for step in self.steps for index in step.results}
         seen = {self._result, self._hidden}
@@ -155,16 +164,16 @@ class Program:
     def rebind(self, values: list[Any], inputs: dict[str, Tensor]) -> None:
         """Give the values of a run other inputs; what its steps have computed stays."""
         for index, name in self._inputs:
-            values[index] = inputs[name]
+            values[index] = step_input(inputs, name)
         for index, name, dim in self._sizes:
-            values[index] = inputs[name].shape[dim]
+            values[index] = step_input(inputs, name).shape[dim]
 
     def _check(self, inputs: dict[str, Tensor]) -> None:
         """What the code relies on, as far as the host can tell without waiting for the GPU."""
         self._check_inputs(inputs)
-        require(inputs, (name for _, name in self._inputs))
+        require(inputs, (name for _, name in self._inputs if name not in OPTIONAL))
         for name, most in self.plan.limits.items():
-            size = inputs[name].shape[varying_dim(name)]
+            size = step_input(inputs, name).shape[varying_dim(name)]
             if size > most:
                 raise ValueError(f"{name} must have at most {most} elements, as offsets are 32-bit, got {size}; split the step")
 
@@ -270,8 +279,10 @@ def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> 
     """
     kv = PlainKV(model_geometry, _TRACED_REQUESTS, _TRACED_TOKENS, module.dtype, module.device)
     inputs = kv.inputs([Request([0] * _TRACED_TOKENS)] * _TRACED_REQUESTS)
+    inputs["visible"] = torch.ones((_TRACED_REQUESTS, _TRACED_TOKENS), dtype=torch.bool, device=module.device)
+    inputs |= {name: step_input(inputs, name) for name in OPTIONAL}
     step = _make_step(module, model_geometry)
-    return compile_step(module, step, inputs, STEP_INPUTS, backend, [module], module.lm_head.weight)
+    return compile_step(module, step, inputs, (*STEP_INPUTS, *OPTIONAL), backend, [module], module.lm_head.weight)
 
 
 def compile_step(
@@ -319,10 +330,11 @@ def _make_step(module: Any, model_geometry: Geometry) -> Callable[..., Any]:
     owners = tuple(layer.kv_from for layer in model_geometry.layers)
 
     def step(inputs: dict[str, Tensor]) -> Tensor:
+        torch._check(inputs["positions"].shape[0] == inputs["input_ids"].shape[1])  # nothing else says so to YOCO
         return module._call_impl(
             input_ids=inputs["input_ids"],
-            position_ids=inputs["positions"][None],
-            attention_mask=dict.fromkeys(KINDS),  # the op masks by positions
+            position_ids=step_input(inputs, "position_ids")[None],
+            attention_mask=dict.fromkeys(KINDS),  # the op masks, by positions and `visible`
             use_cache=False,
             logits_to_keep=inputs["rows"],
             packed=inputs,
@@ -503,3 +515,22 @@ def open_step(
         except (OSError, RuntimeError) as error:  # a full disk; a piece that torch cannot serialize
             warnings.warn(f"gemma4_compile could not save the compiled program: {error}", stacklevel=2)
     return program
+
+
+def program_folder(model: Any, backend: Backend, division: Any, device: torch.device) -> Path | None:
+    """Where a module's program is kept: a name for everything that it depends on. None where torch's caches are off, and for
+    a module that cannot be known again.
+
+    backend, division   of the optimized model that it belongs to
+    """
+    config = backend.config
+    if torch._inductor.config.force_disable_caches or not torch._inductor.config.fx_graph_cache:
+        return None
+    known = fingerprint(model)
+    if not known:
+        return None
+    machine = torch.cuda.get_device_properties(device).name if device.type == "cuda" else "cpu"
+    inductor = repr(sorted(torch._inductor.config.save_config_portable().items()))
+    parts = (uuid(config, backend.enabled), machine, inductor, known, division)
+    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    return Path(config.cache_dir or Path(cache_dir()) / "gemma4_compile") / name

@@ -53,7 +53,8 @@ class Report:
     graphs_compiled   graphs that Dynamo traced for this model so far: recompilations would show here
     pieces            compiled pieces of the graphs in use; unique_pieces, those that differ. The graph of a packed step has one
                       piece more than layers, any other graph is one piece
-    packed_steps      of PackedModel; `loaded` of them were not compiled
+    packed_steps      of the model; `loaded` of them were not compiled
+    calls             which way calls went -> how many; `reasons` says why not all went as packed steps
     """
 
     fusions: dict[str, FusionReport]
@@ -63,7 +64,8 @@ class Report:
     seconds: float = 0.0
     packed_steps: int = 0
     loaded: int = 0
-    eager_reason: str = field(default="")
+    calls: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [("fusion", "expected", "matched", "launches saved", "")]
@@ -84,8 +86,9 @@ class Report:
                 lines.append(f"{self.pieces} pieces in all, {self.unique_pieces} unique")
         else:
             lines.append("nothing compiled yet; call the model once")
-        if self.eager_reason:
-            lines.append(f"some calls ran uncompiled: {self.eager_reason}")
+        if self.calls:
+            lines.append("calls: " + ", ".join(f"{count} as {way}" for way, count in self.calls.items()))
+        lines += [f"  {way}: {reason}" for way, reasons in self.reasons.items() for reason in reasons]
         return "\n".join(lines)
 
 
@@ -122,7 +125,9 @@ def report(model: nn.Module) -> Report:
     whole = len(state.backend.records)
     pieces = whole + sum(program.plan.pieces for program in programs)
     unique = whole + sum(program.plan.unique_pieces for program in programs)
-    return Report(fusions, len(records) - loaded, pieces, unique, seconds, len(programs), loaded, state.eager_reason)
+    ways = state.ways
+    reasons = {way: tuple(why) for way, why in ways.reasons.items() if why}
+    return Report(fusions, len(records) - loaded, pieces, unique, seconds, len(programs), loaded, dict(ways.calls), reasons)
 
 
 def unmatched_sites(record: Record, fusion: str, sites: tuple[str, ...], graph: int = 1) -> list[Unmatched]:

@@ -29,8 +29,8 @@ _OPS = torch.ops.gemma4
 _LAYER = re.compile(r"layers\.(\d+)")
 _SOURCE = "passes/yoco.py"
 
-# Arguments of the attention op that belong to keys (slots, table) or say where rows begin (starts).
-_SLOTS, _TABLE, _STARTS = 5, 6, 8
+# Arguments of the attention op that belong to keys (slots, table, visible) or say where rows begin (starts).
+_SLOTS, _TABLE, _STARTS, _VISIBLE = 5, 6, 8, 12
 _ROW_WISE = {
     torch._C._nn.linear, torch._C._nn.gelu, F.gelu, torch.pow, torch.tanh, operator.add, operator.sub, operator.mul,
     operator.truediv, operator.neg, _OPS.rms_norm, _OPS.rms_norm_noscale, _OPS.rope, _OPS.geglu, _OPS.route,
@@ -206,7 +206,8 @@ class _Rewrite:
         if node in self.keys:
             return frozenset(node.all_input_nodes)
         if node.target is _OPS.attention:
-            return frozenset(node.args[i] for i in (_SLOTS, _TABLE, _STARTS))  # type: ignore[misc]
+            kept = (node.args[i] for i in (_SLOTS, _TABLE, _STARTS, _VISIBLE) if i < len(node.args))
+            return frozenset(n for n in kept if isinstance(n, Node))
         if node.target is F.scaled_dot_product_attention:
             return frozenset(n for n in node.args[1:3] if isinstance(n, Node))
         return frozenset()

@@ -16,19 +16,22 @@ ops = torch.ops.gemma4
 def search(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, keys: Tensor,
     values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+    visible: Tensor,
 ) -> Tensor:  # fmt: skip
     q, k, v = ops.qkv_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps)
     # Hugging Face puts the heads first, and our attention interface puts them back.
     q, k, v = (x.transpose(1, 2).transpose(1, 2) for x in (q, k, v))
-    return ops.attention(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale)
+    return ops.attention(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible)
 
 
 def replace(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, keys: Tensor,
     values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+    visible: Tensor,
 ) -> Tensor:  # fmt: skip
     return ops.attention_qkv(
-        q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots, table, positions, starts, layer, window, scale
+        q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots, table, positions, starts, layer, window, scale,
+        visible,
     )
 
 
@@ -42,7 +45,7 @@ def inputs() -> dict[str, Any]:
         "slots": torch.arange(16, 19), "table": torch.tensor([[1]], dtype=torch.int32), "positions": torch.arange(3),
         "starts": torch.tensor([0, 3], dtype=torch.int32),
     }  # fmt: skip
-    return heads | norms | rotary | {"eps": 1e-6} | pages | step | {"layer": 0, "window": 2, "scale": 1.0}
+    return heads | norms | rotary | {"eps": 1e-6} | pages | step | {"layer": 0, "window": 2, "scale": 1.0, "visible": torch.ones(1, 32, dtype=torch.bool)}
 
 
 @cache

@@ -9,7 +9,7 @@ request may become.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,10 @@ PROCESSORS = 132  # of an H200; plans depend on shapes alone, so that a captured
 
 def attention_reference(
     q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
-    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     check_attention(q, k, v, keys, values, slots, table, positions, starts)
-    check_lengths(q, k, slots, table, positions, starts)
+    check_lengths(q, k, slots, table, positions, starts, visible)
     if k is not None and v is not None:
         write_reference(k, v, keys, values, slots)
     out = q.new_zeros(q.shape)
@@ -39,16 +39,23 @@ def attention_reference(
         pages = table[request, : -(-length // page)].long()
         seen_keys, seen_values = (cache[pages].flatten(0, 1)[:length].transpose(0, 1)[None] for cache in (keys, values))
         column = torch.arange(length, device=q.device)
-        visible = column <= rows[:, None]
+        seen = column <= rows[:, None]
         if window:
-            visible &= column > rows[:, None] - window
+            seen &= column > rows[:, None] - window
+        if masks(visible):
+            seen &= visible[request, :length]
         # Heads are expanded here: enable_gqa takes another path, with another sum, for one query row.
         group = q.shape[2] // keys.shape[2]
         seen_keys, seen_values = (rows.to(q.dtype).repeat_interleave(group, dim=1) for rows in (seen_keys, seen_values))
         queries = q[:, first:last].transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(queries, seen_keys, seen_values, visible[None, None], scale=scale)
+        mixed = F.scaled_dot_product_attention(queries, seen_keys, seen_values, seen[None, None], scale=scale)
         out[:, first:last] = mixed.transpose(1, 2)
     return out
+
+
+def masks(visible: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a mask hides anything: one of no keys stands for none, so that a traced step can have it as an input always."""
+    return visible is not None and visible.shape[1] > 0
 
 
 def write_reference(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -80,13 +87,18 @@ def check_attention(
         expect(op, "slots must be [T], one for each new row", slots.dim(), 1, "flatten them")
 
 
-def check_lengths(q: Tensor, k: Tensor | None, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor) -> None:
+def check_lengths(
+    q: Tensor, k: Tensor | None, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, visible: Tensor | None = None
+) -> None:
     """Apart from check_attention, because a trace would specialize on what it compares: the kernels rely on these."""
     op = "attention"
     expect(op, "positions must be [N] for q of [1, N, Hq, D]", positions.shape[0], q.shape[1], "pass one for each query row")
     expect(
         op, "starts must be [R + 1] for a table of [R, pages]", starts.shape[0], table.shape[0] + 1, "pass one request a row"
     )
+    if masks(visible):
+        given = (visible.dim(), visible.shape[0], visible.dtype)
+        expect(op, "visible must be [R, keys] bool", given, (2, table.shape[0], torch.bool), "give each request its own row")
     if k is not None:
         expect(op, "slots must be [T] for k of [1, T, Hk, D]", slots.shape[0], k.shape[1], "pass one for each new row")
 
@@ -101,7 +113,7 @@ def check_pages(keys: Tensor, values: Tensor) -> None:
 
 def _attention_fake(
     q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
-    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     check_attention(q, k, v, keys, values, slots, table, positions, starts)
     return fresh(q)
@@ -191,14 +203,15 @@ def _page_of(table_ptr, block, inside, PAGE: tl.constexpr, BLOCK_N: tl.constexpr
 
 @jit
 def _attend(
-    q, mixed, top, total, position, stop, begin, end, skip_from, skip, keys_ptr, values_ptr, table_ptr,
+    q, mixed, top, total, position, stop, begin, end, skip_from, skip, keys_ptr, values_ptr, table_ptr, visible_ptr,
     key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
     DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    VISIBLE: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of keys and values into a running softmax: from begin to end, those from skip_from on moved by skip.
 
     top and total are each row's largest score and its sum of exp(score - top), mixed the sum of exp(score - top) * value.
-    Not MASKED: every row sees every key.
+    Not MASKED: every row sees every key. VISIBLE: but those that visible_ptr hides; only with MASKED.
     """
     row = tl.arange(0, BLOCK_N)
     block = begin + tl.where(begin >= skip_from, skip, 0)
@@ -219,6 +232,8 @@ def _attend(
             seen = key <= position[:, None]
             if WINDOW:
                 seen &= key > position[:, None] - WINDOW
+            if VISIBLE:
+                seen &= tl.load(visible_ptr + key, key < stop, other=0) != 0
             scores = tl.where(seen, scores, float("-inf"))
 
         higher = tl.maximum(top, tl.max(scores, axis=1))
@@ -235,13 +250,14 @@ def _attend(
     return mixed, top, total
 
 
-@jit(do_not_specialize=["rows", "requests", "table_stride"])  # one compilation for all token counts
+@jit(do_not_specialize=["rows", "requests", "table_stride", "visible_stride"])  # one compilation for all token counts
 def _attention_kernel(
-    q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, starts_ptr, out_ptr, tops_ptr, totals_ptr, rows, requests,
-    q_token_stride, q_head_stride, key_page_stride, key_row_stride, key_head_stride,
-    value_page_stride, value_row_stride, value_head_stride, table_stride, scale,
+    q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, starts_ptr, visible_ptr, out_ptr, tops_ptr, totals_ptr, rows,
+    requests, q_token_stride, q_head_stride, key_page_stride, key_row_stride, key_head_stride,
+    value_page_stride, value_row_stride, value_head_stride, table_stride, visible_stride, scale,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    VISIBLE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q rows of one request times the GROUP query heads of one KV head, over one of SPLITS shares of their keys.
 
@@ -272,6 +288,7 @@ def _attention_kernel(
     keys_ptr += kv_head * key_head_stride
     values_ptr += kv_head * value_head_stride
     table_ptr += request.to(tl.int64) * table_stride
+    visible_ptr += request.to(tl.int64) * visible_stride
 
     highest = tl.max(position)
     lowest = tl.min(tl.where(position < 0, highest, position))
@@ -287,21 +304,21 @@ def _attention_kernel(
     total = tl.zeros((BLOCK_Q * GROUP_BLOCK,), tl.float32)
     whole_begin = begin
     whole_end = begin
-    if BLOCK_Q * GROUP_BLOCK >= 64:  # large tiles have most blocks whole: all of the tile's rows see all keys
+    if BLOCK_Q * GROUP_BLOCK >= 64 and not VISIBLE:  # large tiles have most blocks whole: all rows see all keys
         whole_end = tl.minimum((lowest + 1) // BLOCK_N, end)
         if WINDOW:
             whole_begin = tl.maximum(tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), BLOCK_N), begin)
         whole_end = tl.maximum(whole_begin, whole_end)
         mixed, top, total = _attend(
-            q, mixed, top, total, position, stop, whole_begin, whole_end, 0, 0, keys_ptr, values_ptr, table_ptr,
+            q, mixed, top, total, position, stop, whole_begin, whole_end, 0, 0, keys_ptr, values_ptr, table_ptr, visible_ptr,
             key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
-            DIM, PAGE, WINDOW, BLOCK_N, False,
+            DIM, PAGE, WINDOW, BLOCK_N, False, False,
         )  # fmt: skip
     skip = whole_end - whole_begin
     mixed, top, total = _attend(
         q, mixed, top, total, position, stop, begin, end - skip, whole_begin, skip, keys_ptr, values_ptr, table_ptr,
-        key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
-        DIM, PAGE, WINDOW, BLOCK_N, True,
+        visible_ptr, key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
+        DIM, PAGE, WINDOW, BLOCK_N, True, VISIBLE,
     )  # fmt: skip
 
     target = (row.to(tl.int64) * tl.num_programs(1) + kv_head) * GROUP + head
@@ -390,20 +407,21 @@ def _dim_block(dim: int) -> int:
 
 def launch_attention(
     q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
-    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     check_attention(q, k, v, keys, values, slots, table, positions, starts)
     out = fresh(q)
-    launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale)
+    launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale, visible=visible)
     return out
 
 
 def launch_planned(
     out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
     positions: Tensor, starts: Tensor, window: int, scale: float, plan: AttentionPlan | None = None,
+    visible: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The kernels, by `plan` or the plan of the shapes: launches depend on shapes alone, so a CUDA graph may hold them."""
-    check_lengths(q, k, slots, table, positions, starts)
+    check_lengths(q, k, slots, table, positions, starts, visible)
     check_pages(keys, values)
     _, rows, heads, dim = q.shape
     _, page, kv_heads, _ = keys.shape
@@ -429,10 +447,13 @@ def launch_planned(
         mixed = q.new_empty((rows, heads, splits, dim), dtype=torch.float32)
         tops, totals = q.new_empty((2, rows, heads, splits), dtype=torch.float32)
     q, table = unit_stride(q), unit_stride(table)
+    masked = masks(visible)
+    shown = unit_stride(visible).view(torch.uint8) if masked else table
     _attention_kernel[(rows // block_q + requests + 1, kv_heads, splits)](
-        q, keys, values, table, positions.contiguous(), starts.contiguous(), mixed, tops, totals, rows, requests,
-        *q.stride()[1:3], *keys.stride()[:3], *values.stride()[:3], table.stride(0), scale,
-        group, group_block, dim, dim_block, page, window, block_q, block_n, splits, num_warps=warps, num_stages=stages,
+        q, keys, values, table, positions.contiguous(), starts.contiguous(), shown, mixed, tops, totals, rows, requests,
+        *q.stride()[1:3], *keys.stride()[:3], *values.stride()[:3], table.stride(0), shown.stride(0), scale,
+        group, group_block, dim, dim_block, page, window, block_q, block_n, splits, masked,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(rows * heads,)](mixed, tops, totals, out, dim, dim_block, splits, num_warps=4)
@@ -440,7 +461,7 @@ def launch_planned(
 
 define(
     "attention(Tensor q, Tensor? k, Tensor? v, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor table,"
-    " Tensor positions, Tensor starts, int layer, int window, float scale) -> Tensor",
+    " Tensor positions, Tensor starts, int layer, int window, float scale, Tensor? visible=None) -> Tensor",
     reference=attention_reference,
     launch=launch_attention,
     fake=_attention_fake,
@@ -449,7 +470,7 @@ define(
 
 def attention(
     q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
-    positions: Tensor, starts: Tensor, layer: int, window: int = 0, scale: float = 1.0,
+    positions: Tensor, starts: Tensor, layer: int, window: int = 0, scale: float = 1.0, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of N packed query rows of R requests over their pages.
 
@@ -463,24 +484,26 @@ def attention(
     starts     [R + 1] int32     from 0 on: rows of request r are starts[r] to starts[r + 1], rows from starts[R] on padding
     layer      the layer's index, for messages
     window     keys further back than window - 1 positions are not seen; 0 sees all
-    returns    [1, N, Hq, D]     q.dtype, contiguous; zero for padding rows
+    visible    [R, keys] bool    keys of each request, by position, that may be seen at all, as many as any row reaches; None
+                                 or [R, 0]: all
+    returns    [1, N, Hq, D]     q.dtype, contiguous; zero for padding rows and rows that see no key
 
     Raises ValueError for shapes that do not fit.
     """
-    return torch.ops.gemma4.attention(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale)
+    return torch.ops.gemma4.attention(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible)
 
 
 def attention_into(
     out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
-    positions: Tensor, starts: Tensor, layer: int, window: int = 0, scale: float = 1.0,
+    positions: Tensor, starts: Tensor, layer: int, window: int = 0, scale: float = 1.0, visible: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As `attention`, written to `out`: [1, N, Hq, D], contiguous, q.dtype. For a CUDA graph whose output has one address."""
     check_attention(q, k, v, keys, values, slots, table, positions, starts)
     if takes(out, q):
         with torch.cuda.device(q.device):  # Triton launches on the current device, whatever the tensors' own is
-            launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale)
+            launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale, visible=visible)
     else:
-        out.copy_(attention_reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale))
+        out.copy_(attention_reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible))
 
 
 def takes(out: Tensor, q: Tensor) -> bool:

@@ -18,40 +18,42 @@ from .qkv_norm_rope import check_qkv, launch_into_pages, qkv_norm_rope_reference
 def attention_qkv_reference(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int,
-    scale: float,
+    scale: float, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     q, k, v = qkv_norm_rope_reference(q, k, v, q_weight, k_weight, cos, sin, eps)
-    return attention_reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale)
+    return attention_reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible)
 
 
 def launch_attention_qkv(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int,
-    scale: float,
+    scale: float, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     out = fresh(q)
-    _launch(out, q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots, table, positions, starts, window, scale)
+    projections = q, k, v, q_weight, k_weight, cos, sin, eps
+    _launch(out, *projections, keys, values, slots, table, positions, starts, window, scale, visible=visible)
     return out
 
 
 def _launch(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, window: int, scale: float,
+    visible: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Everything is checked before the pages are written."""
     check_qkv(q, k, v, q_weight, k_weight, cos, sin)
     check_attention(q, k, v, keys, values, slots, table, positions, starts)
-    check_lengths(q, k, slots, table, positions, starts)
+    check_lengths(q, k, slots, table, positions, starts, visible)
     check_pages(keys, values)
     queries = fresh(q)
     launch_into_pages(queries, q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots)
-    launch_planned(out, queries, None, None, keys, values, slots, table, positions, starts, window, scale)
+    launch_planned(out, queries, None, None, keys, values, slots, table, positions, starts, window, scale, visible=visible)
 
 
 def _attention_qkv_fake(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int,
-    scale: float,
+    scale: float, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     check_qkv(q, k, v, q_weight, k_weight, cos, sin)
     check_attention(q, k, v, keys, values, slots, table, positions, starts)
@@ -61,7 +63,7 @@ def _attention_qkv_fake(
 define(
     "attention_qkv(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps,"
     " Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor table, Tensor positions, Tensor starts, int layer, int window,"
-    " float scale) -> Tensor",
+    " float scale, Tensor? visible=None) -> Tensor",
     reference=attention_qkv_reference,
     launch=launch_attention_qkv,
     fake=_attention_qkv_fake,
@@ -71,7 +73,7 @@ define(
 def attention_qkv(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int,
-    window: int = 0, scale: float = 1.0,
+    window: int = 0, scale: float = 1.0, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of raw projections: norm of q, k and v, rotation of q and k, then `attention` over the pages.
 
@@ -85,20 +87,21 @@ def attention_qkv(
     Raises ValueError for shapes that do not fit, in the name of the op that has the rule.
     """
     return torch.ops.gemma4.attention_qkv(
-        q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots, table, positions, starts, layer, window, scale
+        q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots, table, positions, starts, layer, window, scale,
+        visible,
     )
 
 
 def attention_qkv_into(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int,
-    window: int = 0, scale: float = 1.0,
+    window: int = 0, scale: float = 1.0, visible: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As `attention_qkv`, written to `out`: [1, T, Hq, D], contiguous, q.dtype; see `attention_into`."""
     projections = q, k, v, q_weight, k_weight, cos, sin, eps
     step = keys, values, slots, table, positions, starts
     if takes(out, q):
         with torch.cuda.device(q.device):  # Triton launches on the current device, whatever the tensors' own is
-            _launch(out, *projections, *step, window, scale)
+            _launch(out, *projections, *step, window, scale, visible)
     else:
-        out.copy_(attention_qkv_reference(*projections, *step, layer, window, scale))
+        out.copy_(attention_qkv_reference(*projections, *step, layer, window, scale, visible))

@@ -33,7 +33,7 @@ def attention_forward(
     mixed = torch.ops.gemma4.attention(
         query.transpose(1, 2), key.transpose(1, 2) if own else None, value.transpose(1, 2) if own else None,
         packed[f"keys.{owner}"], packed[f"values.{owner}"], packed[f"slots.{kind}"], packed[f"table.{kind}"],
-        packed["positions"], packed["starts"], layer, sliding_window or 0, scaling,
+        packed["positions"], packed["starts"], layer, sliding_window or 0, scaling, packed.get("visible"),
     )  # fmt: skip
     return mixed, None
 

@@ -9,9 +9,14 @@ A step's inputs are tensors by name, so that a graph can be bound to them and st
     slots.KIND   [T] int64         where each token's key and value go, negative for padding; KIND is a layer type
     table.KIND   [R, pages] int32  the pages of each request
     keys.LAYER   [P, page, Hk, D]  of each layer that owns KV, written in place; so is values.LAYER
+
+and, where Hugging Face's own inputs say more than these:
+
+    position_ids [T] int64         of each token as RoPE counts; `positions` unless given
+    visible      [R, keys] bool    which of each request's keys may be seen at all, by position; [R, 0], all, unless given
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +28,17 @@ KINDS = ("sliding_attention", "full_attention")
 _INT32 = ("starts", *(f"table.{kind}" for kind in KINDS))
 # Inputs that each step has anew, other than keys and values.
 STEP_INPUTS = ("input_ids", "positions", "rows", "starts", *(f"{name}.{kind}" for name in ("slots", "table") for kind in KINDS))
+OPTIONAL = ("position_ids", "visible")
+
+
+def step_input(inputs: Mapping[str, Tensor], name: str) -> Tensor:
+    """One of a step's inputs, or what stands for it where it was not given."""
+    if name in inputs or name not in OPTIONAL:
+        return inputs[name]
+    if name == "position_ids":
+        return inputs["positions"]
+    table = inputs[f"table.{KINDS[1]}"]
+    return table.new_empty((table.shape[0], 0), dtype=torch.bool)
 
 
 def varying_dim(name: str) -> int:

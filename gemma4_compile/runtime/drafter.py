@@ -23,12 +23,11 @@ from gemma4_compile.geometry import Geometry, geometry
 from gemma4_compile.ops import draw_draft, ordered_argmax, ordered_scores
 from gemma4_compile.optimize import state_of
 from gemma4_compile.parallel import local_parts
-from gemma4_compile.program import Program, compile_step, open_step
+from gemma4_compile.program import Program, compile_step, open_step, program_folder
 
 from .batch import KINDS, PlainKV, require
 from .cuda_graphs import Buckets, check_host, fitting
 from .memory import owners
-from .model import program_folder
 from .mtp import Drafted, fill_rows
 from .recorder import CudaRecorder, Recorder
 
@@ -96,7 +95,7 @@ class Drafter:
             module = _DraftModule(target.model.embed_tokens, assistant, owned, rope_offset, ends)
             step = _make_step(module, owned, rope_offset, ends)
             return open_step(
-                module, state.backend, program_folder(module, state, target.device),
+                module, state.backend, program_folder(module, state.backend, state.division, target.device),
                 lambda: compile_step(module, step, examples, _INPUTS, state.backend, [assistant.model], check=self._check),
                 self._check,
             )  # fmt: skip

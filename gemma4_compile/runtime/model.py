@@ -1,18 +1,11 @@
 """A model as the runtime calls it: one packed step of many requests in, the logits of the wanted rows out."""
 
-import hashlib
-from pathlib import Path
-from typing import Any
-
-import torch
 from torch import Tensor, nn
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from transformers.models.gemma4 import modeling_gemma4 as hf
 
-from gemma4_compile.backend import uuid
-from gemma4_compile.optimize import CompiledModel, state_of
-from gemma4_compile.parallel import local_parts, vocabulary_of
-from gemma4_compile.program import Program, StepResult, fingerprint, open_program
+from gemma4_compile.optimize import state_of
+from gemma4_compile.parallel import vocabulary_of
+from gemma4_compile.program import Program, StepResult
 
 
 class PackedModel:
@@ -34,10 +27,7 @@ class PackedModel:
             raise ValueError("attention must be causal, got use_bidirectional_attention='all'; use a decoder checkpoint")
         self.model, self.geometry, self.division = model, state.geometry, state.division
         self.vocabulary = vocabulary_of(model, state.division)
-        with local_parts(model):
-            folder = program_folder(model, state, model.device)
-            self.program: Program = open_program(model, state.backend, state.geometry, folder)
-        state.programs.append(self.program)
+        self.program: Program = state.packed_program(model)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [1, N, vocabulary], or of this rank's tokens; the step's keys and values are written in place."""
@@ -46,22 +36,3 @@ class PackedModel:
     def run(self, inputs: dict[str, Tensor]) -> StepResult:
         """Those logits and final-normed states [N, H]; the step's keys and values are written in place."""
         return self.program.run(inputs)
-
-
-def program_folder(model: Any, state: CompiledModel, device: torch.device) -> Path | None:
-    """Where a module's program is kept: a name for everything that it depends on. None where torch's caches are off, and for
-    a module that cannot be known again.
-
-    state   of the optimized model that it belongs to
-    """
-    backend, config = state.backend, state.backend.config
-    if torch._inductor.config.force_disable_caches or not torch._inductor.config.fx_graph_cache:
-        return None
-    known = fingerprint(model)
-    if not known:
-        return None
-    machine = torch.cuda.get_device_properties(device).name if device.type == "cuda" else "cpu"
-    inductor = repr(sorted(torch._inductor.config.save_config_portable().items()))
-    parts = (uuid(config, backend.enabled), machine, inductor, known, state.division)
-    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-    return Path(config.cache_dir or Path(cache_dir()) / "gemma4_compile") / name

@@ -69,6 +69,8 @@ class CudaRecorder:
 
     def borrow(self, tensor: Tensor) -> Tensor:
         size = tensor.untyped_storage().nbytes()
+        if not size:  # nothing that a graph could be placed on
+            return tensor
         memory = torch.as_tensor(_Memory(tensor.untyped_storage().data_ptr(), size), device=tensor.device)
         whole = memory[: size // tensor.element_size() * tensor.element_size()].view(tensor.dtype)
         return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

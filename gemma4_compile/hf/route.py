@@ -1,0 +1,139 @@
+"""Which way a call of an optimized model goes: as packed steps where it fits, else as the whole graph, else uncompiled."""
+
+import inspect
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.models.gemma4 import modeling_gemma4 as hf
+
+from gemma4_compile.dynamo import first_line
+from gemma4_compile.step_cache import CACHE, UnsupportedCache, take_cache
+
+from .cache_views import release_cache
+from .kv_memory import KVMemory, Unfit
+from .packed_call import PackedCalls, objection
+
+PACKED, WHOLE, UNCOMPILED = "packed steps", "whole graph", "uncompiled"
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+class Ways:
+    """How often calls went each way, and the reasons for another way than the best; each is warned about once."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.reasons: dict[str, list[str]] = {WHOLE: [], UNCOMPILED: []}
+
+    def note(self, way: str, reason: str = "", quiet: bool = False) -> None:
+        """quiet: the caller has asked for it, or cannot have another."""
+        self.calls[way] += 1
+        if way == PACKED or reason in self.reasons[way]:
+            return
+        self.reasons[way].append(reason)
+        if not quiet:
+            how = "uncompiled" if way == UNCOMPILED else "as one graph, slower than packed steps"
+            warnings.warn(f"gemma4_compile runs this call {how}: {reason}", stacklevel=4)
+
+
+class PackedRoute:
+    """The calls of an optimized model as packed steps.
+
+    state   of the optimized model
+    outer   the module whose calls these are: Gemma4ForCausalLM, or Gemma4ForConditionalGeneration for calls without images and
+            sounds
+    """
+
+    def __init__(self, state: Any, outer: Any):
+        self._state, self._outer = state, outer
+        self._calls: PackedCalls | None = None
+        self.refused = ""  # why no call of this model runs so
+
+    def __call__(self, inputs: dict[str, Any], cache: Any) -> Any:
+        """The output of a call. Raises Unfit, with the cache as it was, for one that does not fit."""
+        if self.refused:
+            raise Unfit(self.refused)
+        if reason := objection(inputs, CACHE) or self._asked(inputs):
+            raise Unfit(reason)
+        if torch.is_autocast_enabled(inputs["input_ids"].device.type):
+            raise Unfit("autocast is on")
+        if self._calls is None:
+            self._calls = self._make()
+        logits = self._calls(inputs, cache)
+        output = hf.Gemma4CausalLMOutputWithPast(logits=logits)
+        setattr(output, CACHE, cache)
+        return output
+
+    def _asked(self, inputs: dict[str, Any]) -> str:
+        config = self._outer.config.get_text_config()
+        return next((name for name in _RECORDED if inputs.get(name, getattr(config, name, False))), "")
+
+    def _make(self) -> PackedCalls:
+        state, model, replaced = self._state, self._outer, {}
+        try:
+            if state.division.ranks > 1:
+                raise Unfit("the model is divided between ranks")
+            if isinstance(model, hf.Gemma4ForConditionalGeneration):
+                replaced = _placeholders(model.config)
+                model = text_model(model)
+            if getattr(model.config, "use_bidirectional_attention", None) == "all":
+                raise Unfit("use_bidirectional_attention='all'")
+            device = next(model.parameters()).device
+            memory = KVMemory(state.geometry, int(model.config.sliding_window or 0), model.dtype, device)
+            return PackedCalls(model, lambda: state.packed_program(model), memory, replaced)
+        except Unfit as reason:
+            self.refused = str(reason)
+            raise
+        except Exception as error:  # whatever Dynamo, Inductor, Triton and the C++ compiler raise
+            self.refused = f"its packed step does not compile: {first_line(error)}"
+            raise Unfit(self.refused) from error
+
+
+def text_model(outer: Any) -> Any:
+    """The text part of a multimodal model with its head, as a model of its own over the same modules."""
+    model = hf.Gemma4ForCausalLM.__new__(hf.Gemma4ForCausalLM)
+    nn.Module.__init__(model)
+    model.config = outer.config.get_text_config()
+    model.model, model.lm_head, model.vocab_size = outer.model.language_model, outer.lm_head, model.config.vocab_size
+    return model.eval()
+
+
+def _placeholders(config: Any) -> dict[int, int]:
+    """Tokens that a multimodal model embeds as padding, where no image or sound stands for them."""
+    names = ("image_token_id", "video_token_id", "audio_token_id")
+    tokens = [getattr(config, name, None) for name in names]
+    return {token: config.get_text_config().pad_token_id for token in tokens if token is not None}
+
+
+class MultimodalCalls:
+    """Stands where nn.Module.compile() puts its callable of a multimodal model: text goes as packed steps, all else to the
+    model's own forward, whose text part is compiled."""
+
+    def __init__(self, outer: Any, state: Any, route: PackedRoute):
+        self._outer, self._state, self._route = outer, state, route
+        self._signature = inspect.signature(outer.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outer, state = self._outer, self._state
+        if torch.compiler.is_compiling():
+            return outer._call_impl(*args, **kwargs)
+        state.check_call(outer)
+        inputs = dict(self._signature.bind(*args, **kwargs).arguments)
+        inputs |= inputs.pop("kwargs", {})
+        cache = None
+        try:
+            cache = take_cache(inputs, self._signature.parameters)
+            config = outer.config.get_text_config()
+            if cache is None and (config.use_cache if inputs.get("use_cache") is None else inputs["use_cache"]):
+                cache = DynamicCache(config=config)
+            output = self._route(inputs, cache)
+        except (Unfit, UnsupportedCache) as reason:
+            release_cache(cache)
+            state.why_whole = str(reason)  # noted when the text part is called
+            return outer._call_impl(*args, **kwargs)
+        state.ways.note(PACKED)
+        return_dict = inputs.get("return_dict")
+        return output if return_dict or return_dict is None and outer.config.return_dict else output.to_tuple()
