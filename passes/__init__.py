@@ -8,6 +8,8 @@ order is program order, and the passes run on each compile, also where Inductor'
 
 from collections.abc import Collection
 
+from gemma4_compile.ops.library import register_fallbacks
+
 from .base import Miss, Pass, PatternPass, Record, Site, run
 from .drop_unread import DropUnread
 from .experts import Experts
@@ -48,7 +50,9 @@ RAISED_FUSIONS = ("route", "geglu")
 
 
 def prepare() -> None:
-    """Trace all patterns now. Later it would happen inside a compilation, where capturing is nested and counted there."""
+    """Before a compilation: Inductor knows our ops, and all patterns are traced. Within it, capturing is nested and counted
+    there."""
+    register_fallbacks()
     for step in pipeline(FUSED):
         if isinstance(step, PatternPass):
             for rewrite in step.rewrites():

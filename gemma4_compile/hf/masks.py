@@ -38,14 +38,19 @@ def padding_of(
 
     Raises ValueError if they are no causal masks with padding. Waits for the GPU."""
     known = {kind: mask for kind, mask in given.items() if mask is not None}
-    if not known:
-        return None
+    if set(known) - set(_MAKERS) or any(not isinstance(m, Tensor) or m.dtype != torch.bool or m.dim() != 4 for m in known.values()):
+        raise ValueError("masks that generate() does not make")
     full = known.get("full_attention")
-    if set(known) - set(_MAKERS) or not isinstance(full, Tensor) or full.dtype != torch.bool or full.dim() != 4:
-        raise ValueError("masks of four dimensions")
-    padding = full[:, 0, -1, :length].expand(shape[0], -1)
-    expected = masks(config, shape, dtype, full.device, cache, None, padding)
-    for kind, mask in known.items():
-        if not isinstance(mask, Tensor) or not torch.equal(mask.expand(shape[0], -1, -1, -1), expected[kind]):
-            raise ValueError("masks that are neither causal nor padding")
-    return padding
+    candidates = [None, *([] if full is None else [full[:, 0, -1, :length].expand(shape[0], -1)])]
+    for padding in candidates:
+        device = next(iter(known.values())).device if known else None
+        expected = masks(config, shape, dtype, device, cache, None, padding) if known else {}
+        if all(_equal(mask, expected[kind], shape[0]) for kind, mask in known.items()):
+            return padding
+    raise ValueError("masks that are neither causal nor padding")
+
+
+def _equal(mask: Tensor, expected: Any, batch: int) -> bool:
+    if not isinstance(expected, Tensor) or mask.shape[1:] != expected.shape[1:]:
+        return False
+    return torch.equal(mask.expand(batch, -1, -1, -1), expected.expand(batch, -1, -1, -1))

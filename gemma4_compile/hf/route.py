@@ -6,11 +6,11 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.models.gemma4 import modeling_gemma4 as hf
 
 from gemma4_compile.dynamo import first_line
+from gemma4_compile.loading import text_part
 from gemma4_compile.step_cache import CACHE, UnsupportedCache, take_cache
 
 from .cache_views import release_cache
@@ -78,7 +78,7 @@ class PackedRoute:
                 raise Unfit("the model is divided between ranks")
             if isinstance(model, hf.Gemma4ForConditionalGeneration):
                 replaced = _placeholders(model.config)
-                model = text_model(model)
+                model = text_part(model)
             if getattr(model.config, "use_bidirectional_attention", None) == "all":
                 raise Unfit("use_bidirectional_attention='all'")
             device = next(model.parameters()).device
@@ -90,15 +90,6 @@ class PackedRoute:
         except Exception as error:  # whatever Dynamo, Inductor, Triton and the C++ compiler raise
             self.refused = f"its packed step does not compile: {first_line(error)}"
             raise Unfit(self.refused) from error
-
-
-def text_model(outer: Any) -> Any:
-    """The text part of a multimodal model with its head, as a model of its own over the same modules."""
-    model = hf.Gemma4ForCausalLM.__new__(hf.Gemma4ForCausalLM)
-    nn.Module.__init__(model)
-    model.config = outer.config.get_text_config()
-    model.model, model.lm_head, model.vocab_size = outer.model.language_model, outer.lm_head, model.config.vocab_size
-    return model.eval()
 
 
 def _placeholders(config: Any) -> dict[int, int]:

@@ -39,6 +39,7 @@ class Op(NamedTuple):
 
 
 OPS: dict[str, Op] = {}
+_DEFINED: list[str] = []
 # A fragment: other parts of the package define their own ops in the same namespace.
 LIBRARY = torch.library.Library("gemma4", "FRAGMENT")
 # ptxas may contract the rounded product of a rope or an embedding with the sum after it into one fma, which does not
@@ -76,7 +77,22 @@ def define(schema: str, *, reference: Callable, launch: Callable, fake: Callable
     LIBRARY.impl(name, on_cpu, "CPU")
     LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"gemma4::{name}", fake, lib=LIBRARY)
+    _DEFINED.append(name)
     return name
+
+
+def register_fallbacks() -> None:
+    """Tell Inductor that it is to call our ops as they are; harmless twice.
+
+    It would find out by itself. But up to torch 2.11 it writes a log line first, log or no log, which prints an op's arguments
+    with all that they are computed of: nested, twice as long with each layer before the op's first use. At the depth of a real
+    model that never ends."""
+    from torch._inductor import lowering  # seconds to import, for those who compile only
+
+    for name in _DEFINED:
+        op = getattr(torch.ops.gemma4, name).default
+        if op not in lowering.lowerings:
+            lowering.make_fallback(op, warn=False)
 
 
 def expect(op: str, rule: str, got: Any, wanted: Any, remedy: str) -> None:
