@@ -221,6 +221,11 @@ class CompiledModel:
             self.programs.append(open_program(model, self.backend, self.geometry, folder))
         return self.programs[-1]
 
+    @property
+    def cache_memory(self) -> int:
+        """Bytes that are kept for the caches of packed calls, in use or not."""
+        return 0 if self._route is None else self._route.cache_memory
+
     def _returns_dict(self, inputs: dict[str, Any]) -> bool:
         given = inputs.get("return_dict")
         return self._module_ref.config.return_dict if given is None else given

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch._inductor
 from torch import SymInt, Tensor
+from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -36,11 +37,23 @@ from .geometry import Geometry
 from .passes import Miss, Record, Site, pipeline, prepare, run
 from .pieces import SPLIT_POINTS, Piece, split, split_point_of
 from .runtime.attention import NAME
-from .runtime.batch import KINDS, OPTIONAL, STEP_INPUTS, PlainKV, Request, check_inputs, require, step_input, varying_dim
+from .runtime.batch import (
+    KINDS,
+    OPTIONAL,
+    STEP_INPUTS,
+    PlainKV,
+    Request,
+    check_inputs,
+    require,
+    step_input,
+    varying_dim,
+)
+from .warm_up import WarmUp
 
 # What the step is traced with. Sizes are symbols; these are the hints that Inductor and measured token counts go by.
 _TRACED_REQUESTS, _TRACED_TOKENS = 8, 32
-_FORMAT = 3
+_WARMED, _PAGE = (256, 1), 64  # tokens of the steps that our kernels are compiled for at once, on pages of the usual size
+_FORMAT = 4
 
 Check = Callable[[dict[str, Tensor]], None]  # raises ValueError for a step's inputs that do not fit
 # Where a value comes from: ["value", number], ["weight", name], ["input", name], ["size", input, dimension], ["constant", x].
@@ -145,6 +158,11 @@ class Program:
         other = Program(self.plan, self._pieces, weights, self.compiled, self._check_inputs)
         other._folder = self._folder
         return other
+
+    @property
+    def input_names(self) -> dict[int, str]:
+        """The step's inputs by their index among the values of a run."""
+        return dict(self._inputs)
 
     def _free_after_use(self) -> None:
         made = {index for step in self.steps for index in step.results}
@@ -282,12 +300,26 @@ def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> 
     inputs["visible"] = torch.ones((_TRACED_REQUESTS, _TRACED_TOKENS), dtype=torch.bool, device=module.device)
     inputs |= {name: step_input(inputs, name) for name in OPTIONAL}
     step = _make_step(module, model_geometry)
-    return compile_step(module, step, inputs, (*STEP_INPUTS, *OPTIONAL), backend, [module], module.lm_head.weight)
+    steps = [_paged(module, model_geometry, tokens) for tokens in _WARMED] if module.device.type == "cuda" else []
+    varying = (*STEP_INPUTS, *OPTIONAL)
+    return compile_step(module, step, inputs, varying, backend, [module], module.lm_head.weight, warmed=steps)
+
+
+def _paged(module: Any, model_geometry: Geometry, tokens: int) -> dict[str, Tensor]:
+    """A step of one request of so many tokens, over pages of the usual size."""
+    kv = PlainKV(model_geometry, 1, -(-tokens // _PAGE) * _PAGE, module.dtype, module.device)
+    inputs = kv.inputs([Request([0] * tokens)])
+    for name, tensor in kv.tensors.items():
+        inputs[name] = tensor.view(-1, _PAGE, *tensor.shape[2:])
+    for kind in KINDS:
+        inputs[f"table.{kind}"] = torch.arange(kv.capacity // _PAGE, dtype=torch.int32, device=module.device)[None]
+    return inputs | {name: step_input(inputs, name) for name in OPTIONAL}
 
 
 def compile_step(
     module: Any, step: Callable[..., Any], inputs: dict[str, Tensor], varying: Iterable[str], backend: Backend,
     attending: Sequence[Any], head: Tensor | None = None, check: Check = check_inputs,
+    warmed: Sequence[dict[str, Tensor]] = (),
 ) -> Program:  # fmt: skip
     """Trace any packed step and compile its unique pieces.
 
@@ -297,7 +329,9 @@ def compile_step(
     varying     names of those whose number of tokens, rows or requests varies
     attending   the models that it calls, whose attention is ours for the time
     check       of the inputs of each run
+    warmed      inputs of steps whose kernels of ours are compiled meanwhile, on a GPU
     """
+    maybe_warm_pool()  # Inductor's workers start while Dynamo traces
     prepare()
     start = time.perf_counter()
     inputs = {name: t.clone() for name, t in inputs.items()}  # Dynamo makes one input of a tensor that has two names
@@ -311,7 +345,7 @@ def compile_step(
 
     def compile_graph(gm: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         traced = time.perf_counter() - start
-        plan, pieces = _compile(gm, examples, names, backend, head)
+        plan, pieces = _compile(gm, examples, names, backend, head, warmed)
         plan.seconds["trace"] = traced
         plan.model = model
         made.append(Program(plan, pieces, weights, len(pieces), check))
@@ -375,7 +409,8 @@ def weights_of(module: Any) -> dict[str, Tensor]:
 
 
 def _compile(
-    gm: GraphModule, examples: Sequence[Any], names: dict[int, Reference], backend: Backend, head: Tensor | None
+    gm: GraphModule, examples: Sequence[Any], names: dict[int, Reference], backend: Backend, head: Tensor | None,
+    warmed: Sequence[dict[str, Tensor]] = (),
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of a graph and its unique pieces, compiled."""
     seconds: dict[str, float] = {}
@@ -386,6 +421,7 @@ def _compile(
     parts = split(gm.graph)
     seconds["passes"] = time.perf_counter() - start
     references = _references(gm, examples, names)
+    warm_up = WarmUp(gm, examples, names, warmed) if warmed else None
     unique: dict[str, Piece] = {part.key: part for part in parts if isinstance(part, Piece)}
     start = time.perf_counter()
     compiled = {}
@@ -393,6 +429,9 @@ def _compile(
         with backend.progress(f"compiling piece {number} of {len(unique)}"):
             compiled[key] = _compile_piece(piece, backend)
     seconds["compile"] = time.perf_counter() - start
+    if warm_up is not None:
+        warm_up.join()
+        seconds["kernels"] = time.perf_counter() - start
 
     values: dict[Node, Reference] = {}
 

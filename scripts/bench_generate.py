@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, this folder is no package
 import gemma4_compile
 from gemma4_compile import Engine, EngineConfig, SamplingParams
 from gemma4_compile.loading import random_model
+from gemma4_compile.optimize import existing_state
 from scripts._bandwidth import copy_bandwidth
 
 WAYS = ("eager", "static", "optimize", "optimize again", "engine")
@@ -71,11 +72,13 @@ def prompt(model: Any, batch: int, tokens: int) -> torch.Tensor:
 
 
 def cache_bytes(model: Any, tokens: int) -> int:
-    """What the GPU has allocated more while the cache of a prompt is alive."""
+    """What the GPU has allocated for the cache of a prompt while it is alive, all memory that is kept for caches included."""
     model.generate(prompt(model, 1, 16), max_new_tokens=2, do_sample=False)
     ids = prompt(model, 1, tokens)
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+    state = existing_state(model)
+    kept = 0 if state is None else state.cache_memory
+    before = torch.cuda.memory_allocated() - kept
     with torch.inference_mode():
         output = model(ids, logits_to_keep=1)
     cache = output.get("cache") or output.get("past_key_values")
@@ -107,8 +110,6 @@ def profile(model: Any, ids: torch.Tensor) -> dict[str, Any]:
 def measure(way: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One way, in this process."""
     torch.set_grad_enabled(False)
-    options = {"num_hidden_layers": None}
-    del options
     model = random_model(name, args.layers, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
     if model.config.enable_moe_block and args.device == "cpu":
         model.set_experts_implementation("grouped_mm")
@@ -200,8 +201,7 @@ def main() -> None:
             }  # fmt: skip
             for way in args.ways.split(","):
                 started = time.perf_counter()
-                forwarded = [a for a in sys.argv[1:] if not a.startswith("--out")]
-                command = [sys.executable, __file__, *forwarded, "--models", name, "--way", way]
+                command = [sys.executable, __file__, *sys.argv[1:], "--models", name, "--way", way]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                 line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
                 found = json.loads(line[7:]) if line else {"error": (done.stderr or done.stdout)[-3000:]}

@@ -227,7 +227,7 @@ class KVMemory:
 
     def open(self, batch: int, length: int) -> Lease:
         """A lease with room for so many tokens of each sequence, and some more."""
-        pages = {kind.name: self._pages(kind, min(length, kind.window or length)) for kind in self.kinds}
+        pages = {kind.name: self._pages(kind, kind.window or length) for kind in self.kinds}
         lease = Lease(self._slab({name: batch * count for name, count in pages.items()}), batch)
         for kind in self.kinds:
             self._move(lease, kind, 0, pages[kind.name])

@@ -8,6 +8,7 @@ graph on a GPU.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 
 from gemma4_compile.program import Program, weights_of
 from gemma4_compile.runtime.batch import KINDS
-from gemma4_compile.runtime.cuda_graphs import CaptureRefused, check_host
+from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner, check_host, fitting
 from gemma4_compile.runtime.recorder import CudaRecorder, Recorder
 
 from .cache_views import keeps_all, lease_of, take_in
-from .decode_graphs import DecodeGraphs
+from .decode_graphs import BATCHES, DecodeGraphs
 from .masks import padding_of
 from .kv_memory import PAGE, SLACK, Kind, KVMemory, Lease, Region, Unfit
 
 CHUNK = 8192  # tokens of a step
+_OFTEN = 3  # times that prompts of a size come before they are captured, which takes as long as some ten of them
 _READ = ("input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "return_dict")
 _LIBRARIES = ("torch.nn.", "transformers.")
 
@@ -47,46 +49,51 @@ class PackedCalls:
         self._replaced = dict(replaced)
         self._lock = threading.RLock()
         self._stream: Any = None
-        self._modules: list[nn.Module] = []
+        self._seen: list[tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]] = []  # each module, its children and tensors
         self._recorder = recorder
+        self._width = -(-int(model.config.max_position_embeddings) // PAGE)
         if recorder is None and memory.device.type == "cuda":
             self._recorder = CudaRecorder(memory.device)
-        self._weights: dict[str, Tensor] = {}
         self.check_model()
 
-    def _bind(self, weights: dict[str, Tensor]) -> None:
+    def _bind(self) -> None:
         self.program = program = self._compiled()
-        self._weights = weights
         self.graphs: DecodeGraphs | None = None
+        self.prompts: GraphRunner | None = None
+        self._uses: Counter[tuple[int, int]] = Counter()
         if self._recorder is not None:
             try:
                 check_host(program)
                 self.graphs = DecodeGraphs(program, self._recorder, self._clean)
             except CaptureRefused:
-                pass  # a piece that works on the host
+                self._recorder = None  # a piece works on the host
 
     def check_model(self) -> None:
         """Take in weights that are other tensors than before. Raises Unfit for a model that does what no graph would see."""
-        modules = list(self.model.modules())
-        if modules != self._modules:
-            for module in modules:
-                if not type(module).__module__.startswith(_LIBRARIES):
-                    raise Unfit(f"the model has a module of {type(module).__module__}.{type(module).__qualname__}")
-        for module in modules:
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise Unfit(f"hooks on a {type(module).__name__}")
-            if "forward" in module.__dict__:
-                raise Unfit(f"a forward of its own on a {type(module).__name__}")
-        weights = weights_of(self.model)
-        if weights.keys() == self._weights.keys() and all(weights[name] is t for name, t in self._weights.items()):
+        same = bool(self._seen)
+        for module, children, tensors in self._seen:
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                same = False
+            elif tuple(module._modules.values()) != children or any(a is not b for a, b in zip(_tensors(module), tensors)):
+                same = False
+        if same:
             return
-        for name, tensor in weights.items():
+        self._seen = []
+        for module in self.model.modules():
+            name = type(module).__name__
+            if not type(module).__module__.startswith(_LIBRARIES):
+                raise Unfit(f"the model has a module of {type(module).__module__}.{name}")
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise Unfit(f"hooks on a {name}")
+            if "forward" in module.__dict__:
+                raise Unfit(f"a forward of its own on a {name}")
+        for name, tensor in weights_of(self.model).items():
             if type(tensor) not in (Tensor, nn.Parameter):
                 raise Unfit(f"the weight {name} is a {type(tensor).__name__}")
             if tensor.device != self.memory.device:
                 raise Unfit(f"the weight {name} is on {tensor.device}")
-        self._bind(weights)
-        self._modules = modules
+        self._bind()
+        self._seen = [(module, tuple(module._modules.values()), _tensors(module)) for module in self.model.modules()]
 
     def __call__(self, inputs: Mapping[str, Any], cache: Any) -> Tensor:
         """Logits [batch, wanted tokens, vocabulary]. The cache has the new tokens then, if there is one.
@@ -218,7 +225,7 @@ class PackedCalls:
             step["position_ids"] = places.contiguous().view(-1)
         if visible is not None:
             step["visible"] = visible
-        logits = self.program(step)
+        logits = self._run_step(step)
         lease.length = end
         for kind in self.memory.kinds:
             if regions[kind.name].run is None:
@@ -229,6 +236,23 @@ class PackedCalls:
         if back is None:
             return logits
         return torch.empty_like(logits).index_copy_(1, back, logits)
+
+    def _run_step(self, step: dict[str, Tensor]) -> Tensor:
+        """Logits [1, wanted, vocabulary], the caller's to keep; from graphs once a size has come often enough."""
+        graphs, tokens, rows = self.prompts, step["input_ids"].shape[1], step["rows"].shape[0]
+        requests, width = step[f"table.{KINDS[1]}"].shape
+        size = fitting(Buckets().tokens, tokens), fitting(Buckets().rows, rows)
+        if self._recorder is None or not all(size) or requests > BATCHES[-1] or width > self._width:
+            return self.program(step)
+        self._uses[size] += 1
+        if self._uses[size] < _OFTEN:
+            return self.program(step)
+        if graphs is None:
+            tables = {f"table.{kind}": torch.zeros((1, self._width), dtype=torch.int32, device=step["rows"].device) for kind in KINDS}
+            self.prompts = graphs = GraphRunner(
+                self.program, step | tables, BATCHES[-1], Buckets(decode=()), self._recorder, own_memory=False
+            )
+        return graphs(step).clone()
 
     def _region(self, lease: Lease, kind: Kind, end: int, cache: Any) -> Region:
         """Where a chunk's keys go: the cache's own region, or, where it would leave most of them behind, scratch memory."""
@@ -261,6 +285,10 @@ class PackedCalls:
         for token, other in self._replaced.items():
             ids = torch.where(ids == token, other, ids)
         return ids
+
+
+def _tensors(module: nn.Module) -> tuple[Any, ...]:
+    return (*module._parameters.values(), *module._buffers.values())
 
 
 def objection(inputs: Mapping[str, Any], cache_name: str) -> str:

@@ -67,6 +67,10 @@ class PackedRoute:
         setattr(output, CACHE, cache)
         return output
 
+    @property
+    def cache_memory(self) -> int:
+        return 0 if self._calls is None else sum(slab.nbytes for slab in self._calls.memory.slabs)
+
     def _asked(self, inputs: dict[str, Any]) -> str:
         config = self._outer.config.get_text_config()
         return next((name for name in _RECORDED if inputs.get(name, getattr(config, name, False))), "")

@@ -27,7 +27,7 @@ from torch import Tensor
 from gemma4_compile.pieces import SPLIT_POINTS
 from gemma4_compile.program import Program, Step, StepResult
 
-from .batch import KINDS, STEP_INPUTS, check_inputs, varying_dim
+from .batch import KINDS, STEP_INPUTS, check_inputs, step_input, varying_dim
 from .full_graphs import FullGraphs, FullResult, greedy
 from .recorder import CudaRecorder, Recorder
 from .row_state import RowState
@@ -87,6 +87,8 @@ class GraphRunner:
     requests    the most requests of a step; FULL steps have no limit of their own
     state       of the rows, see row_state.py; without, `decode` gives logits only
     argmax      see full_graphs.py
+    own_memory  whether all steps use the keys and values in `inputs`. Without, a step's own are read, as pieces never see them:
+                attention, which runs between graphs, is given those of the step at hand. There are no FULL graphs then
     agree       whether a bucket is given up on any rank, told whether it should be on this one; for ranks that run one model.
                 There a capture that fails is an error: other ranks' collectives would wait for it
 
@@ -99,9 +101,9 @@ class GraphRunner:
     def __init__(
         self, program: Program, inputs: dict[str, Tensor], requests: int, buckets: Buckets | None = None,
         recorder: Recorder | None = None, state: RowState | None = None, argmax: Callable[[Tensor], Tensor] = greedy,
-        agree: Callable[[bool], bool] | None = None,
+        agree: Callable[[bool], bool] | None = None, own_memory: bool = True,
     ):  # fmt: skip
-        self._agree = agree
+        self._agree, self._own_memory = agree, own_memory
         self.program, self.requests, self.buckets = program, requests, buckets or Buckets()
         device = inputs["input_ids"].device
         if recorder is None:
@@ -114,10 +116,15 @@ class GraphRunner:
             raise ValueError(f"a step must be allowed at least one request, got {requests}; say how many it may have")
         tokens, rows = max(self.buckets.tokens, default=1), max(self.buckets.rows, default=1)
         sizes = {"input_ids": (1, tokens), "positions": (tokens,), "rows": (rows,), "starts": (requests + 1,)}
+        if not own_memory:
+            sizes["position_ids"] = (tokens,)
         width = max(inputs[f"table.{kind}"].shape[1] for kind in KINDS)
         for kind in KINDS:
             sizes |= {f"slots.{kind}": (tokens,), f"table.{kind}": (requests, width)}
-        self.static = {name: torch.zeros(size, dtype=inputs[name].dtype, device=device) for name, size in sizes.items()}
+        self.static = {
+            name: torch.zeros(size, dtype=step_input(inputs, name).dtype, device=device) for name, size in sizes.items()
+        }
+        self._given: dict[str, Tensor] = {}  # of a step that brings its own memory: what attention reads of it
         self.refused: dict[str, str] = {}
         self.replays = 0  # steps that ran from graphs
         self.full = FullGraphs(program.run, self.memory, self.buckets.decode, width, recorder, device, state, argmax)
@@ -135,7 +142,10 @@ class GraphRunner:
         """Logits [1, N, vocabulary] and final-normed states [N, H] of the N wanted rows. From a graph they are valid until the
         next step."""
         check_inputs(inputs)
-        self._check_memory(inputs)
+        if self._own_memory:
+            self._check_memory(inputs)
+        else:
+            self._given = {name: step_input(inputs, name) for name in (*self.memory, "visible")}
         wanted, requests = inputs["rows"].shape[0], inputs["table.full_attention"].shape[0]
         bucket = self._bucket(inputs["input_ids"].shape[1], wanted, requests)
         if bucket is None or bucket.name in self.refused:
@@ -265,7 +275,7 @@ class GraphRunner:
         padding = {f"slots.{kind}": -1 for kind in KINDS}
         padding |= {"starts": tokens, "rows": bucket.tokens - 1}  # which ascend
         for name in self.static:
-            given, view = inputs[name], views[name]
+            given, view = step_input(inputs, name), views[name]
             dim = varying_dim(name)
             length = 0 if empty else given.shape[dim]
             target = view.narrow(dim, 0, length)
@@ -278,7 +288,10 @@ class GraphRunner:
         lengths = {"rows": bucket.rows, "starts": bucket.requests + 1} | {f"table.{kind}": bucket.requests for kind in KINDS}
         views = {name: buffer.narrow(varying_dim(name), 0, lengths.get(name, bucket.tokens))
                  for name, buffer in self.static.items()}  # fmt: skip
-        return views | self.memory
+        if self._own_memory:
+            return views | self.memory
+        fits = self._given["visible"].shape[0] == bucket.requests  # else it is padding that runs
+        return views | {name: tensor for name, tensor in self._given.items() if fits or name != "visible"}
 
     # PIECEWISE
 
@@ -340,7 +353,7 @@ class GraphRunner:
             arguments = [values[i] for i in step.arguments]
             if step.op:
                 results = [self._attended_buffer(arguments[0])]
-                calls.append(self._attention(step.op, results[0], arguments))
+                calls.append(self._attention(step, results[0], arguments))
             else:
                 replay, results = self.recorder.record(partial(step.function, *arguments))
                 calls.append(_replay(replay))
@@ -357,15 +370,19 @@ class GraphRunner:
             self._attended[key] = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         return self._attended[key]
 
-    def _attention(self, op: str, out: Tensor, arguments: list[Any]) -> _Call:
-        point = SPLIT_POINTS[op]
+    def _attention(self, step: Step, out: Tensor, arguments: list[Any]) -> _Call:
+        point = SPLIT_POINTS[step.op]
         table, starts = point.argument("table"), point.argument("starts")  # one row a request
         borrowed = [self.recorder.borrow(a) if isinstance(a, Tensor) else a for a in arguments]
+        names = {place: self.program.input_names.get(index, "") for place, index in enumerate(step.arguments)}
+        own = [] if self._own_memory else [place for place, name in names.items() if name in self.memory or name == "visible"]
 
         def call(requests: int) -> None:
             given = list(borrowed)
             given[table] = given[table][:requests]
             given[starts] = given[starts][: requests + 1]
+            for place in own:
+                given[place] = self._given[names[place]]
             point.into(out, *given)
 
         return call

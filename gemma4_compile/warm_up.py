@@ -1,0 +1,89 @@
+"""Compile the kernels of a program's ops while Inductor compiles its pieces.
+
+Inductor leaves our ops to themselves: their Triton kernels would be compiled one after the other when the first step runs, ten
+seconds and more for a whole model. Here each op is called once, in a thread, with tensors of the shapes that it will see in a
+prompt and in a decode step; what it computes is dropped.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import GraphModule, Node
+
+
+class WarmUp:
+    """Calls in a thread of their own; `join` waits for it.
+
+    graph      after the passes: example values on its nodes
+    examples   of its placeholders, weights among them
+    names      id of an example -> ("input", name) for a step's inputs
+    steps      inputs by name, of each kind of step
+    """
+
+    def __init__(
+        self, graph: GraphModule, examples: Sequence[Any], names: Mapping[int, Any], steps: Sequence[Mapping[str, Tensor]]
+    ):
+        self._calls = [call for step in steps for call in _calls(graph, examples, names, step)]
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for target, arguments in self._calls:
+                try:
+                    target(*[argument() if callable(argument) else argument for argument in arguments])
+                except Exception:  # the first step will say what is wrong, and where
+                    continue
+            torch.cuda.current_stream().synchronize()
+
+
+def _calls(
+    graph: GraphModule, examples: Sequence[Any], names: Mapping[int, Any], step: Mapping[str, Tensor]
+) -> list[tuple[Any, list[Any]]]:  # fmt: skip
+    """Each op of ours that the graph calls, once for each kind of arguments."""
+    values: dict[Node, Any] = {}
+    sizes: dict[Any, int] = {}
+    placeholders = (node for node in graph.graph.nodes if node.op == "placeholder")
+    for node, example in zip(placeholders, examples, strict=True):
+        if not isinstance(example, Tensor):
+            continue
+        kind, name = names[id(example)]
+        values[node] = step.get(name) if kind == "input" else example
+        for symbol, size in zip(node.meta["example_value"].shape, () if values[node] is None else values[node].shape):
+            if isinstance(symbol, SymInt):
+                sizes[symbol.node.expr] = size
+
+    def concrete(size: Any) -> int:
+        return int(size.node.expr.subs(sizes)) if isinstance(size, SymInt) else size
+
+    found: dict[Any, tuple[Any, list[Any]]] = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or not str(node.target).startswith("gemma4."):
+            continue
+        arguments: list[Any] = []
+        key: list[Any] = [str(node.target)]
+        for argument in node.args:
+            value = argument.meta.get("example_value") if isinstance(argument, Node) else argument
+            if isinstance(value, Tensor):
+                shape, strides = tuple(map(concrete, value.shape)), tuple(map(concrete, value.stride()))
+                key.append((shape, strides, value.dtype))
+                given = values.get(argument)  # type: ignore[arg-type]
+                arguments.append(given if given is not None else _zeros(shape, strides, value.dtype, value.device))
+            else:
+                value = concrete(value)
+                key.append(value)
+                arguments.append(value)
+        if node.kwargs or any(isinstance(a, Node) for a in arguments):
+            continue
+        found.setdefault(repr(key), (node.target, arguments))
+    return list(found.values())
+
+
+def _zeros(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    return lambda: torch.empty_strided(shape, strides, dtype=dtype, device=device).zero_()
