@@ -51,7 +51,7 @@ class PackedCalls:
         self._stream: Any = None
         self._seen: list[tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]] = []  # each module, its children and tensors
         self._recorder = recorder
-        self._width = -(-int(model.config.max_position_embeddings) // PAGE)
+        self._width = 16 + int(model.config.max_position_embeddings * 9 / 8) // PAGE  # regions have room for an 8th more
         if recorder is None and memory.device.type == "cuda":
             self._recorder = CudaRecorder(memory.device)
         self.check_model()
