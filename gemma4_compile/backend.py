@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.compiler.config as compiler_config
 import transformers
+from torch._inductor import standalone_compile
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
@@ -47,6 +48,7 @@ class Backend:
     """Callable as torch.compile(backend=...).
 
     enabled     the fusions, resolved once: a change of the environment does not reach a model already optimized
+    compile, compile_piece   Inductor, for a graph of the whole model and for a piece of a packed step
     records     one Record for each graph compiled, in order
     progress    entered with a title while a graph compiles
     cuda_graph  whether the step that is about to run, and so a graph compiled for it, is replayed as a CUDA graph
@@ -55,6 +57,7 @@ class Backend:
     config: OptimizeConfig
     enabled: frozenset[str]
     compile: Callable[..., Any] = compile_fx
+    compile_piece: Callable[..., Any] = standalone_compile
     records: list[Record] = field(default_factory=list)
     progress: Callable[[str], AbstractContextManager[Any]] = lambda title: nullcontext()
 

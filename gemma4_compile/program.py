@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch._inductor
 from torch import SymInt, Tensor
+from torch._inductor import standalone_compile
 from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule, Node
@@ -526,9 +527,7 @@ def _compile_piece(piece: Piece, backend: Backend) -> Any:
     examples = [node.meta["example_value"] for node in piece.inputs]
     options = {"config_patches": dict(backend.config.inductor)}
     with backend.cache_key():
-        return torch._inductor.standalone_compile(
-            piece.module, examples, dynamic_shapes="from_tracing_context", options=options
-        )
+        return backend.compile_piece(piece.module, examples, dynamic_shapes="from_tracing_context", options=options)
 
 
 def open_program(module: Any, backend: Backend, model_geometry: Geometry, folder: Path | None) -> Program:
@@ -563,6 +562,8 @@ def program_folder(model: Any, backend: Backend, division: Any, device: torch.de
     backend, division   of the optimized model that it belongs to
     """
     config = backend.config
+    if backend.compile_piece is not standalone_compile:  # what else compiles is not torch's to save
+        return None
     if torch._inductor.config.force_disable_caches or not torch._inductor.config.fx_graph_cache:
         return None
     known = fingerprint(model)

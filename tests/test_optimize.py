@@ -15,6 +15,8 @@ from gemma4_compile.step_cache import CACHE
 from tests.models import CONFIGS, prompt, tiny
 from tests.passes.harness import passes_only
 
+WHOLE = OptimizeConfig(packed=False)  # graphs of the whole model alone
+
 
 def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     mask = torch.ones_like(ids)
@@ -49,8 +51,8 @@ def test_generates_the_same_tokens(cache: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["e", "moe"])
 def test_no_graph_for_lengths_steps_or_batches(kind: str) -> None:
-    """One graph for prefill and one for decode; single rows have their own, as PyTorch specializes size 1."""
-    plain, model = tiny(kind), passes_only(tiny(kind))
+    """Of the whole model: one graph for prefill and one for decode; single rows have their own, as PyTorch specializes size 1."""
+    plain, model = tiny(kind), passes_only(tiny(kind), WHOLE)
     for batch, tokens, new in ((2, 5, 8), (3, 6, 4), (2, 12, 14), (4, 30, 3)):
         ids = prompt(batch, tokens)
         options = {"max_new_tokens": new, "min_new_tokens": new}
@@ -65,7 +67,7 @@ def test_no_graph_for_lengths_steps_or_batches(kind: str) -> None:
 
 def test_static_cache_decodes_in_two_graphs() -> None:
     """Before and behind the end of the window: transformers writes these differently. Plain compilation needs one a step."""
-    plain, model = tiny("dense"), passes_only(tiny("dense"))
+    plain, model = tiny("dense"), passes_only(tiny("dense"), WHOLE)
     ids = prompt(2, 4)
     options = {"cache_implementation": "static", "max_new_tokens": 16, "min_new_tokens": 16}
     assert torch.equal(generate(model, ids, **options), generate(plain, ids, **options))
@@ -83,7 +85,7 @@ def test_sampled_tokens_are_the_same() -> None:
 
 def test_static_cache_in_chunks() -> None:
     """Chunked prefill on a StaticCache: fills the window at once, then slides; each result as the plain model's."""
-    plain, model = tiny("dense"), passes_only(tiny("dense"))
+    plain, model = tiny("dense"), passes_only(tiny("dense"), WHOLE)
     caches = [StaticCache(config=plain.config, max_cache_len=40) for _ in range(2)]
     for tokens in (prompt(1, 12), prompt(1, 5, seed=2), prompt(1, 1, seed=3)):
         with torch.no_grad():
@@ -178,7 +180,7 @@ def test_text_part_of_the_multimodal_class() -> None:
     expected = generate(model, prompt(2, 5))
     assert torch.equal(generate(passes_only(model), prompt(2, 5)), expected)
     assert report(model).fusions["ple_inputs"].matched == 1
-    assert graphs(model) == 2
+    assert graphs(model) == 1 and report(model).calls == {"packed steps": 6}
 
 
 def test_two_models_do_not_share_graphs() -> None:
@@ -211,7 +213,7 @@ def test_a_cache_by_its_older_name() -> None:
         output = model(whole[:, 5:], past_key_values=cache)
         torch.testing.assert_close(output.logits, plain(whole).logits[:, 5:], rtol=1e-5, atol=1e-5)
         model(prompt(2, 3), **{CACHE: cache})
-    assert output[CACHE] is cache and cache.get_seq_length() == 11 and graphs(model) == 2
+    assert output[CACHE] is cache and cache.get_seq_length() == 11 and graphs(model) == 1
 
 
 def test_a_cache_in_an_argument_that_forward_lacks_is_an_error() -> None:
@@ -280,7 +282,7 @@ def test_a_model_that_leaves_its_cache_unused_is_an_error(static: bool) -> None:
 
 def test_too_many_kinds_of_calls_run_uncompiled() -> None:
     """At max_graphs the model goes on, uncompiled, and says what to do; what is compiled stays in use."""
-    plain, model = tiny("dense"), passes_only(tiny("dense"), OptimizeConfig(max_graphs=2))
+    plain, model = tiny("dense"), passes_only(tiny("dense"), OptimizeConfig(max_graphs=2, packed=False))
     with torch.no_grad():
         cache = model(prompt(2, 5))[CACHE]
         model(prompt(2, 1), **{CACHE: cache})

@@ -299,7 +299,8 @@ def objection(inputs: Mapping[str, Any], cache_name: str) -> str:
     if ids.dim() != 2 or not ids.numel() or ids.dtype not in (torch.int64, torch.int32):
         return f"input_ids are {list(ids.shape)} {ids.dtype}"
     for name, value in inputs.items():
-        if name not in _READ and name != cache_name and value is not None and value is not False:
+        unset = value is None or value is False or isinstance(value, Mapping) and not value
+        if name not in _READ and name != cache_name and not unset:
             return f"the argument {name}"
     return ""
 
