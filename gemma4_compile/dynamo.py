@@ -12,6 +12,7 @@ _COUNT = itertools.count()
 
 def first_line(error: BaseException) -> str:
     """An error in one line, by its type: what Dynamo and Inductor raise is pages long."""
+    error = getattr(error, "inner_exception", error)  # of BackendCompilerFailed
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {text[:200]}"
 

@@ -26,10 +26,10 @@ from .geometry import Geometry, geometry
 from .hf.cache_views import release_cache
 from .hf.kv_memory import Unfit
 from .hf.masks import masks
-from .hf.route import PACKED, UNCOMPILED, WHOLE, MultimodalCalls, PackedRoute, Ways
+from .hf.route import PACKED, UNCOMPILED, WHOLE, MultimodalCalls, PackedRoute, Ways, arguments, uses_cache
 from .parallel import check_kv_heads, division_of, local_parts
 from .passes import prepare
-from .program import Program, fingerprint, open_program, program_folder, weights_of
+from .program import FirstCall, Program, fingerprint, open_program, program_folder, weights_of
 from .progress import compiling
 from .step_cache import CACHE, GROW, Step, StepCache, UnsupportedCache, commit, plan, take_cache
 
@@ -177,9 +177,7 @@ class CompiledModel:
         module = self._module_ref
         if torch.compiler.is_compiling():  # the user compiles something around us: let it see the plain model
             return module._call_impl(*args, **kwargs)
-        bound = self.signature.bind(*args, **kwargs)
-        inputs = dict(bound.arguments)
-        inputs |= inputs.pop("kwargs", {})
+        inputs = arguments(self.signature, args, kwargs)
         self.check_call(module)
         tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
         if not isinstance(tokens, Tensor):  # Hugging Face says what is wrong
@@ -187,8 +185,7 @@ class CompiledModel:
         cache = None
         try:
             cache = take_cache(inputs, self.signature.parameters)
-            use_cache = inputs.get("use_cache")
-            if cache is None and (module.config.use_cache if use_cache is None else use_cache):
+            if cache is None and uses_cache(inputs, module.config):
                 cache = DynamicCache(config=module.config)
             if self._route is not None:
                 try:
@@ -209,7 +206,7 @@ class CompiledModel:
             return module._call_impl(*args, **kwargs)
         return self._run(inputs, tokens, cache, steps)
 
-    def packed_program(self, model: Any) -> Program:
+    def packed_program(self, model: Any, first: FirstCall = FirstCall()) -> Program:
         """The packed step of the model, or of its text part; compiled or loaded once, and bound to the weights that it has now."""
         with local_parts(model):
             weights, known = weights_of(model), fingerprint(model)
@@ -218,7 +215,7 @@ class CompiledModel:
                     self.programs[index] = program.with_weights(weights)
                     return self.programs[index]
             folder = program_folder(model, self.backend, self.division, model.device)
-            self.programs.append(open_program(model, self.backend, self.geometry, folder))
+            self.programs.append(open_program(model, self.backend, self.geometry, folder, first))
         return self.programs[-1]
 
     @property

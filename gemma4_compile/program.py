@@ -53,7 +53,7 @@ from .warm_up import WarmUp
 
 # What the step is traced with. Sizes are symbols; these are the hints that Inductor and measured token counts go by.
 _TRACED_REQUESTS, _TRACED_TOKENS = 8, 32
-_WARMED, _PAGE = (256, 1), 64  # tokens of the steps that our kernels are compiled for at once, on pages of the usual size
+_PAGE, _PAGES = 64, 64  # of the usual size, and as many as a request of some length has
 _FORMAT = 4
 
 Check = Callable[[dict[str, Tensor]], None]  # raises ValueError for a step's inputs that do not fit
@@ -290,7 +290,17 @@ def load(folder: str | Path, module: Any, check: Check = check_inputs) -> Progra
         raise ValueError(f"a saved program must be whole and of this model, got {error!r} in {folder}; delete it") from error
 
 
-def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> Program:
+class FirstCall(NamedTuple):
+    """The call that a program is compiled for: the kernels that it needs, and those of the decode steps behind it, are compiled
+    meanwhile. masked: it has an attention mask."""
+
+    requests: int = 1
+    tokens: int = 256
+    rows: int = 1
+    masked: bool = False
+
+
+def compile_program(module: Any, backend: Backend, model_geometry: Geometry, first: FirstCall) -> Program:
     """Trace a model's packed step and compile its unique pieces.
 
     module      Gemma4ForCausalLM in eval mode
@@ -301,19 +311,25 @@ def compile_program(module: Any, backend: Backend, model_geometry: Geometry) -> 
     inputs["visible"] = torch.ones((_TRACED_REQUESTS, _TRACED_TOKENS), dtype=torch.bool, device=module.device)
     inputs |= {name: step_input(inputs, name) for name in OPTIONAL}
     step = _make_step(module, model_geometry)
-    steps = [_paged(module, model_geometry, tokens) for tokens in _WARMED] if module.device.type == "cuda" else []
+    warmed = []
+    if module.device.type == "cuda":
+        warmed = [_paged(module, model_geometry, first), _paged(module, model_geometry, first._replace(tokens=1, rows=1))]
     varying = (*STEP_INPUTS, *OPTIONAL)
-    return compile_step(module, step, inputs, varying, backend, [module], module.lm_head.weight, warmed=steps)
+    return compile_step(module, step, inputs, varying, backend, [module], module.lm_head.weight, warmed=warmed)
 
 
-def _paged(module: Any, model_geometry: Geometry, tokens: int) -> dict[str, Tensor]:
-    """A step of one request of so many tokens, over pages of the usual size."""
-    kv = PlainKV(model_geometry, 1, -(-tokens // _PAGE) * _PAGE, module.dtype, module.device)
-    inputs = kv.inputs([Request([0] * tokens)])
+def _paged(module: Any, model_geometry: Geometry, call: FirstCall) -> dict[str, Tensor]:
+    """The step of a call over pages of the usual size."""
+    pages = -(-(call.tokens + max(4 * _PAGE, call.tokens // 8)) // _PAGE) if call.tokens > 1 else _PAGES
+    kv = PlainKV(model_geometry, call.requests, pages * _PAGE, module.dtype, module.device)
+    rows = range(call.tokens - min(call.rows, call.tokens), call.tokens)
+    inputs = kv.inputs([Request([0] * call.tokens, rows=rows)] * call.requests)
     for name, tensor in kv.tensors.items():
         inputs[name] = tensor.view(-1, _PAGE, *tensor.shape[2:])
-    for kind in KINDS:
-        inputs[f"table.{kind}"] = torch.arange(kv.capacity // _PAGE, dtype=torch.int32, device=module.device)[None]
+    table = torch.arange(call.requests * pages, dtype=torch.int32, device=module.device).view(call.requests, pages)
+    inputs |= {f"table.{kind}": table for kind in KINDS}
+    if call.masked and call.tokens == 1:
+        inputs["visible"] = torch.ones((call.requests, kv.capacity), dtype=torch.bool, device=module.device)
     return inputs | {name: step_input(inputs, name) for name in OPTIONAL}
 
 
@@ -530,9 +546,11 @@ def _compile_piece(piece: Piece, backend: Backend) -> Any:
         return backend.compile_piece(piece.module, examples, dynamic_shapes="from_tracing_context", options=options)
 
 
-def open_program(module: Any, backend: Backend, model_geometry: Geometry, folder: Path | None) -> Program:
+def open_program(
+    module: Any, backend: Backend, model_geometry: Geometry, folder: Path | None, first: FirstCall = FirstCall()
+) -> Program:  # fmt: skip
     """The program of `folder` if it is there, else a new one, which is then saved there."""
-    return open_step(module, backend, folder, lambda: compile_program(module, backend, model_geometry))
+    return open_step(module, backend, folder, lambda: compile_program(module, backend, model_geometry, first))
 
 
 def open_step(

@@ -5,17 +5,22 @@ seconds and more for a whole model. Here each op is called once, in a thread, wi
 prompt and in a decode step; what it computes is dropped.
 """
 
-import threading
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
+_THREADS = 8
+
 
 class WarmUp:
-    """Calls in a thread of their own; `join` waits for it.
+    """Calls in threads of their own: much of what Triton does is done without Python's lock. `join` waits for those of the first
+    step; what others need goes on being compiled.
 
     graph      after the passes: example values on its nodes
     examples   of its placeholders, weights among them
@@ -26,21 +31,20 @@ class WarmUp:
     def __init__(
         self, graph: GraphModule, examples: Sequence[Any], names: Mapping[int, Any], steps: Sequence[Mapping[str, Tensor]]
     ):
-        self._calls = [call for step in steps for call in _calls(graph, examples, names, step)]
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        calls = [_calls(graph, examples, names, step) for step in steps]
+        threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+        self._first, *_ = [[threads.submit(_call, *call) for call in found] for found in calls]
+        threads.shutdown(wait=False)
 
     def join(self) -> None:
-        self._thread.join()
+        wait(self._first)
 
-    def _run(self) -> None:
-        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-            for target, arguments in self._calls:
-                try:
-                    target(*[argument() if callable(argument) else argument for argument in arguments])
-                except Exception:  # the first step will say what is wrong, and where
-                    continue
-            torch.cuda.current_stream().synchronize()
+
+def _call(target: Any, arguments: Sequence[Any]) -> None:
+    """What goes wrong here, the first step will say, and where."""
+    with suppress(Exception), torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+        target(*[argument() if callable(argument) else argument for argument in arguments])
+        torch.cuda.current_stream().synchronize()
 
 
 def _calls(

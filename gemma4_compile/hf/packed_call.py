@@ -126,6 +126,7 @@ class PackedCalls:
             if logits is not None:
                 lease.length += 1
                 return logits
+            mask = None if mask is None else mask != 0
         return self._prompt(lease, ids, places, mask, inputs.get("logits_to_keep", 0), cache)
 
     @property
@@ -160,12 +161,12 @@ class PackedCalls:
                 return None
         if given.dim() != 2 or given.shape != shape:
             raise Unfit(f"the mask is {list(given.shape)}, the tokens {list(shape)}")
+        if given.device != self.memory.device:
+            raise Unfit(f"the mask is on {given.device}, the model on {self.memory.device}")
+        if tokens == 1 and self.graphs is not None:
+            return given  # copied as bool
         mask = given if given.dtype == torch.bool else given != 0
-        if mask.device != self.memory.device:
-            raise Unfit(f"the mask is on {mask.device}, the model on {self.memory.device}")
-        if tokens > 1 and bool(mask.all()):
-            return None
-        return mask
+        return None if bool(mask.all()) else mask
 
     def _prompt(
         self, lease: Lease, ids: Tensor, places: Tensor | None, mask: Tensor | None, keep: int | Tensor, cache: Any

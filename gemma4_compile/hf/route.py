@@ -11,11 +11,12 @@ from transformers.models.gemma4 import modeling_gemma4 as hf
 
 from gemma4_compile.dynamo import first_line
 from gemma4_compile.loading import text_part
+from gemma4_compile.program import FirstCall
 from gemma4_compile.step_cache import CACHE, UnsupportedCache, take_cache
 
 from .cache_views import release_cache
 from .kv_memory import KVMemory, Unfit
-from .packed_call import PackedCalls, objection
+from .packed_call import CHUNK, PackedCalls, objection
 
 PACKED, WHOLE, UNCOMPILED = "packed steps", "whole graph", "uncompiled"
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -50,33 +51,41 @@ class PackedRoute:
     def __init__(self, state: Any, outer: Any):
         self._state, self._outer = state, outer
         self._calls: PackedCalls | None = None
+        self._asked = ""  # what the config asks for that a packed step does not give
         self.refused = ""  # why no call of this model runs so
 
     def __call__(self, inputs: dict[str, Any], cache: Any) -> Any:
         """The output of a call. Raises Unfit, with the cache as it was, for one that does not fit."""
         if self.refused:
             raise Unfit(self.refused)
-        if reason := objection(inputs, CACHE) or self._asked(inputs):
+        if reason := objection(inputs, CACHE):
             raise Unfit(reason)
+        if inputs["input_ids"].shape[1] > 1 or self._calls is None:  # reading a config takes longer than the rest of a step
+            self._asked = self._asked_by_config()
+        if self._asked:
+            raise Unfit(self._asked)
         if torch.is_autocast_enabled(inputs["input_ids"].device.type):
             raise Unfit("autocast is on")
         if self._calls is None:
-            self._calls = self._make()
+            self._calls = self._make(inputs)
         logits = self._calls(inputs, cache)
-        output = hf.Gemma4CausalLMOutputWithPast(logits=logits)
-        setattr(output, CACHE, cache)
-        return output
+        return hf.Gemma4CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
     @property
     def cache_memory(self) -> int:
         return 0 if self._calls is None else sum(slab.nbytes for slab in self._calls.memory.slabs)
 
-    def _asked(self, inputs: dict[str, Any]) -> str:
+    def _asked_by_config(self) -> str:
         config = self._outer.config.get_text_config()
-        return next((name for name in _RECORDED if inputs.get(name, getattr(config, name, False))), "")
+        return next((f"config.{name}" for name in _RECORDED if getattr(config, name, False)), "")
 
-    def _make(self) -> PackedCalls:
+    def _make(self, inputs: dict[str, Any]) -> PackedCalls:
         state, model, replaced = self._state, self._outer, {}
+        keep = inputs.get("logits_to_keep", 0)
+        batch, tokens = inputs["input_ids"].shape
+        tokens = min(tokens, max(1, CHUNK // batch))
+        rows = keep if isinstance(keep, int) and 0 < keep < tokens else tokens
+        first = FirstCall(batch, tokens, rows, inputs.get("attention_mask") is not None)
         try:
             if state.division.ranks > 1:
                 raise Unfit("the model is divided between ranks")
@@ -87,7 +96,7 @@ class PackedRoute:
                 raise Unfit("use_bidirectional_attention='all'")
             device = next(model.parameters()).device
             memory = KVMemory(state.geometry, int(model.config.sliding_window or 0), model.dtype, device)
-            return PackedCalls(model, lambda: state.packed_program(model), memory, replaced)
+            return PackedCalls(model, lambda: state.packed_program(model, first), memory, replaced)
         except Unfit as reason:
             self.refused = str(reason)
             raise
@@ -103,6 +112,20 @@ def _placeholders(config: Any) -> dict[int, int]:
     return {token: config.get_text_config().pad_token_id for token in tokens if token is not None}
 
 
+def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of forward() by name."""
+    if not args:
+        return dict(kwargs)
+    inputs = dict(signature.bind(*args, **kwargs).arguments)
+    return inputs | inputs.pop("kwargs", {})
+
+
+def uses_cache(inputs: dict[str, Any], config: Any) -> bool:
+    """Whether a call without a cache makes one."""
+    given = inputs.get("use_cache")
+    return bool(config.use_cache if given is None else given)
+
+
 class MultimodalCalls:
     """Stands where nn.Module.compile() puts its callable of a multimodal model: text goes as packed steps, all else to the
     model's own forward, whose text part is compiled."""
@@ -116,13 +139,11 @@ class MultimodalCalls:
         if torch.compiler.is_compiling():
             return outer._call_impl(*args, **kwargs)
         state.check_call(outer)
-        inputs = dict(self._signature.bind(*args, **kwargs).arguments)
-        inputs |= inputs.pop("kwargs", {})
+        inputs = arguments(self._signature, args, kwargs)
         cache = None
         try:
             cache = take_cache(inputs, self._signature.parameters)
-            config = outer.config.get_text_config()
-            if cache is None and (config.use_cache if inputs.get("use_cache") is None else inputs["use_cache"]):
+            if cache is None and uses_cache(inputs, config := outer.config.get_text_config()):
                 cache = DynamicCache(config=config)
             output = self._route(inputs, cache)
         except (Unfit, UnsupportedCache) as reason:
