@@ -40,5 +40,5 @@ SWITCHES = FUSIONS | TRANSFORMS
 
 # Kernel launches that a site of a rewrite saves against Inductor on the GPU, where it saves any (docs/fusions.md, "launches").
 LAUNCHES_SAVED = {"route": 3, "qkv_norm_rope": 2, "kv_norm_rope": 1, "ple_tail": 1, "ple_tail_norm": 1}
-LAUNCHES_SAVED |= {"attention_qkv": 1}  # beside qkv_norm_rope's
+LAUNCHES_SAVED |= {"attention_qkv": 1, "attention_qkv_unmasked": 1}  # beside qkv_norm_rope's
 LAUNCHES_SAVED |= {"gate_up": 2, "linear_triple": 2, "linear_pair": 1}  # of up to 32 rows

@@ -246,7 +246,7 @@ class CompiledModel:
             try:
                 with fused_experts(self._module_ref.config, "experts" in self.backend.enabled):
                     output, new = self._step(inputs, steps)
-            except TorchDynamoException as error:  # before anything ran: the user's cache is as it was
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything ran: the user's cache is as it was
                 full = isinstance(error, FailOnRecompileLimitHit)
                 reason = f"max_graphs={self.backend.config.max_graphs} are in use; raise it, or call with fewer kinds of inputs"
                 if not full:

@@ -300,7 +300,9 @@ class FirstCall(NamedTuple):
     masked: bool = False
 
 
-def compile_program(module: Any, backend: Backend, model_geometry: Geometry, first: FirstCall) -> Program:
+def compile_program(
+    module: Any, backend: Backend, model_geometry: Geometry, first: FirstCall = FirstCall()
+) -> Program:  # fmt: skip
     """Trace a model's packed step and compile its unique pieces.
 
     module      Gemma4ForCausalLM in eval mode

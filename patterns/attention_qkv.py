@@ -13,25 +13,45 @@ from .rewrite import Rewrite
 ops = torch.ops.gemma4
 
 
+def _normed(q: Any, k: Any, v: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, eps: float) -> Any:
+    q, k, v = ops.qkv_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps)
+    # Hugging Face puts the heads first, and our attention interface puts them back.
+    return (x.transpose(1, 2).transpose(1, 2) for x in (q, k, v))
+
+
 def search(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, keys: Tensor,
     values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
-    visible: Tensor,
 ) -> Tensor:  # fmt: skip
-    q, k, v = ops.qkv_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps)
-    # Hugging Face puts the heads first, and our attention interface puts them back.
-    q, k, v = (x.transpose(1, 2).transpose(1, 2) for x in (q, k, v))
-    return ops.attention(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible)
+    q, k, v = _normed(q, k, v, q_weight, k_weight, cos, sin, eps)
+    return ops.attention(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale)
 
 
 def replace(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, keys: Tensor,
     values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+) -> Tensor:  # fmt: skip
+    return ops.attention_qkv(
+        q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots, table, positions, starts, layer, window, scale
+    )
+
+
+def search_masked(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, keys: Tensor,
+    values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+    visible: Tensor,
+) -> Tensor:  # fmt: skip
+    q, k, v = _normed(q, k, v, q_weight, k_weight, cos, sin, eps)
+    return ops.attention(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible)
+
+
+def replace_masked(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, keys: Tensor,
+    values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
     visible: Tensor,
 ) -> Tensor:  # fmt: skip
     return ops.attention_qkv(
-        q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots, table, positions, starts, layer, window, scale,
-        visible,
+        q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots, table, positions, starts, layer, window, scale, visible
     )
 
 
@@ -45,10 +65,18 @@ def inputs() -> dict[str, Any]:
         "slots": torch.arange(16, 19), "table": torch.tensor([[1]], dtype=torch.int32), "positions": torch.arange(3),
         "starts": torch.tensor([0, 3], dtype=torch.int32),
     }  # fmt: skip
-    return heads | norms | rotary | {"eps": 1e-6} | pages | step | {"layer": 0, "window": 2, "scale": 1.0, "visible": torch.ones(1, 32, dtype=torch.bool)}
+    return heads | norms | rotary | {"eps": 1e-6} | pages | step | {"layer": 0, "window": 2, "scale": 1.0}
+
+
+def inputs_masked() -> dict[str, Any]:
+    """The same, where the first keys are hidden."""
+    return inputs() | {"visible": torch.arange(32)[None] > 1}
 
 
 @cache
 def rewrites() -> tuple[Rewrite, ...]:
     # No guard: both ops have checked these very shapes when they were traced, and allow nothing that the fused one does not.
-    return (Rewrite("attention_qkv", search, replace, inputs),)
+    return (
+        Rewrite("attention_qkv", search_masked, replace_masked, inputs_masked),  # what packed steps of models have
+        Rewrite("attention_qkv_unmasked", search, replace, inputs),
+    )

@@ -107,7 +107,7 @@ def test_report(traced_only: None) -> None:
 _SCRIPT = """
 import json, sys, torch
 from torch._dynamo.utils import counters
-from gemma4_compile import optimize, report
+from gemma4_compile import OptimizeConfig, optimize, report
 from gemma4_compile.runtime.batch import PlainKV, Request
 from gemma4_compile.runtime.model import PackedModel
 from tests.models import prompt, tiny
@@ -128,7 +128,7 @@ packed = {
     "matched": {name: [f.matched, f.expected] for name, f in found.fusions.items() if f.enabled},
 }
 counters.clear()
-model = optimize(tiny("dense"))
+model = optimize(tiny("dense"), OptimizeConfig(packed=False))
 with torch.no_grad():
     model(prompt(2, 5))
 fusions = report(model).fusions.values()
