@@ -131,6 +131,7 @@ class CompiledModel:
         self.why_whole = ""  # why the call at hand is no packed step
         self.programs: list[Program] = []  # packed steps, of calls and of PackedModel
         self._route: PackedRoute | None = None
+        self.falls_back = True  # run uncompiled what does not compile; else the error comes out
         self._broken = ""  # why graphs of the whole model do not compile
         self._step = torch.compile(own_code(_make_step(module)), backend=backend, fullgraph=True, dynamic=None)
         self._module_ref: Any = module
@@ -219,6 +220,11 @@ class CompiledModel:
         return self.programs[-1]
 
     @property
+    def eager_reason(self) -> str:
+        """Why a call ran uncompiled, empty if none did."""
+        return next(reversed(self.ways.reasons[UNCOMPILED]), "")
+
+    @property
     def cache_memory(self) -> int:
         """Bytes that are kept for the caches of packed calls, in use or not."""
         return 0 if self._route is None else self._route.cache_memory
@@ -247,6 +253,8 @@ class CompiledModel:
                 with fused_experts(self._module_ref.config, "experts" in self.backend.enabled):
                     output, new = self._step(inputs, steps)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything ran: the user's cache is as it was
+                if not self.falls_back:
+                    raise
                 full = isinstance(error, FailOnRecompileLimitHit)
                 reason = f"max_graphs={self.backend.config.max_graphs} are in use; raise it, or call with fewer kinds of inputs"
                 if not full:

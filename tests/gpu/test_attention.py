@@ -51,6 +51,13 @@ def test_as_accurate_as_eager_bf16(batch: str, heads: str, window: int):
         check_steps([(made, None)])
 
 
+@pytest.mark.parametrize("window", (0, 512))
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("batch", ("decode 7", "decode 32", "short prefill", "truncated"))
+def test_hidden_keys_bf16(batch: str, heads: str, window: int):
+    check_steps([(cuda_step(heads, BATCHES[batch], page=64, window=window, dtype=torch.bfloat16, masked=True), None)])
+
+
 @pytest.mark.parametrize("batch", bench_flashinfer.BATCHES)
 @pytest.mark.parametrize("layer", ("E2B sliding", "E2B full", "26B-A4B sliding", "26B-A4B full"))
 def test_flashinfer_computes_the_same(layer: str, batch: str):

@@ -37,7 +37,7 @@ class Step:
 
     def exact(self) -> Tensor:
         """Dense attention in fp64: no pages, no packing."""
-        q, window, scale = self.args[0].double(), *self.args[10:]
+        q, window, scale, *visible = self.args[0].double(), *self.args[10:]
         out = torch.zeros_like(q)
         group = q.shape[2] // self.args[3].shape[2]
         for request, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
@@ -45,6 +45,8 @@ class Step:
             position = torch.tensor([self.asked[row][1] for row in mine], device=q.device)[:, None]
             key = torch.arange(len(keys), device=q.device)
             hidden = (key > position) | ((position - key >= window) if window else key < 0)
+            if visible:
+                hidden |= ~visible[0][request, : len(keys)]
             for head in range(q.shape[2]):
                 scores = scale * q[0, mine, head] @ keys[:, head // group].double().T
                 weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
@@ -55,9 +57,11 @@ class Step:
 def step(
     requests: Sequence[Request], *, heads: int = 4, kv_heads: int = 1, dim: int = 16, page: int | None = 16, window: int = 0,
     dtype: torch.dtype = torch.float32, cache_dtype: torch.dtype | None = None, device: str = "cpu", padding: int = 0,
-    writes: bool = True, unwritten: float = torch.nan, scale: float | None = None,
+    writes: bool = True, unwritten: float = torch.nan, scale: float | None = None, masked: bool = False,
 ) -> Step:  # fmt: skip
     """Rows of all requests, and `padding` more. page None: one page holds a request. writes False: nothing is new, k is None.
+
+    masked: a third of the keys is hidden, but for those at the positions that ask.
 
     Pages are shuffled. What no key was written to holds `unwritten`, and so does page 0, which tables end with.
     """
@@ -98,6 +102,11 @@ def step(
         table.to(device), torch.tensor([position for _, position in asked] + [0] * padding, device=device),
         torch.tensor(starts, dtype=torch.int32, device=device), 0, window, 2 * dim**-0.5 if scale is None else scale,
     )  # fmt: skip
+    if masked:
+        visible = torch.rand(len(requests), longest + 3) > 1 / 3
+        for index, position in asked:
+            visible[index, position] = True
+        args = (*args, visible.to(device))
     return Step(args, *history, asked, (after[0].to(device), after[1].to(device)))
 
 
@@ -114,7 +123,7 @@ def check_steps(steps: Iterable[tuple[Step, AttentionPlan | None]], factor: floa
             actual = launch_attention(*args)
         else:
             actual = torch.full_like(args[0], torch.nan, memory_format=torch.contiguous_format)
-            launch_planned(*(actual, *args[:9], *args[10:], plan))
+            launch_planned(*(actual, *args[:9], *args[10:12], plan, *args[12:]))
         results.append([result.flatten() for result in (actual, eager, wanted.exact())])
         assert not actual[0, len(wanted.asked) :].any()
         check_cache(wanted, args)

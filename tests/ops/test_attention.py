@@ -181,7 +181,7 @@ GRID = [
 ]
 OTHERS = (
     "other shapes", "fp16 cache", "fp8 cache", "whole blocks, fp32", "whole blocks, bf16", "own plans, fp32", "own plans, bf16",
-    "nothing",
+    "masked, fp32", "masked, bf16", "nothing",
 )  # fmt: skip
 
 
