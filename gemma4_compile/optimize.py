@@ -252,7 +252,10 @@ class CompiledModel:
             try:
                 with fused_experts(self._module_ref.config, "experts" in self.backend.enabled):
                     output, new = self._step(inputs, steps)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything ran: the user's cache is as it was
+            except (
+                TorchDynamoException,
+                FailOnRecompileLimitHit,
+            ) as error:  # before anything ran: the user's cache is as it was
                 if not self.falls_back:
                     raise
                 full = isinstance(error, FailOnRecompileLimitHit)

@@ -428,7 +428,11 @@ def weights_of(module: Any) -> dict[str, Tensor]:
 
 
 def _compile(
-    gm: GraphModule, examples: Sequence[Any], names: dict[int, Reference], backend: Backend, head: Tensor | None,
+    gm: GraphModule,
+    examples: Sequence[Any],
+    names: dict[int, Reference],
+    backend: Backend,
+    head: Tensor | None,
     warmed: Sequence[dict[str, Tensor]] = (),
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of a graph and its unique pieces, compiled."""

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ _THREADS = 8
 
 
 class WarmUp:
-    """Calls in threads of their own: much of what Triton does is done without Python's lock. `join` waits for those of the first
-    step; what others need goes on being compiled.
+    """Calls in threads of their own: much of what Triton does is done without Python's lock. Those of the first step begin at
+    once; `join` waits for them, and lets the others begin.
 
     graph      after the passes: example values on its nodes
     examples   of its placeholders, weights among them
@@ -31,20 +32,22 @@ class WarmUp:
     def __init__(
         self, graph: GraphModule, examples: Sequence[Any], names: Mapping[int, Any], steps: Sequence[Mapping[str, Tensor]]
     ):
-        calls = [_calls(graph, examples, names, step) for step in steps]
-        threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
-        self._first, *_ = [[threads.submit(_call, *call) for call in found] for found in calls]
-        threads.shutdown(wait=False)
+        first, *self._others = [_calls(graph, examples, names, step) for step in steps]
+        self._threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+        self._running = [self._threads.submit(_call, *call) for call in first]
 
     def join(self) -> None:
-        wait(self._first)
+        wait(self._running)
+        torch._C._cuda_clearCublasWorkspaces()  # each thread's own, of 32 MB; no graph has been captured with them yet
+        for call in chain.from_iterable(self._others):
+            self._threads.submit(_call, *call)
+        self._threads.shutdown(wait=False)
 
 
 def _call(target: Any, arguments: Sequence[Any]) -> None:
     """What goes wrong here, the first step will say, and where."""
-    with suppress(Exception), torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+    with suppress(Exception), torch.no_grad():
         target(*[argument() if callable(argument) else argument for argument in arguments])
-        torch.cuda.current_stream().synchronize()
 
 
 def _calls(

@@ -151,6 +151,7 @@ def measure(way: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
         caches.append((" static", {"cache_implementation": "static"}))
     generate(model, short, 1, **caches[0][1])
     found["first_s"] = time.perf_counter() - start
+    print(f"{name} {way}: first token after {found['first_s']:.1f} s", file=sys.stderr, flush=True)
     found["second_s"] = generate(model, short, args.new, **caches[0][1])
     if way == "static":
         found["third_s"] = generate(model, short, args.new, **caches[0][1])
@@ -207,12 +208,12 @@ def main() -> None:
             for way in args.ways.split(","):
                 started = time.perf_counter()
                 command = [sys.executable, __file__, *sys.argv[1:], "--models", name, "--way", way]
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
                 line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-                found = json.loads(line[7:]) if line else {"error": (done.stderr or done.stdout)[-3000:]}
+                found = json.loads(line[7:]) if line else {"error": done.stdout[-3000:]}
                 results.setdefault(name, {})[way] = found
                 if args.out:
-                    args.out.write_text(json.dumps(results, indent=1))
+                    args.out.write_text(json.dumps(results, indent=1) + "\n")
                 show(name, way, found, time.perf_counter() - started)
 
 
@@ -222,12 +223,18 @@ def show(name: str, way: str, found: dict[str, Any], seconds: float) -> None:
         return
     parts = [f"{key} {value:.2f}" for key, value in found.items() if isinstance(value, float)]
     parts += [str({k: round(v, 1) for k, v in found["seconds"].items()})] if "seconds" in found else []
-    parts += [f"{key}: ttft {v['ttft_ms']:.1f} tpot {v['tpot_ms']:.2f}" for key, v in found.items() if isinstance(v, dict) and "tpot_ms" in v]
+    parts += [
+        f"{key}: ttft {v['ttft_ms']:.1f} tpot {v['tpot_ms']:.2f}"
+        for key, v in found.items()
+        if isinstance(v, dict) and "tpot_ms" in v
+    ]
     parts += [f"cache {found['cache_bytes'] / 1e6:.1f} MB"] if "cache_bytes" in found else []
     print(f"{name} {way} [{seconds:.0f} s]: " + ", ".join(parts), flush=True)
     if "profile" in found:
         shown = found["profile"]
-        print(f"  profile of 33 tokens: {shown['kernels']} kernels, busy {shown['busy_ms']:.1f} ms of {1e3 * shown['seconds']:.1f}")
+        print(
+            f"  profile of 33 tokens: {shown['kernels']} kernels, busy {shown['busy_ms']:.1f} ms of {1e3 * shown['seconds']:.1f}"
+        )
         for item in shown["top"]:
             print(f"  {item['us']:9.0f} us {item['count']:6d} x {item['name']}")
 

@@ -167,11 +167,12 @@ def attach(cache: Any, lease: Lease, kinds: tuple[Kind, ...]) -> None:
     places = {layer: (kind, place) for kind in kinds for place, layer in enumerate(kind.layers)}
     for index, (kind, place) in sorted(places.items()):
         layer: Any = cache.layers[index]
-        if not layer.is_initialized:
-            pool = lease.slab.pools[kind.name]
-            row = pool.data.new_empty((lease.batch, kind.heads, 0, kind.dim))
-            layer.lazy_initialization(row, row)
         state = layer.__dict__
+        if not layer.is_initialized:  # as lazy_initialization does, which allocates too
+            data = lease.slab.pools[kind.name].data
+            state |= {"device": data.device, "dtype": data.dtype, "is_initialized": True}
+            if isinstance(layer, StaticLayer):
+                state |= {"batch_size": lease.batch, "num_heads": kind.heads, "k_head_dim": kind.dim, "v_head_dim": kind.dim}
         for name in ("keys", "values", "cumulative_length", "cumulative_length_int"):
             state.pop(name, None)
         state |= {_LEASE: lease, _KIND: kind, _PLACE: place}
@@ -205,7 +206,9 @@ def take_in(cache: Any, memory: KVMemory, batch: int, more: int) -> Lease:
     lengths = {held.length for held in contents}
     batches = {held.keys.shape[0] for held in contents if held.keys is not None}
     if len(lengths) > 1 or batches - {batch}:
-        raise Unfit(f"the cache has layers of {sorted(lengths)} tokens and batches of {sorted(batches)}, the call one of {batch}")
+        raise Unfit(
+            f"the cache has layers of {sorted(lengths)} tokens and batches of {sorted(batches)}, the call one of {batch}"
+        )
     length = lengths.pop()
 
     lent = cache.layers[0].__dict__.get(_LEASE)

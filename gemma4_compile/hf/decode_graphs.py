@@ -104,8 +104,12 @@ class DecodeGraphs:
         self.refused: dict[tuple[int, bool], str] = {}
         self.replays = 0
 
+    def forget(self, slabs: list[Slab]) -> None:
+        """Drop the graphs of all slabs but these."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if graph.slab in slabs}
+
     def step(
-        self, lease: Lease, ids: Tensor, position_ids: Tensor | None, visible: Tensor | None, slabs: list[Slab]
+        self, lease: Lease, ids: Tensor, position_ids: Tensor | None, visible: Tensor | None
     ) -> Tensor | None:  # fmt: skip
         """Logits [batch, 1, vocabulary] of one more token of each sequence, whose keys and values are stored; the caller's to
         keep. None where no graph holds it.
@@ -113,7 +117,6 @@ class DecodeGraphs:
         ids           [batch, 1] int64
         position_ids  [batch, 1] int64; None: the place in the cache
         visible       [batch, length + 1]: which keys may be seen, not 0 where they may; None: all
-        slabs         that are in use
         """
         size, masked = fitting(BATCHES, lease.batch), visible is not None
         if not size or (size, masked) in self.refused:
@@ -121,7 +124,6 @@ class DecodeGraphs:
         key = (id(lease.slab), size, masked)
         graph = self._graphs.get(key)
         if graph is None:
-            self._graphs = {known: value for known, value in self._graphs.items() if value.slab in slabs}
             graph = _Graph(self._program, lease.slab, size, masked, self._recorder, self._clean)
             self._graphs[key] = graph
         graph.bind(lease)

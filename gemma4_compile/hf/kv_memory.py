@@ -12,7 +12,7 @@ holds is ever given to another cache.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,6 +224,7 @@ class KVMemory:
         self.kinds = kinds_of(model_geometry, window)
         self.dtype, self.device = dtype, device
         self.slabs: list[Slab] = []
+        self.dropped: Callable[[], None] = lambda: None  # called when slabs have gone, for those who keep their addresses
 
     def open(self, batch: int, length: int) -> Lease:
         """A lease with room for so many tokens of each sequence, and some more."""
@@ -285,6 +286,7 @@ class KVMemory:
             if slab is not but and all(slab.pools[name].fits(count) for name, count in pages.items()):
                 return slab
         self.slabs = [slab for slab in self.slabs if not slab.empty]
+        self.dropped()
         held = {name: sum(slab.pools[name].pages for slab in self.slabs) for name in pages}
         least = {kind.name: 0 if kind.window else _LEAST // PAGE for kind in self.kinds}
         sizes = {name: max(count, held[name], least[name]) for name, count in pages.items()}

@@ -38,7 +38,9 @@ def padding_of(
 
     Raises ValueError if they are no causal masks with padding. Waits for the GPU."""
     known = {kind: mask for kind, mask in given.items() if mask is not None}
-    if set(known) - set(_MAKERS) or any(not isinstance(m, Tensor) or m.dtype != torch.bool or m.dim() != 4 for m in known.values()):
+    if set(known) - set(_MAKERS) or any(
+        not isinstance(m, Tensor) or m.dtype != torch.bool or m.dim() != 4 for m in known.values()
+    ):
         raise ValueError("masks that generate() does not make")
     full = known.get("full_attention")
     candidates = [None, *([] if full is None else [full[:, 0, -1, :length].expand(shape[0], -1)])]

@@ -7,9 +7,11 @@ graph on a GPU.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ class PackedCalls:
         self._replaced = dict(replaced)
         self._lock = threading.RLock()
         self._stream: Any = None
-        self._seen: list[tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]] = []  # each module, its children and tensors
+        self._seen: _Seen | None = None
         self._recorder = recorder
         self._width = 16 + int(model.config.max_position_embeddings * 9 / 8) // PAGE  # regions have room for an 8th more
         if recorder is None and memory.device.type == "cuda":
@@ -64,21 +66,16 @@ class PackedCalls:
         if self._recorder is not None:
             try:
                 check_host(program)
-                self.graphs = DecodeGraphs(program, self._recorder, self._clean)
+                self.graphs = graphs = DecodeGraphs(program, self._recorder, self._clean)
+                self.memory.dropped = lambda: graphs.forget(self.memory.slabs)
             except CaptureRefused:
                 self._recorder = None  # a piece works on the host
 
     def check_model(self) -> None:
         """Take in weights that are other tensors than before. Raises Unfit for a model that does what no graph would see."""
-        same = bool(self._seen)
-        for module, children, tensors in self._seen:
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                same = False
-            elif tuple(module._modules.values()) != children or any(a is not b for a, b in zip(_tensors(module), tensors)):
-                same = False
-        if same:
+        if self._seen is not None and self._seen.is_unchanged():
             return
-        self._seen = []
+        self._seen = None
         for module in self.model.modules():
             name = type(module).__name__
             if not type(module).__module__.startswith(_LIBRARIES):
@@ -93,7 +90,7 @@ class PackedCalls:
             if tensor.device != self.memory.device:
                 raise Unfit(f"the weight {name} is on {tensor.device}")
         self._bind()
-        self._seen = [(module, tuple(module._modules.values()), _tensors(module)) for module in self.model.modules()]
+        self._seen = _Seen(self.model)
 
     def __call__(self, inputs: Mapping[str, Any], cache: Any) -> Tensor:
         """Logits [batch, wanted tokens, vocabulary]. The cache has the new tokens then, if there is one.
@@ -122,7 +119,7 @@ class PackedCalls:
         if tokens == 1 and self.graphs is not None:
             for kind in self.memory.kinds:
                 self.memory.reserve(lease, kind, lease.length + 1)
-            logits = self.graphs.step(lease, ids, places, mask, self.memory.slabs)
+            logits = self.graphs.step(lease, ids, places, mask)
             if logits is not None:
                 lease.length += 1
                 return logits
@@ -249,7 +246,9 @@ class PackedCalls:
         if self._uses[size] < _OFTEN:
             return self.program(step)
         if graphs is None:
-            tables = {f"table.{kind}": torch.zeros((1, self._width), dtype=torch.int32, device=step["rows"].device) for kind in KINDS}
+            tables = {
+                f"table.{kind}": torch.zeros((1, self._width), dtype=torch.int32, device=step["rows"].device) for kind in KINDS
+            }
             self.prompts = graphs = GraphRunner(
                 self.program, step | tables, BATCHES[-1], Buckets(decode=()), self._recorder, own_memory=False
             )
@@ -288,8 +287,27 @@ class PackedCalls:
         return ids
 
 
-def _tensors(module: nn.Module) -> tuple[Any, ...]:
-    return (*module._parameters.values(), *module._buffers.values())
+class _Seen:
+    """What a program was made of: a model's modules and tensors. Looked at for each prompt, so without a loop in Python over the
+    tensors of some 600 modules."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self._own = [module.__dict__ for module in modules]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._held = [held for module in modules for held in (module._modules, module._parameters, module._buffers)]
+        self._objects = self._now()
+
+    def _now(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._held)))
+
+    def is_unchanged(self) -> bool:
+        """No hooks, no forward of a module's own, and all modules and tensors the same objects."""
+        objects = self._now()
+        return (
+            not any(self._hooks) and not any("forward" in own for own in self._own)
+            and len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
+        )  # fmt: skip
 
 
 def objection(inputs: Mapping[str, Any], cache_name: str) -> str:

@@ -87,7 +87,23 @@ def attention_qkv(
     Raises ValueError for shapes that do not fit, in the name of the op that has the rule.
     """
     return torch.ops.gemma4.attention_qkv(
-        q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots, table, positions, starts, layer, window, scale,
+        q,
+        k,
+        v,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        eps,
+        keys,
+        values,
+        slots,
+        table,
+        positions,
+        starts,
+        layer,
+        window,
+        scale,
         visible,
     )
 

@@ -17,6 +17,9 @@ SLICES = hasattr(type(tiny("e").model), "_maybe_slice_kv_shared_inputs")  # tran
 MOE: dict[str, Any] = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
 
 
+WHOLE = OptimizeConfig(packed=False)  # the graph of a call, not a packed step
+
+
 def keep(model: Any, rows: Any = ROWS, **options: Any) -> Any:
     """The model's call as a function of token ids, for Dynamo."""
     return lambda ids: model(ids, use_cache=False, logits_to_keep=rows, **options)
@@ -83,7 +86,7 @@ def test_dynamic_shapes() -> None:
 
 def test_the_last_row_of_generate() -> None:
     """generate() asks for the last row. transformers 5.2x leaves the others out itself; with 5.17 the pass does."""
-    plain, model = tiny("e"), passes_only(tiny("e"))
+    plain, model = tiny("e"), passes_only(tiny("e"), WHOLE)
     ids = prompt(2, 9)
     assert torch.equal(generate(model, ids), generate(plain, ids))
     found = report(model).fusions["yoco"]
@@ -106,19 +109,19 @@ def reason_of(model: Any, ids: torch.Tensor, **options: Any) -> str:
 
 
 def test_off_for_full_sequence_logits() -> None:
-    model = passes_only(tiny("e"))
+    model = passes_only(tiny("e"), WHOLE)
     assert "full-sequence logits" in reason_of(model, prompt(2, 7))
 
 
 def test_off_for_hidden_states() -> None:
-    model = passes_only(tiny("e"))
+    model = passes_only(tiny("e"), WHOLE)
     assert "asks for hidden states" in reason_of(model, prompt(2, 7), logits_to_keep=ROWS, output_hidden_states=True)
 
 
 def test_off_for_attentions() -> None:
     model = tiny("e")
     model.set_attn_implementation("eager")
-    reason = reason_of(passes_only(model), prompt(2, 7), logits_to_keep=ROWS, output_attentions=True)
+    reason = reason_of(passes_only(model, WHOLE), prompt(2, 7), logits_to_keep=ROWS, output_attentions=True)
     assert "asks for attentions" in reason
 
 
@@ -127,19 +130,19 @@ def test_off_for_router_logits() -> None:
     model.set_experts_implementation("batched_mm")
     if getattr(model(prompt(2, 7), output_router_logits=True), "router_logits", None) is None:
         pytest.skip("this transformers returns no router logits")
-    reason = reason_of(passes_only(model), prompt(2, 7), logits_to_keep=ROWS, output_router_logits=True)
+    reason = reason_of(passes_only(model, WHOLE), prompt(2, 7), logits_to_keep=ROWS, output_router_logits=True)
     assert "asks for router logits" in reason
 
 
 def test_off_where_attention_is_written_out() -> None:
     model = tiny("e")
     model.set_attn_implementation("eager")
-    assert "attn_implementation='sdpa'" in reason_of(passes_only(model), prompt(2, 7), logits_to_keep=ROWS)
+    assert "attn_implementation='sdpa'" in reason_of(passes_only(model, WHOLE), prompt(2, 7), logits_to_keep=ROWS)
 
 
 @pytest.mark.skipif(SLICES, reason="transformers leaves these rows out itself")
 def test_off_for_several_last_rows() -> None:
-    assert "logits_to_keep must be 1 or a tensor" in reason_of(passes_only(tiny("e")), prompt(2, 7), logits_to_keep=3)
+    assert "logits_to_keep must be 1 or a tensor" in reason_of(passes_only(tiny("e"), WHOLE), prompt(2, 7), logits_to_keep=3)
 
 
 def test_off_for_a_constant_number_of_rows() -> None:
@@ -198,7 +201,7 @@ def test_off_for_rows_computed_behind_the_layers() -> None:
     "rows", [torch.tensor([], dtype=torch.int64), torch.tensor([True, False] * 3)], ids=["none", "boolean"]
 )
 def test_other_kinds_of_rows_compile_as_before(rows: torch.Tensor) -> None:
-    model = passes_only(tiny("e"))
+    model = passes_only(tiny("e"), WHOLE)
     reason = reason_of(model, prompt(2, 6), logits_to_keep=rows.to(DEVICE))
     assert "logits_to_keep must be 1 or a tensor of row indices" in reason
 
@@ -221,7 +224,7 @@ def test_a_mask_of_one_row_is_left_alone() -> None:
 @pytest.mark.parametrize("where", ["config", "environment"])
 def test_switched_off(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA4_COMPILE_DISABLE", "yoco" if where == "environment" else "")
-    model = passes_only(tiny("e"), OptimizeConfig(disable=("yoco",) if where == "config" else ()))
+    model = passes_only(tiny("e"), OptimizeConfig(disable=("yoco",) if where == "config" else (), packed=False))
     with torch.no_grad():
         model(prompt(2, 7), logits_to_keep=ROWS)
     found = report(model).fusions["yoco"]
@@ -230,7 +233,7 @@ def test_switched_off(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_layer_shares() -> None:
     """Nothing is expected, and nothing is a miss."""
-    model = passes_only(tiny("dense"))
+    model = passes_only(tiny("dense"), WHOLE)
     with torch.no_grad():
         model(prompt(2, 7), logits_to_keep=ROWS)
     found = report(model).fusions["yoco"]
