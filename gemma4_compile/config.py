@@ -19,11 +19,12 @@ class OptimizeConfig:
     disable         fusions, or the transform yoco, to switch off by name; also GEMMA4_COMPILE_DISABLE=name,... in the
                     environment
     device          "cpu" or "cuda": refuse a model that lies elsewhere. None takes the model's own
-    cuda_graphs     of packed steps: False decodes without them. Of graphs of the whole model, which Inductor replays: None,
-                    decode steps on a static cache, where shapes and addresses stay; True, every graph, captured anew for each
-                    shape; False, none
+    cuda_graphs     replay packed steps as CUDA graphs: None or True; False, never. Inductor replays graphs of the whole model
+                    with None for decode steps on a static cache, where shapes and addresses stay; with True always, captured
+                    anew for each shape
     packed          run the calls that fit as packed steps, as Engine does; False: each as one graph of the whole model
-    max_graphs      graphs of the whole model that one model may compile, at least 2 (prefill and decode); further kinds of calls run uncompiled
+    max_graphs      graphs of the whole model that one model may compile, at least 2 (prefill and decode); further kinds of calls
+                    run uncompiled
     cache_dir       folder for the compiled pieces of packed steps; None puts them beside Inductor's cache
     progress        show a progress bar on stderr while a graph compiles
     inductor        further Inductor options, such as {"max_autotune": True}

@@ -29,7 +29,7 @@ from .hf.masks import masks
 from .hf.route import PACKED, UNCOMPILED, WHOLE, MultimodalCalls, PackedRoute, Ways, arguments, uses_cache
 from .parallel import check_kv_heads, division_of, local_parts
 from .passes import prepare
-from .program import FirstCall, Program, fingerprint, open_program, program_folder, weights_of
+from .program import FIRST_CALL, FirstCall, Program, fingerprint, open_program, program_folder, weights_of
 from .progress import compiling
 from .step_cache import CACHE, GROW, Step, StepCache, UnsupportedCache, commit, plan, take_cache
 
@@ -43,10 +43,10 @@ def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Modul
               in eval mode, fp32, fp16 or bf16
     config    OptimizeConfig; the default enables each fusion that was measured to pay
 
-    Compilation happens at the first call: one packed step for prompts and decode, of any length and batch, which a second process
-    loads. A call that does not fit one runs as a graph of the whole model, one that this cannot trace runs uncompiled; `report`
-    says which and why. Optimizing twice is harmless, with another config it starts anew. Gradients are refused when the model is called, not here: parameters as
-    from_pretrained leaves them are fine under torch.no_grad() or inference_mode().
+    Compilation happens at the first call: one packed step for prompts and decode, of any length and batch, which a second
+    process loads. A call that does not fit one runs as a graph of the whole model, what this cannot trace runs uncompiled;
+    `report` says which and why. Optimizing twice is harmless, with another config it starts anew. Gradients are refused when
+    the model is called, not here: parameters as from_pretrained leaves them are fine under torch.no_grad() or inference_mode().
 
     Raises TypeError for another model, ValueError for training mode, experts that cannot be traced, or a device other than
     config.device. The model is then as it was.
@@ -207,8 +207,8 @@ class CompiledModel:
             return module._call_impl(*args, **kwargs)
         return self._run(inputs, tokens, cache, steps)
 
-    def packed_program(self, model: Any, first: FirstCall = FirstCall()) -> Program:
-        """The packed step of the model, or of its text part; compiled or loaded once, and bound to the weights that it has now."""
+    def packed_program(self, model: Any, first: FirstCall = FIRST_CALL) -> Program:
+        """The packed step of the model, or of its text part, over the weights that it has now; compiled or loaded once."""
         with local_parts(model):
             weights, known = weights_of(model), fingerprint(model)
             for index, program in enumerate(self.programs):

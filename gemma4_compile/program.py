@@ -300,8 +300,11 @@ class FirstCall(NamedTuple):
     masked: bool = False
 
 
+FIRST_CALL = FirstCall()
+
+
 def compile_program(
-    module: Any, backend: Backend, model_geometry: Geometry, first: FirstCall = FirstCall()
+    module: Any, backend: Backend, model_geometry: Geometry, first: FirstCall = FIRST_CALL
 ) -> Program:  # fmt: skip
     """Trace a model's packed step and compile its unique pieces.
 
@@ -553,7 +556,7 @@ def _compile_piece(piece: Piece, backend: Backend) -> Any:
 
 
 def open_program(
-    module: Any, backend: Backend, model_geometry: Geometry, folder: Path | None, first: FirstCall = FirstCall()
+    module: Any, backend: Backend, model_geometry: Geometry, folder: Path | None, first: FirstCall = FIRST_CALL
 ) -> Program:  # fmt: skip
     """The program of `folder` if it is there, else a new one, which is then saved there."""
     return open_step(module, backend, folder, lambda: compile_program(module, backend, model_geometry, first))

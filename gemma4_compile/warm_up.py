@@ -62,7 +62,8 @@ def _calls(
             continue
         kind, name = names[id(example)]
         values[node] = step.get(name) if kind == "input" else example
-        for symbol, size in zip(node.meta["example_value"].shape, () if values[node] is None else values[node].shape):
+        given = () if values[node] is None else values[node].shape
+        for symbol, size in zip(node.meta["example_value"].shape, given, strict=False):
             if isinstance(symbol, SymInt):
                 sizes[symbol.node.expr] = size
 

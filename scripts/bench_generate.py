@@ -31,8 +31,7 @@ from typing import Any
 import torch
 import transformers
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, this folder is no package
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 import gemma4_compile
 from gemma4_compile import Engine, EngineConfig, SamplingParams
@@ -232,9 +231,8 @@ def show(name: str, way: str, found: dict[str, Any], seconds: float) -> None:
     print(f"{name} {way} [{seconds:.0f} s]: " + ", ".join(parts), flush=True)
     if "profile" in found:
         shown = found["profile"]
-        print(
-            f"  profile of 33 tokens: {shown['kernels']} kernels, busy {shown['busy_ms']:.1f} ms of {1e3 * shown['seconds']:.1f}"
-        )
+        busy, whole = shown["busy_ms"], 1e3 * shown["seconds"]
+        print(f"  profile of 33 tokens: {shown['kernels']} kernels, busy {busy:.1f} ms of {whole:.1f}")
         for item in shown["top"]:
             print(f"  {item['us']:9.0f} us {item['count']:6d} x {item['name']}")
 

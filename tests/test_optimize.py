@@ -51,7 +51,7 @@ def test_generates_the_same_tokens(cache: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["e", "moe"])
 def test_no_graph_for_lengths_steps_or_batches(kind: str) -> None:
-    """Of the whole model: one graph for prefill and one for decode; single rows have their own, as PyTorch specializes size 1."""
+    """Of the whole model: one graph for prefill, one for decode; single rows have their own, as PyTorch specializes size 1."""
     plain, model = tiny(kind), passes_only(tiny(kind), WHOLE)
     for batch, tokens, new in ((2, 5, 8), (3, 6, 4), (2, 12, 14), (4, 30, 3)):
         ids = prompt(batch, tokens)

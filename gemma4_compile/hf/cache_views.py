@@ -45,8 +45,8 @@ def _reduce(layer: Any, protocol: Any) -> Any:
     return _rebuilt, (_own_class(layer), state | own)
 
 
-def _rebuilt(kind: type, state: dict[str, Any]) -> Any:
-    layer = kind.__new__(kind)
+def _rebuilt(own: Any, state: dict[str, Any]) -> Any:
+    layer = own.__new__(own)
     layer.__dict__.update(state)
     return layer
 
@@ -178,7 +178,8 @@ def attach(cache: Any, lease: Lease, kinds: tuple[Kind, ...]) -> None:
         state |= {_LEASE: lease, _KIND: kind, _PLACE: place}
         if isinstance(layer, StaticLayer) and not layer.is_sliding:
             lease.limit = min(lease.limit, layer.max_cache_len)
-        layer.__class__ = _leased_class(type(layer))
+        own: Any = type(layer)
+        layer.__class__ = _leased_class(own)
         lease.layers.append(weakref.ref(layer))
 
 
@@ -211,16 +212,17 @@ def take_in(cache: Any, memory: KVMemory, batch: int, more: int) -> Lease:
         )
     length = lengths.pop()
 
-    lent = cache.layers[0].__dict__.get(_LEASE)
+    layers: list[Any] = cache.layers
+    lent: Any = layers[0].__dict__.get(_LEASE)
     same = isinstance(lent, Lease) and lent.batch == batch and lent.slab in memory.slabs and all(
         cache.layers[index].__dict__.get(_LEASE) is lent and _is_in_place(held, lent, *places[index])
         for index, held in enumerate(contents)
     )  # fmt: skip
     if not length:  # give its memory back first: the new lease is likely to get it again
         for index in places:
-            cache.layers[index].keys = cache.layers[index].values = None
-            cache.layers[index].is_initialized = False
-    lease = lent if same else memory.open(batch, length + more)
+            layers[index].keys = layers[index].values = None
+            layers[index].is_initialized = False
+    lease: Lease = lent if same else memory.open(batch, length + more)
     for kind in memory.kinds:
         held = [contents[layer] for layer in kind.layers]
         lease.kept[kind.name] = begin = max(item.begin for item in held)

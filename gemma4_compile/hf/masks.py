@@ -43,10 +43,12 @@ def padding_of(
     ):
         raise ValueError("masks that generate() does not make")
     full = known.get("full_attention")
+    if not known:
+        return None
     candidates = [None, *([] if full is None else [full[:, 0, -1, :length].expand(shape[0], -1)])]
+    device = next(iter(known.values())).device
     for padding in candidates:
-        device = next(iter(known.values())).device if known else None
-        expected = masks(config, shape, dtype, device, cache, None, padding) if known else {}
+        expected = masks(config, shape, dtype, device, cache, None, padding)
         if all(_equal(mask, expected[kind], shape[0]) for kind, mask in known.items()):
             return padding
     raise ValueError("masks that are neither causal nor padding")

@@ -24,8 +24,8 @@ from gemma4_compile.runtime.recorder import CudaRecorder, Recorder
 
 from .cache_views import keeps_all, lease_of, take_in
 from .decode_graphs import BATCHES, DecodeGraphs
-from .masks import padding_of
 from .kv_memory import PAGE, SLACK, Kind, KVMemory, Lease, Region, Unfit
+from .masks import padding_of
 
 CHUNK = 8192  # tokens of a step
 _OFTEN = 3  # times that prompts of a size come before they are captured, which takes as long as some ten of them
@@ -39,13 +39,13 @@ class PackedCalls:
     model      Gemma4ForCausalLM; of a multimodal model its text part as one
     compiled   gives the program of that model, as its weights are now
     replaced   token ids that are embedded as another: (id, as which)
-    recorder   captures decode steps; CUDA graphs on a GPU unless given, None on a CPU
+    recorder   captures steps; CUDA graphs on a GPU unless given, none on a CPU or without `graphs`
 
     Raises Unfit where no call of the model can run so."""
 
     def __init__(
         self, model: Any, compiled: Callable[[], Program], memory: KVMemory, replaced: Mapping[int, int],
-        recorder: Recorder | None = None,
+        recorder: Recorder | None = None, graphs: bool = True,
     ):  # fmt: skip
         self.model, self.memory, self._compiled = model, memory, compiled
         self._replaced = dict(replaced)
@@ -54,7 +54,7 @@ class PackedCalls:
         self._seen: _Seen | None = None
         self._recorder = recorder
         self._width = 16 + int(model.config.max_position_embeddings * 9 / 8) // PAGE  # regions have room for an 8th more
-        if recorder is None and memory.device.type == "cuda":
+        if recorder is None and graphs and memory.device.type == "cuda":
             self._recorder = CudaRecorder(memory.device)
         self.check_model()
 
@@ -269,7 +269,7 @@ class PackedCalls:
         if region.run is not None:
             return dict(lease.slab.pools[kind.name].memory())
         pages = region.data.flatten(2, 3).unflatten(2, (-1, PAGE))
-        found = {}
+        found: dict[str, Tensor] = {}
         for place, layer in enumerate(kind.layers):
             found |= {f"keys.{layer}": pages[place, 0], f"values.{layer}": pages[place, 1]}
         return found
@@ -288,14 +288,16 @@ class PackedCalls:
 
 
 class _Seen:
-    """What a program was made of: a model's modules and tensors. Looked at for each prompt, so without a loop in Python over the
-    tensors of some 600 modules."""
+    """What a program was made of: a model's modules and tensors. Looked at for each prompt, so without a loop in Python over
+    the tensors of some 600 modules."""
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
         self._own = [module.__dict__ for module in modules]
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._held = [held for module in modules for held in (module._modules, module._parameters, module._buffers)]
+        self._held: list[dict[str, Any]] = [
+            held for module in modules for held in (module._modules, module._parameters, module._buffers)
+        ]
         self._objects = self._now()
 
     def _now(self) -> list[Any]:

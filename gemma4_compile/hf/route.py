@@ -69,7 +69,7 @@ class PackedRoute:
         if self._calls is None:
             self._calls = self._make(inputs)
         logits = self._calls(inputs, cache)
-        return hf.Gemma4CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+        return hf.Gemma4CausalLMOutputWithPast(logits=logits, **{CACHE: cache})  # type: ignore[arg-type]
 
     @property
     def cache_memory(self) -> int:
@@ -96,7 +96,8 @@ class PackedRoute:
                 raise Unfit("use_bidirectional_attention='all'")
             device = next(model.parameters()).device
             memory = KVMemory(state.geometry, int(model.config.sliding_window or 0), model.dtype, device)
-            return PackedCalls(model, lambda: state.packed_program(model, first), memory, replaced)
+            graphs = state.backend.config.cuda_graphs is not False
+            return PackedCalls(model, lambda: state.packed_program(model, first), memory, replaced, graphs=graphs)
         except Unfit as reason:
             self.refused = str(reason)
             raise

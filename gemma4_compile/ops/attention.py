@@ -447,12 +447,11 @@ def launch_planned(
         mixed = q.new_empty((rows, heads, splits, dim), dtype=torch.float32)
         tops, totals = q.new_empty((2, rows, heads, splits), dtype=torch.float32)
     q, table = unit_stride(q), unit_stride(table)
-    masked = masks(visible)
-    shown = unit_stride(visible).view(torch.uint8) if masked else table
+    shown = unit_stride(visible).view(torch.uint8) if masks(visible) else table
     _attention_kernel[(rows // block_q + requests + 1, kv_heads, splits)](
         q, keys, values, table, positions.contiguous(), starts.contiguous(), shown, mixed, tops, totals, rows, requests,
         *q.stride()[1:3], *keys.stride()[:3], *values.stride()[:3], table.stride(0), shown.stride(0), scale,
-        group, group_block, dim, dim_block, page, window, block_q, block_n, splits, masked,
+        group, group_block, dim, dim_block, page, window, block_q, block_n, splits, masks(visible),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:

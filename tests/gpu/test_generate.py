@@ -46,14 +46,16 @@ def chat(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     return ids
 
 
+STATIC: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True}
+LOOKUP: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
 CASES: dict[str, Any] = {
     "greedy": lambda m, b: m.generate(**b, max_new_tokens=60, do_sample=False),
     "beams": lambda m, b: m.generate(**b, max_new_tokens=20, num_beams=3, do_sample=False),
-    "static": lambda m, b: m.generate(**b, max_new_tokens=40, do_sample=False, cache_implementation="static", disable_compile=True),
+    "static": lambda m, b: m.generate(**b, **STATIC, max_new_tokens=40, do_sample=False),
     "one by one": lambda m, b: torch.cat(
         [m.generate(b["input_ids"][i : i + 1, -24:], max_new_tokens=30, min_new_tokens=30, do_sample=False) for i in range(4)]
     ),
-    "prompt lookup": lambda m, b: m.generate(b["input_ids"][:1, -24:], max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=4),
+    "prompt lookup": lambda m, b: m.generate(b["input_ids"][:1, -24:], **LOOKUP, max_new_tokens=40, do_sample=False),
     "chat": chat,
 }  # fmt: skip
 
@@ -69,7 +71,8 @@ def test_fp32_tokens_are_equal(name: str) -> None:
             for case, call in CASES.items():
                 assert call(model, batch).tolist() == expected[case].tolist(), case
     assert set(report(model).calls) == {"packed steps"}, report(model)
-    calls = state_of(model)._route._calls
+    route: Any = state_of(model)._route
+    calls = route._calls
     assert calls.graphs.replays > 500 and not calls.graphs.refused
     assert calls.prompts.replays > 4 and not calls.prompts.refused
 
