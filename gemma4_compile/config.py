@@ -23,8 +23,8 @@ class OptimizeConfig:
                     with None for decode steps on a static cache, where shapes and addresses stay; with True always, captured
                     anew for each shape
     packed          run the calls that fit as packed steps, as Engine does; False: each as one graph of the whole model
-    max_graphs      graphs of the whole model that one model may compile, at least 2 (prefill and decode); further kinds of calls
-                    run uncompiled
+    max_graphs      graphs of the whole model that one model may compile, at least 2 (prefill and decode); further kinds of
+                    calls run uncompiled
     cache_dir       folder for the compiled pieces of packed steps; None puts them beside Inductor's cache
     progress        show a progress bar on stderr while a graph compiles
     inductor        further Inductor options, such as {"max_autotune": True}

@@ -240,11 +240,12 @@ class KVMemory:
         if region.first <= first and end <= region.end:
             return
         assert region.run is not None
-        if keep and first + region.pages * PAGE >= end and not region.run.is_viewed():
+        if first + region.pages * PAGE >= end and not region.run.is_viewed():
             begin = lease.kept[kind.name]
-            rows = lease.tokens(kind.name, begin, lease.length).clone()
+            rows = lease.tokens(kind.name, begin, lease.length).clone() if keep else None
             region.first = first
-            lease.tokens(kind.name, begin, lease.length).copy_(rows)
+            if rows is not None:
+                lease.tokens(kind.name, begin, lease.length).copy_(rows)
             lease.version += 1
         else:
             self._move(lease, kind, first, self._pages(kind, end - first), keep)
