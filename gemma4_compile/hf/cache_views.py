@@ -213,16 +213,17 @@ def take_in(cache: Any, memory: KVMemory, batch: int, more: int) -> Lease:
     length = lengths.pop()
 
     layers: list[Any] = cache.layers
-    lent: Any = layers[0].__dict__.get(_LEASE)
-    same = isinstance(lent, Lease) and lent.batch == batch and lent.slab in memory.slabs and all(
-        cache.layers[index].__dict__.get(_LEASE) is lent and _is_in_place(held, lent, *places[index])
+    lent = layers[0].__dict__.get(_LEASE)
+    lent = lent if isinstance(lent, Lease) and lent.batch == batch and lent.slab in memory.slabs else None
+    same = lent is not None and all(
+        layers[index].__dict__.get(_LEASE) is lent and _is_in_place(held, lent, *places[index])
         for index, held in enumerate(contents)
-    )  # fmt: skip
+    )
     if not length:  # give its memory back first: the new lease is likely to get it again
         for index in places:
             layers[index].keys = layers[index].values = None
             layers[index].is_initialized = False
-    lease: Lease = lent if same else memory.open(batch, length + more)
+    lease = lent if same and lent is not None else memory.open(batch, length + more)
     for kind in memory.kinds:
         held = [contents[layer] for layer in kind.layers]
         lease.kept[kind.name] = begin = max(item.begin for item in held)

@@ -38,7 +38,7 @@ class PackedCalls:
 
     model      Gemma4ForCausalLM; of a multimodal model its text part as one
     compiled   gives the program of that model, as its weights are now
-    replaced   token ids that are embedded as another: (id, as which)
+    replaced   token ids that are embedded as another, by id
     recorder   captures steps; CUDA graphs on a GPU unless given, none on a CPU or without `graphs`
 
     Raises Unfit where no call of the model can run so."""
@@ -182,13 +182,13 @@ class PackedCalls:
             wanted = order if order is not None else range(max(first, begin) - begin, end - begin)
             chosen = None if places is None else places[:, begin:end]
             visible = None if mask is None else mask[:, : begin_length + end]
-            logits = self._chunk(lease, ids[:, begin:end], chosen, visible, wanted, end == tokens, cache)
+            logits = self._chunk(lease, ids[:, begin:end], chosen, visible, wanted, cache)
             if logits is not None:
                 found.append(logits)
         return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     def _chunk(
-        self, lease: Lease, ids: Tensor, places: Tensor | None, visible: Tensor | None, wanted: Any, last: bool, cache: Any
+        self, lease: Lease, ids: Tensor, places: Tensor | None, visible: Tensor | None, wanted: Any, cache: Any
     ) -> Tensor | None:  # fmt: skip
         """Logits [batch, wanted, vocabulary] of some tokens behind those of the cache; None if none are wanted."""
         device, (batch, tokens) = ids.device, ids.shape

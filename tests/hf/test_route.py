@@ -113,7 +113,7 @@ def test_a_wrong_call_is_hugging_faces_error_and_compiles_go_on() -> None:
     torch.testing.assert_close(model(prompt(1, 3)).logits, plain(prompt(1, 3)).logits, rtol=2e-5, atol=2e-5)
 
 
-PLACEHOLDERS = {"image_token_id": 7, "video_token_id": 8, "audio_token_id": 9}
+PLACEHOLDERS: dict[str, Any] = {"image_token_id": 7, "video_token_id": 8, "audio_token_id": 9}
 
 
 def test_text_of_a_multimodal_model() -> None:
