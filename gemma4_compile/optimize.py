@@ -151,6 +151,8 @@ class CompiledModel:
         self._outer = outer
         if not self.backend.config.packed:
             self.why_whole = "OptimizeConfig(packed=False)"
+        elif self.division.ranks > 1:
+            self.why_whole = "the model is divided between ranks"
         elif isinstance(outer, hf.Gemma4ForCausalLM):
             self._route = PackedRoute(self, outer)
         elif isinstance(outer, hf.Gemma4ForConditionalGeneration):

@@ -32,6 +32,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,14 @@ from gemma4_compile.passes import pipeline, prepare, run
 from gemma4_compile.step_cache import CACHE
 from scripts._bandwidth import copy_bandwidth, gpu_events
 
+_whole = partial(OptimizeConfig, packed=False)  # graphs of the whole model, which the variants are about
 VARIANTS: dict[str, OptimizeConfig | None] = {
     "eager": None,
-    "inductor": OptimizeConfig(disable=tuple(FUSIONS), cuda_graphs=False),
-    "fused": OptimizeConfig(cuda_graphs=False),
-    "graphed": OptimizeConfig(disable=tuple(FUSIONS)),
-    "default": OptimizeConfig(),
-    "all": OptimizeConfig(
+    "inductor": _whole(disable=tuple(FUSIONS), cuda_graphs=False),
+    "fused": _whole(cuda_graphs=False),
+    "graphed": _whole(disable=tuple(FUSIONS)),
+    "default": _whole(),
+    "all": _whole(
         cuda_graphs=False, enable=tuple(name for name, fusion in FUSIONS.items() if not fusion.on_by_default)
     ),
 }

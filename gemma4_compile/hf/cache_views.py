@@ -270,7 +270,7 @@ def _contents(layer: Any, kind: Kind, memory: KVMemory) -> _Held:
     elif own is StaticLayer:
         begin, length = 0, int(layer.cumulative_length)
     elif own is DynamicSlidingWindowLayer:
-        length = layer.cumulative_length
+        length = int(layer.cumulative_length)  # a tensor, where transformers 5.17 was told in one how much to crop
         begin = length - keys.shape[2]
         if keys.shape[2] < min(length, window - 1) or begin < 0:
             raise Unfit(f"the cache has {keys.shape[2]} of the last {min(length, window - 1)} tokens of a window")

@@ -87,8 +87,6 @@ class PackedRoute:
         rows = keep if isinstance(keep, int) and 0 < keep < tokens else tokens
         first = FirstCall(batch, tokens, rows, inputs.get("attention_mask") is not None)
         try:
-            if state.division.ranks > 1:
-                raise Unfit("the model is divided between ranks")
             if isinstance(model, hf.Gemma4ForConditionalGeneration):
                 replaced = _placeholders(model.config)
                 model = text_part(model)

@@ -17,8 +17,8 @@ FOLDER = demo_checkpoint("e") / "target"
 def test_same_tokens_with_and_without() -> None:
     graphed, tokenizer = load(FOLDER, "cuda", torch.float32)
     plain = load(FOLDER, "cuda", torch.float32)[0]
-    optimize(graphed)
-    optimize(plain, OptimizeConfig(cuda_graphs=False))
+    optimize(graphed, OptimizeConfig(packed=False))
+    optimize(plain, OptimizeConfig(packed=False, cuda_graphs=False))
     counters.clear()
     for prompt in held_out_prompts(tokenizer, count=4, min_tokens=16, max_tokens=160):
         ids = torch.tensor([prompt], device="cuda")
@@ -28,7 +28,7 @@ def test_same_tokens_with_and_without() -> None:
 
 
 def test_logits_outlive_the_next_step() -> None:
-    model: Any = optimize(load(FOLDER, "cuda")[0])
+    model: Any = optimize(load(FOLDER, "cuda")[0], OptimizeConfig(packed=False))
     cache = StaticCache(config=model.config, max_cache_len=64)
     with torch.inference_mode():
         model(torch.tensor([[2, 50, 60, 70]], device="cuda"), **{CACHE: cache})
