@@ -414,7 +414,7 @@ def _attention(module: Any) -> Any:
 def fingerprint(module: Any) -> str:
     """Of everything of a model that its program depends on, but for the weights' values. Empty for a model with hooks: what
     they do is in the graph, and nothing tells it from what others do."""
-    if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+    if any(has_hooks(part) for part in module.modules()):
         return ""
     config = {key: value for key, value in module.config.to_dict().items() if key != "_name_or_path"}
     weights = weights_of(module)
@@ -423,6 +423,13 @@ def fingerprint(module: Any) -> str:
     experts = getattr(module.config, "_experts_implementation", None)
     parts = (json.dumps(config, sort_keys=True, default=str), sorted(described), experts)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a module has forward hooks, but for those that transformers leaves behind when a call has asked for hidden states
+    or the like: outside of such calls they do nothing."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 
 
 def weights_of(module: Any) -> dict[str, Tensor]:

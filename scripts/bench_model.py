@@ -61,9 +61,7 @@ VARIANTS: dict[str, OptimizeConfig | None] = {
     "fused": _whole(cuda_graphs=False),
     "graphed": _whole(disable=tuple(FUSIONS)),
     "default": _whole(),
-    "all": _whole(
-        cuda_graphs=False, enable=tuple(name for name, fusion in FUSIONS.items() if not fusion.on_by_default)
-    ),
+    "all": _whole(cuda_graphs=False, enable=tuple(name for name, fusion in FUSIONS.items() if not fusion.on_by_default)),
 }
 ROOM = 256  # rows of the cache behind the context; a variant decodes fewer tokens than that
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma4_compile.program import Program, weights_of
+from gemma4_compile.program import Program, has_hooks, weights_of
 from gemma4_compile.runtime.batch import KINDS
 from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner, check_host, fitting
 from gemma4_compile.runtime.recorder import CudaRecorder, Recorder
@@ -52,6 +52,7 @@ class PackedCalls:
         self._lock = threading.RLock()
         self._stream: Any = None
         self._seen: _Seen | None = None
+        self.program: Any = None
         self._recorder = recorder
         self._width = 16 + int(model.config.max_position_embeddings * 9 / 8) // PAGE  # regions have room for an 8th more
         if recorder is None and graphs and memory.device.type == "cuda":
@@ -59,7 +60,11 @@ class PackedCalls:
         self.check_model()
 
     def _bind(self) -> None:
-        self.program = program = self._compiled()
+        """Take the program over the weights as they are; graphs of another one go."""
+        program = self._compiled()
+        if program is self.program:
+            return
+        self.program = program
         self.graphs: DecodeGraphs | None = None
         self.prompts: GraphRunner | None = None
         self._uses: Counter[tuple[int, int]] = Counter()
@@ -80,7 +85,7 @@ class PackedCalls:
             name = type(module).__name__
             if not type(module).__module__.startswith(_LIBRARIES):
                 raise Unfit(f"the model has a module of {type(module).__module__}.{name}")
-            if module._forward_hooks or module._forward_pre_hooks:
+            if has_hooks(module):
                 raise Unfit(f"hooks on a {name}")
             if "forward" in module.__dict__:
                 raise Unfit(f"a forward of its own on a {name}")
@@ -288,28 +293,27 @@ class PackedCalls:
 
 
 class _Seen:
-    """What a program was made of: a model's modules and tensors. Looked at for each prompt, so without a loop in Python over
+    """What a program was made of: a model's modules, tensors and hooks. Looked at for each prompt, so without a loop in Python over
     the tensors of some 600 modules."""
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
         self._own = [module.__dict__ for module in modules]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._held: list[dict[str, Any]] = [
-            held for module in modules for held in (module._modules, module._parameters, module._buffers)
-        ]
+        self._held: list[dict[Any, Any]] = [held for module in modules for held in _held_by(module)]
         self._objects = self._now()
 
     def _now(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._held)))
 
     def is_unchanged(self) -> bool:
-        """No hooks, no forward of a module's own, and all modules and tensors the same objects."""
+        """No forward of a module's own, and all modules, tensors and hooks the same objects."""
         objects = self._now()
-        return (
-            not any(self._hooks) and not any("forward" in own for own in self._own)
-            and len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
-        )  # fmt: skip
+        patched = any("forward" in own for own in self._own)
+        return not patched and len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
+
+
+def _held_by(module: nn.Module) -> tuple[dict[Any, Any], ...]:
+    return (module._modules, module._parameters, module._buffers, module._forward_hooks, module._forward_pre_hooks)
 
 
 def objection(inputs: Mapping[str, Any], cache_name: str) -> str:

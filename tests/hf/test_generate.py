@@ -45,7 +45,7 @@ def calls_of(model: Any) -> PackedCalls:
 def recording(model: Any) -> None:
     model(prompt(1, 2))
     calls = calls_of(model)
-    calls._recorder = HostRecorder()
+    calls._recorder, calls.program = HostRecorder(), None
     calls._bind()
 
 

@@ -51,6 +51,17 @@ def test_hooks_are_called_from_the_next_prompt_on() -> None:
     torch.testing.assert_close(actual, plain(prompt(2, 5)).logits, rtol=2e-5, atol=2e-5)
 
 
+def test_hooks_that_transformers_leaves_behind_are_none() -> None:
+    """A call that asks for hidden states installs them for good; calls after it are packed steps all the same."""
+    model = passes_only(tiny("dense").requires_grad_(False))
+    first = model(prompt(2, 5)).logits
+    with pytest.warns(UserWarning, match="output_hidden_states"):
+        model(prompt(2, 5), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    assert torch.equal(model(prompt(2, 5)).logits, first)
+    assert report(model).calls == {PACKED: 2, WHOLE: 1} and report(model).packed_steps == 1
+
+
 def test_other_weights_are_taken_in() -> None:
     """Tensors put in the place of parameters, and a module in that of another."""
     plain, model = tiny("dense", seed=5).requires_grad_(False), passes_only(tiny("dense").requires_grad_(False))
