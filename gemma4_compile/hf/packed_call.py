@@ -293,8 +293,8 @@ class PackedCalls:
 
 
 class _Seen:
-    """What a program was made of: a model's modules, tensors and hooks. Looked at for each prompt, so without a loop in Python over
-    the tensors of some 600 modules."""
+    """What a program was made of: a model's modules, tensors and hooks. Looked at for each prompt, so without a loop in Python
+    over the tensors of some 600 modules."""
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
