@@ -120,8 +120,8 @@ class PackedCalls:
         self._order()
         places = _places(inputs.get("position_ids"), batch, tokens)
         mask = self._mask(inputs.get("attention_mask"), lease, tokens, cache)
-        self._forget(lease, cache)
         if tokens == 1 and self.graphs is not None:
+            self._forget(lease, cache)
             for kind in self.memory.kinds:
                 self.memory.reserve(lease, kind, lease.length + 1)
             logits = self.graphs.step(lease, ids, places, mask)
@@ -146,7 +146,7 @@ class PackedCalls:
     def _forget(self, lease: Lease, cache: Any) -> None:
         """Tokens that have left the window, where the cache does not keep them."""
         for kind in self.memory.kinds:
-            if kind.window and (cache is None or not keeps_all(cache.layers[kind.layers[0]])):
+            if not _keeps_all(kind, cache):
                 lease.kept[kind.name] = max(lease.kept[kind.name], lease.length - kind.window)
 
     def _mask(self, given: Any, lease: Lease, tokens: int, cache: Any) -> Tensor | None:
@@ -206,12 +206,17 @@ class PackedCalls:
             chosen = wanted or range(tokens - 1, tokens)  # a step makes logits of one token at least
             rows, back = order * tokens + torch.arange(chosen.start, chosen.stop, device=device), None
         row = torch.arange(length, end, device=device)
+        self._forget(lease, cache)
+        # A long chunk's keys go to scratch memory where the cache would leave most of them behind.
+        own = [kind for kind in self.memory.kinds if tokens <= SLACK or _keeps_all(kind, cache)]
+        for kind in own:
+            self.memory.reserve(lease, kind, end)  # which may move all of them: no region is looked at before
         regions: dict[str, Region] = {}
         memory: dict[str, Tensor] = {}
         for kind in self.memory.kinds:
-            regions[kind.name] = self._region(lease, kind, end, cache)
-        for kind in self.memory.kinds:  # by now nothing moves any more
-            memory |= self._memory(lease, kind, regions[kind.name])
+            region = lease.regions[kind.name] if kind in own else self.memory.scratch(lease, kind, end)
+            regions[kind.name] = region
+            memory |= self._memory(lease, kind, region)
         width = max(-(-end // PAGE), *(region.end // PAGE for region in regions.values()))
         step = memory | {
             "input_ids": self._clean(ids).reshape(1, -1), "positions": row.repeat(batch), "rows": rows.reshape(-1),
@@ -259,17 +264,6 @@ class PackedCalls:
             )
         return graphs(step).clone()
 
-    def _region(self, lease: Lease, kind: Kind, end: int, cache: Any) -> Region:
-        """Where a chunk's keys go: the cache's own region, or, where it would leave most of them behind, scratch memory."""
-        keeps = not kind.window or (cache is not None and keeps_all(cache.layers[kind.layers[0]]))
-        if keeps or end - lease.length <= SLACK:
-            if not keeps:
-                lease.kept[kind.name] = max(lease.kept[kind.name], lease.length - kind.window)
-            self.memory.reserve(lease, kind, end)
-            return lease.regions[kind.name]
-        lease.kept[kind.name] = max(lease.kept[kind.name], lease.length - kind.window)
-        return self.memory.scratch(lease, kind, end)
-
     def _memory(self, lease: Lease, kind: Kind, region: Region) -> dict[str, Tensor]:
         if region.run is not None:
             return dict(lease.slab.pools[kind.name].memory())
@@ -290,6 +284,11 @@ class PackedCalls:
         for token, other in self._replaced.items():
             ids = torch.where(ids == token, other, ids)
         return ids
+
+
+def _keeps_all(kind: Kind, cache: Any) -> bool:
+    """Whether a cache keeps all tokens of these layers; a call without one keeps what its windows need."""
+    return not kind.window or cache is not None and keeps_all(cache.layers[kind.layers[0]])
 
 
 class _Seen:

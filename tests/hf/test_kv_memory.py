@@ -104,3 +104,23 @@ def test_cache_memory_is_told() -> None:
     _, model = pair("dense")
     model(prompt(1, 2))
     assert state_of(model).cache_memory == sum(slab.nbytes for slab in calls_of(model).memory.slabs) > 0
+
+
+def test_short_prompts_across_slabs() -> None:
+    """A turn that does not fit moves a cache to another slab, where others are: both kinds of layers, and the turn's keys."""
+    plain, model = pair("e")
+    pairs: list[list[Any]] = [[DynamicCache(config=each.config) for each in (plain, model)] for _ in range(3)]
+    model(prompt(1, 2))
+    slabs = set()
+    for seed in range(24):
+        for number, caches in enumerate(pairs):
+            given = prompt(1, 100 + 60 * number, seed=seed)
+            expected, actual = (
+                each(given, logits_to_keep=3, **{CACHE: cache}).logits
+                for each, cache in zip((plain, model), caches, strict=True)
+            )
+            torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+            lease = lease_of(caches[1], 2)
+            assert lease is not None
+            slabs.add(id(lease.slab))
+    assert len(slabs) > 1
