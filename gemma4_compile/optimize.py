@@ -156,7 +156,8 @@ class CompiledModel:
         elif isinstance(outer, hf.Gemma4ForCausalLM):
             self._route = PackedRoute(self, outer)
         elif isinstance(outer, hf.Gemma4ForConditionalGeneration):
-            outer._compiled_call_impl = MultimodalCalls(outer, self, PackedRoute(self, outer))  # type: ignore[assignment]
+            self._route = PackedRoute(self, outer)
+            outer._compiled_call_impl = MultimodalCalls(outer, self, self._route)  # type: ignore[assignment]
         else:
             self.why_whole = "a model without a head"
         generation = getattr(outer, "generation_config", None)
@@ -190,7 +191,7 @@ class CompiledModel:
             cache = take_cache(inputs, self.signature.parameters)
             if cache is None and uses_cache(inputs, module.config):
                 cache = DynamicCache(config=module.config)
-            if self._route is not None:
+            if self._route is not None and self._outer is module:
                 try:
                     output = self._route(inputs, cache)
                     self.ways.note(PACKED)
@@ -254,10 +255,8 @@ class CompiledModel:
             try:
                 with fused_experts(self._module_ref.config, "experts" in self.backend.enabled):
                     output, new = self._step(inputs, steps)
-            except (
-                TorchDynamoException,
-                FailOnRecompileLimitHit,
-            ) as error:  # before anything ran: the user's cache is as it was
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                # Before anything ran: the user's cache is as it was.
                 if not self.falls_back:
                     raise
                 full = isinstance(error, FailOnRecompileLimitHit)
@@ -269,7 +268,7 @@ class CompiledModel:
                     self._broken = reason
                 self.ways.note(UNCOMPILED, reason)
                 return output
-        self.ways.note(WHOLE, self.why_whole, quiet=self._route is None and not self._multimodal)
+        self.ways.note(WHOLE, self.why_whole, quiet=self._route is None)
         if graphed:  # the next replay writes to the same memory, and the caller may hold this step's logits
             for name in list(output):
                 output[name] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output[name])
@@ -324,10 +323,6 @@ class CompiledModel:
                 "an optimized model computes no gradients, got enabled gradients and parameters that require them; "
                 "call it under torch.inference_mode(), or model.requires_grad_(False)"
             )
-
-    @property
-    def _multimodal(self) -> bool:
-        return isinstance(self._outer, hf.Gemma4ForConditionalGeneration)
 
 
 class _Uncompiled(Exception):

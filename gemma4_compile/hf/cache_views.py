@@ -225,17 +225,15 @@ def take_in(cache: Any, memory: KVMemory, batch: int, more: int) -> Lease:
             layers[index].is_initialized = False
     lease = lent if same and lent is not None else memory.open(batch, length + more)
     for kind in memory.kinds:
-        held = [contents[layer] for layer in kind.layers]
-        lease.kept[kind.name] = begin = max(item.begin for item in held)
-        lease.length = length
-        if same or not length:
-            continue
-        lease.length = begin  # nothing is to be moved
-        memory.reserve(lease, kind, length, keep=False)
-        target = lease.tokens(kind.name, begin, length)
-        for place, item in enumerate(held):
+        lease.kept[kind.name] = max(contents[layer].begin for layer in kind.layers)
+    if not same and length:
+        for kind in memory.kinds:  # all before anything is copied: one may move the others
+            memory.reserve(lease, kind, length, keep=False)
+        for index, (kind, place) in sorted(places.items()):
+            begin, item = lease.kept[kind.name], contents[index]
+            target = lease.tokens(kind.name, begin, length)[place]
             for which, rows in enumerate((item.keys, item.values)):
-                target[place, which].copy_(rows[:, :, begin - item.begin : length - item.begin].transpose(1, 2))
+                target[which].copy_(rows[:, :, begin - item.begin : length - item.begin].transpose(1, 2))
     lease.length = length
     attach(cache, lease, memory.kinds)
     return lease
