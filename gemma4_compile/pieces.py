@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sympy import Symbol
 from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 
@@ -126,7 +127,7 @@ def _placeholders_first(graph: Graph) -> None:
 def _key(graph: Graph) -> str:
     """Of everything that a compiled piece depends on: operations, constants, and the metadata of what goes in and out."""
     numbers: dict[Node, int] = {}
-    symbols: dict[Any, str] = {}
+    symbols: dict[Any, Symbol] = {}
     lines = []
     for node in graph.nodes:
         numbers[node] = len(numbers)
@@ -149,7 +150,7 @@ def _text(value: Any, numbers: dict[Node, int]) -> str:
     return repr(value)
 
 
-def _describe(value: Any, symbols: dict[Any, str]) -> str:
+def _describe(value: Any, symbols: dict[Any, Symbol]) -> str:
     """Dtype, device, shape and strides, with symbols named in the order in which they appear; no storage offset."""
     if isinstance(value, Tensor):
         shape, strides = (_sizes(sizes, symbols) for sizes in (value.shape, value.stride()))
@@ -159,14 +160,14 @@ def _describe(value: Any, symbols: dict[Any, str]) -> str:
     return _sizes([value], symbols) if isinstance(value, SymInt) else ""
 
 
-def _sizes(sizes: Iterable[Any], symbols: dict[Any, str]) -> str:
+def _sizes(sizes: Iterable[Any], symbols: dict[Any, Symbol]) -> str:
     named = []
     for size in sizes:
         if isinstance(size, SymInt):
             expression = size.node.expr
             for symbol in sorted(expression.free_symbols, key=str):
-                symbols.setdefault(symbol, f"n{len(symbols)}")
-            named.append(str(expression.subs(symbols)))
+                symbols.setdefault(symbol, Symbol(f"n{len(symbols)}"))
+            named.append(str(expression.xreplace(symbols)))
         else:
             named.append(str(size))
     return ",".join(named)

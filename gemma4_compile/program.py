@@ -10,24 +10,27 @@ not stored. Loading it compiles nothing.
 """
 
 import errno
+import gc
 import hashlib
 import json
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch._inductor
 from torch import SymInt, Tensor
 from torch._inductor import standalone_compile
+from torch._guards import TracingContext
 from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -53,7 +56,7 @@ from .warm_up import WarmUp
 
 # What the step is traced with. Sizes are symbols; these are the hints that Inductor and measured token counts go by.
 _TRACED_REQUESTS, _TRACED_TOKENS = 8, 32
-_PAGE, _PAGES = 64, 64  # of the usual size, and as many as a request of some length has
+_PAGE = 64  # of the usual size
 _FORMAT = 4
 
 Check = Callable[[dict[str, Tensor]], None]  # raises ValueError for a step's inputs that do not fit
@@ -225,7 +228,7 @@ class Program:
             else:
                 for key, piece in self._pieces.items():
                     piece.save(path=str(draft / f"{key}.piece"), format="binary")  # type: ignore[attr-defined]
-                (draft / "program.json").write_text(json.dumps({"format": _FORMAT, **asdict(self.plan)}, indent=1))
+                (draft / "program.json").write_text(json.dumps({"format": _FORMAT, **vars(self.plan)}, default=vars, indent=1))
             draft.chmod(0o755)  # mkdtemp's is for one user
             try:
                 draft.rename(folder)
@@ -282,7 +285,8 @@ def load(folder: str | Path, module: Any, check: Check = check_inputs) -> Progra
         results = tuple(saved["result"]), tuple(saved["hidden"])
         plan = Plan(calls, *results, record, saved["model"], saved["limits"], saved["seconds"])
         keys = {call.piece for call in calls} - {""}
-        pieces = {key: CompiledArtifact.load(path=str(folder / f"{key}.piece"), format="binary") for key in keys}
+        with torch._inductor.config.patch(compile_threads=1):  # else it starts workers that have nothing to do
+            pieces = {key: CompiledArtifact.load(path=str(folder / f"{key}.piece"), format="binary") for key in keys}
         program = Program(plan, pieces, weights_of(module), 0, check)
         program._folder = folder
         return program
@@ -292,11 +296,16 @@ def load(folder: str | Path, module: Any, check: Check = check_inputs) -> Progra
 
 class FirstCall(NamedTuple):
     """The call that a program is compiled for: the kernels that it needs, and those of the decode steps behind it, are compiled
-    meanwhile. masked: it has an attention mask."""
+    meanwhile.
+
+    pages   columns of its tables: how attention divides its work depends on them
+    masked  it has an attention mask
+    """
 
     requests: int = 1
     tokens: int = 256
     rows: int = 1
+    pages: int = 64
     masked: bool = False
 
 
@@ -318,23 +327,25 @@ def compile_program(
     step = _make_step(module, model_geometry)
     warmed = []
     if module.device.type == "cuda":
-        warmed = [_paged(module, model_geometry, first), _paged(module, model_geometry, first._replace(tokens=1, rows=1))]
+        decode = FIRST_CALL._replace(requests=first.requests, tokens=1, masked=first.masked)
+        warmed = [_paged(module, model_geometry, call) for call in (first, decode)]
     varying = (*STEP_INPUTS, *OPTIONAL)
     return compile_step(module, step, inputs, varying, backend, [module], module.lm_head.weight, warmed=warmed)
 
 
 def _paged(module: Any, model_geometry: Geometry, call: FirstCall) -> dict[str, Tensor]:
     """The step of a call over pages of the usual size."""
-    pages = -(-(call.tokens + max(4 * _PAGE, call.tokens // 8)) // _PAGE) if call.tokens > 1 else _PAGES
+    pages = -(-call.tokens // _PAGE)
     kv = PlainKV(model_geometry, call.requests, pages * _PAGE, module.dtype, module.device)
     rows = range(call.tokens - min(call.rows, call.tokens), call.tokens)
     inputs = kv.inputs([Request([0] * call.tokens, rows=rows)] * call.requests)
     for name, tensor in kv.tensors.items():
         inputs[name] = tensor.view(-1, _PAGE, *tensor.shape[2:])
-    table = torch.arange(call.requests * pages, dtype=torch.int32, device=module.device).view(call.requests, pages)
-    inputs |= {f"table.{kind}": table for kind in KINDS}
+    column = torch.arange(call.pages, dtype=torch.int32, device=module.device).clamp(max=pages - 1)
+    first = torch.arange(call.requests, dtype=torch.int32, device=module.device)[:, None] * pages
+    inputs |= {f"table.{kind}": first + column for kind in KINDS}
     if call.masked and call.tokens == 1:
-        inputs["visible"] = torch.ones((call.requests, kv.capacity), dtype=torch.bool, device=module.device)
+        inputs["visible"] = torch.ones((call.requests, call.pages * _PAGE), dtype=torch.bool, device=module.device)
     return inputs | {name: step_input(inputs, name) for name in OPTIONAL}
 
 
@@ -353,7 +364,8 @@ def compile_step(
     check       of the inputs of each run
     warmed      inputs of steps whose kernels of ours are compiled meanwhile, on a GPU
     """
-    maybe_warm_pool()  # Inductor's workers start while Dynamo traces
+    if module.device.type == "cuda":
+        maybe_warm_pool()  # Inductor's workers start while Dynamo traces; C++ takes none
     prepare()
     start = time.perf_counter()
     inputs = {name: t.clone() for name, t in inputs.items()}  # Dynamo makes one input of a tensor that has two names
@@ -365,21 +377,41 @@ def compile_step(
     made: list[Program] = []
     model = fingerprint(module)  # before the switches below: it asks for what the user chose
 
-    def compile_graph(gm: GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+    def compile_graph(gm: GraphModule, examples: Sequence[Any]) -> NoReturn:
         traced = time.perf_counter() - start
         plan, pieces = _compile(gm, examples, names, backend, head, warmed)
         plan.seconds["trace"] = traced
         plan.model = model
         made.append(Program(plan, pieces, weights, len(pieces), check))
-        return lambda *args: (torch.empty(()),) * len(_outputs(gm))  # nothing runs: only the graph is wanted
+        raise _Compiled
 
     with ExitStack() as switches, torch.no_grad():
+        switches.enter_context(_no_collector())
+        switches.enter_context(torch._dynamo.config.patch(run_gc_after_compile=False))
+        switches.enter_context(suppress(_Compiled))
         for part in attending:
             switches.enter_context(_attention(part))
             switches.enter_context(fused_experts(part.config, "experts" in backend.enabled))
         torch.compile(own_code(step), backend=compile_graph, fullgraph=True)(inputs)
     (program,) = made
     return program
+
+
+class _Compiled(BaseException):
+    """Ends a trace once its graph is compiled: Dynamo would make guards and code of it, a second or two, that nobody runs. No
+    Exception, which Dynamo would take for an error of the backend."""
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """What tracing makes lives until its end: looking for garbage in it, again and again, is a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _make_step(module: Any, model_geometry: Geometry) -> Callable[..., Any]:
@@ -458,9 +490,11 @@ def _compile(
     unique: dict[str, Piece] = {part.key: part for part in parts if isinstance(part, Piece)}
     start = time.perf_counter()
     compiled = {}
-    for number, (key, piece) in enumerate(unique.items(), 1):
-        with backend.progress(f"compiling piece {number} of {len(unique)}"):
-            compiled[key] = _compile_piece(piece, backend)
+    # For graphs as small as pieces, PyTorch's cache of what an operation makes of shapes takes longer than computing it.
+    with disable_fake_tensor_cache(TracingContext.get().fake_mode):
+        for number, (key, piece) in enumerate(unique.items(), 1):
+            with backend.progress(f"compiling piece {number} of {len(unique)}"):
+                compiled[key] = _compile_piece(piece, backend)
     seconds["compile"] = time.perf_counter() - start
     if warm_up is not None:
         warm_up.join()

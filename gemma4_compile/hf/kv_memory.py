@@ -277,6 +277,10 @@ class KVMemory:
         region.data[:, :, :, begin - first : lease.length - first] = lease.tokens(kind.name, begin, lease.length)
         return region
 
+    def table_width(self, length: int) -> int:
+        """Pages of a sequence in a cache that a prompt of so many tokens opens."""
+        return max(self._pages(kind, kind.window or length) for kind in self.kinds)
+
     def _pages(self, kind: Kind, tokens: int) -> int:
         more = SLACK if kind.window else max(SLACK, tokens // _GROWTH)
         return -(-(tokens + more) // PAGE)

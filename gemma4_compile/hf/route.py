@@ -85,7 +85,6 @@ class PackedRoute:
         batch, tokens = inputs["input_ids"].shape
         tokens = min(tokens, max(1, CHUNK // batch))
         rows = keep if isinstance(keep, int) and 0 < keep < tokens else tokens
-        first = FirstCall(batch, tokens, rows, inputs.get("attention_mask") is not None)
         try:
             if isinstance(model, hf.Gemma4ForConditionalGeneration):
                 replaced = _placeholders(model.config)
@@ -94,6 +93,8 @@ class PackedRoute:
                 raise Unfit("use_bidirectional_attention='all'")
             device = next(model.parameters()).device
             memory = KVMemory(state.geometry, int(model.config.sliding_window or 0), model.dtype, device)
+            masked = inputs.get("attention_mask") is not None
+            first = FirstCall(batch, tokens, rows, memory.table_width(inputs["input_ids"].shape[1]), masked)
             graphs = state.backend.config.cuda_graphs is not False
             return PackedCalls(model, lambda: state.packed_program(model, first), memory, replaced, graphs=graphs)
         except Unfit as reason:

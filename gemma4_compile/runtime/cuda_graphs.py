@@ -71,6 +71,8 @@ class _Bucket:
         return f"decode {self.tokens}" if self.full else f"{self.tokens} tokens, {self.rows} rows"
 
 
+# What attention reads of each request: as long as there are requests in a step.
+_BY_REQUEST = ("visible", *(f"table.{kind}" for kind in KINDS))
 _Call = Callable[[int], None]  # one captured step, given the number of requests at hand
 
 
@@ -145,7 +147,7 @@ class GraphRunner:
         if self._own_memory:
             self._check_memory(inputs)
         else:
-            self._given = {name: step_input(inputs, name) for name in (*self.memory, "visible")}
+            self._given = {name: step_input(inputs, name) for name in (*self.memory, *_BY_REQUEST)}
         wanted, requests = inputs["rows"].shape[0], inputs["table.full_attention"].shape[0]
         bucket = self._bucket(inputs["input_ids"].shape[1], wanted, requests)
         if bucket is None or bucket.name in self.refused:
@@ -290,16 +292,16 @@ class GraphRunner:
                  for name, buffer in self.static.items()}  # fmt: skip
         if self._own_memory:
             return views | self.memory
-        fits = self._given["visible"].shape[0] == bucket.requests  # else it is padding that runs
-        return views | {name: tensor for name, tensor in self._given.items() if fits or name != "visible"}
+        fits = self._given["visible"].shape[0] == bucket.requests  # else pieces are captured, for more of them
+        return views | {name: tensor for name, tensor in self._given.items() if fits or name not in _BY_REQUEST}
 
     # PIECEWISE
 
     def _run_pieces(self, bucket: _Bucket, requests: int) -> StepResult:
         if bucket.rows not in self._tails:
-            self._capture_tail(bucket)
+            self._capture_tail(bucket, requests)
         if bucket.tokens not in self._heads or bucket.rows not in self._heads[bucket.tokens][1]:
-            self._capture_head(bucket)
+            self._capture_head(bucket, requests)
         head, boundaries = self._heads[bucket.tokens]
         tail, result = self._tails[bucket.rows]
         for part in (head, boundaries[bucket.rows], tail):
@@ -307,11 +309,11 @@ class GraphRunner:
                 call(requests)
         return result
 
-    def _capture_head(self, bucket: _Bucket) -> None:
+    def _capture_head(self, bucket: _Bucket, requests: int) -> None:
         """Everything before the boundary, and its piece for each row bucket in use: now, while what it reads is alive."""
         boundary = self.program.steps[self.program.boundary]
         views = self._views(bucket)
-        self.recorder.warm_up(lambda: self.program(views))
+        self._warm_up(bucket, requests)
         values = self.program.bind(views)
         head = self._capture(self.program.steps[: self.program.boundary], values)
         boundaries: dict[int, list[_Call]] = {}
@@ -329,20 +331,28 @@ class GraphRunner:
         self._heads[bucket.tokens] = head, boundaries
         self._forget(bucket.tokens)
 
-    def _capture_tail(self, bucket: _Bucket) -> None:
+    def _warm_up(self, bucket: _Bucket, requests: int) -> None:
+        """With as many requests as the step at hand has: for more, attention would be compiled in vain."""
+        views = self._views(replace(bucket, requests=requests))
+        self.recorder.warm_up(lambda: self.program(views))
+
+    def _capture_tail(self, bucket: _Bucket, requests: int) -> None:
         """Everything behind the boundary, on static buffers that its piece's results are copied to."""
         steps, boundary = self.program.steps, self.program.boundary
         values = self.program.bind(self._views(bucket))
         probe = list(values)
-        with torch.no_grad():
+        with torch.no_grad():  # for the sizes alone: attention would be compiled for as many requests as the bucket may have
             for step in steps[:boundary]:
-                step.run(probe)
+                if step.op:
+                    probe[step.results[0]] = self._attended_buffer(probe[step.arguments[0]])
+                else:
+                    step.run(probe)
             results = steps[boundary].function(*[probe[i] for i in steps[boundary].arguments])
         del probe
         buffers = [torch.empty_strided(r.shape, r.stride(), dtype=r.dtype, device=r.device).zero_() for r in results]
         for index, buffer in zip(steps[boundary].results, buffers, strict=True):
             values[index] = buffer
-        self.recorder.warm_up(lambda: self.program(self._views(bucket)))
+        self._warm_up(bucket, requests)
         tail = self._capture(steps[boundary + 1 :], values)
         self._crossing[bucket.rows] = buffers
         self._tails[bucket.rows] = tail, StepResult(*map(self.recorder.borrow, self.program.result(values)))
@@ -375,13 +385,13 @@ class GraphRunner:
         table, starts = point.argument("table"), point.argument("starts")  # one row a request
         borrowed = [self.recorder.borrow(a) if isinstance(a, Tensor) else a for a in arguments]
         names = {place: self.program.input_names.get(index, "") for place, index in enumerate(step.arguments)}
-        own = [] if self._own_memory else [place for place, name in names.items() if name in self.memory or name == "visible"]
+        own = [] if self._own_memory else [place for place, name in names.items() if name in self._given]
 
         def call(requests: int) -> None:
             given = list(borrowed)
             given[table] = given[table][:requests]
             given[starts] = given[starts][: requests + 1]
-            for place in own:
+            for place in own:  # tables too: for those of another width attention would be compiled again
                 given[place] = self._given[names[place]]
             point.into(out, *given)
 
