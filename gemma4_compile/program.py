@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -26,8 +26,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch._inductor
 from torch import SymInt, Tensor
-from torch._inductor import standalone_compile
 from torch._guards import TracingContext
+from torch._inductor import standalone_compile
 from torch._inductor.async_compile import maybe_warm_pool
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
@@ -364,14 +364,14 @@ def compile_step(
     check       of the inputs of each run
     warmed      inputs of steps whose kernels of ours are compiled meanwhile, on a GPU
     """
-    if module.device.type == "cuda":
+    weights = weights_of(module)
+    if any(weight.is_cuda for weight in weights.values()):
         maybe_warm_pool()  # Inductor's workers start while Dynamo traces; C++ takes none
     prepare()
     start = time.perf_counter()
     inputs = {name: t.clone() for name, t in inputs.items()}  # Dynamo makes one input of a tensor that has two names
     for name in varying:
         torch._dynamo.mark_dynamic(inputs[name], varying_dim(name))
-    weights = weights_of(module)
     names = {id(tensor): ("input", name) for name, tensor in inputs.items()}
     names |= {id(tensor): ("weight", name) for name, tensor in weights.items()}
     made: list[Program] = []
@@ -491,7 +491,8 @@ def _compile(
     start = time.perf_counter()
     compiled = {}
     # For graphs as small as pieces, PyTorch's cache of what an operation makes of shapes takes longer than computing it.
-    with disable_fake_tensor_cache(TracingContext.get().fake_mode):
+    fake_mode = TracingContext.get().fake_mode
+    with nullcontext() if fake_mode is None else disable_fake_tensor_cache(fake_mode):
         for number, (key, piece) in enumerate(unique.items(), 1):
             with backend.progress(f"compiling piece {number} of {len(unique)}"):
                 compiled[key] = _compile_piece(piece, backend)

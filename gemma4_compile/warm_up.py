@@ -16,6 +16,8 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
+from .ops.library import without_products
+
 _THREADS = 8
 
 
@@ -38,7 +40,6 @@ class WarmUp:
 
     def join(self) -> None:
         wait(self._running)
-        torch._C._cuda_clearCublasWorkspaces()  # each thread's own, of 32 MB; no graph has been captured with them yet
         for call in chain.from_iterable(self._others):
             self._threads.submit(_call, *call)
         self._threads.shutdown(wait=False)
@@ -46,7 +47,7 @@ class WarmUp:
 
 def _call(target: Any, arguments: Sequence[Any]) -> None:
     """What goes wrong here, the first step will say, and where."""
-    with suppress(Exception), torch.no_grad():
+    with suppress(Exception), torch.no_grad(), without_products():
         target(*[argument() if callable(argument) else argument for argument in arguments])
 
 

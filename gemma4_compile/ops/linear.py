@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geglu import geglu_reference, launch_geglu
-from .library import as_rows, expect, gelu_tanh, jit, register, rounded, tl
+from .library import as_rows, expect, gelu_tanh, jit, product, register, rounded, tl
 from .plans import DotPlan, VectorPlan, product_plan
 
 
@@ -250,13 +250,13 @@ def launch_linear_triple(x: Tensor, first: Tensor, second: Tensor, third: Tensor
 
 
 def _launch(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_products(x, weights) or (F.linear(x, weight) for weight in weights))
+    return tuple(_products(x, weights) or (product(x, weight) for weight in weights))
 
 
 def launch_gate_up(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     _check_gate_up(x, gate_weight, up_weight)
     products = _products(x, (gate_weight, up_weight), gated=True)
-    return products[0] if products else launch_geglu(F.linear(x, gate_weight), F.linear(x, up_weight))
+    return products[0] if products else launch_geglu(product(x, gate_weight), product(x, up_weight))
 
 
 def _out(x: Tensor, weight: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .feed_forward_tail import launch_tail, scale_by
-from .library import as_rows, expect, fresh, gelu_tanh, jit, power_of_two, register, rounded, tl
+from .library import as_rows, expect, fresh, gelu_tanh, jit, power_of_two, product, register, rounded, tl
 from .plans import PlePlan, can_chain, ple_plan
 from .rms_norm import normalize
 
@@ -182,12 +182,12 @@ def _launch(
 
 def _project_many(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor) -> Tensor:
     """Both matrix products by cuBLAS."""
-    gate = F.linear(hidden, gate_weight)
+    gate = product(hidden, gate_weight)
     gated = fresh(gate)
     _gelu_times_kernel[(-(-gate.numel() // 1024),)](
         gate, inputs, gated, gate.numel(), inputs.stride(0), inputs.shape[1], 1024, num_warps=4
     )
-    return F.linear(gated, projection_weight)
+    return product(gated, projection_weight)
 
 
 def _project_few(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor, plan: PlePlan) -> Tensor:
