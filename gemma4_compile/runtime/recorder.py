@@ -14,7 +14,7 @@ class Recorder(Protocol):
     """Turns a function of fixed tensors into something that can be replayed."""
 
     def warm_up(self, function: Callable[[], Any]) -> None:
-        """Run it once outside of a capture, so that kernels are compiled and loaded."""
+        """Run it once where it will be captured, so that kernels are loaded and workspaces exist."""
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
         """(replay, what the function returned): a replay writes new contents to the same tensors."""
@@ -37,10 +37,7 @@ def without_collection() -> Iterator[None]:
 
 
 class CudaRecorder:
-    """CUDA graphs of one device, in one memory pool.
-
-    They are captured on a stream on which nothing else runs: cuBLAS' workspace for it comes from the pool then, and stays there
-    when somebody gives up the workspaces of all streams, as Inductor's own CUDA graphs do."""
+    """CUDA graphs of one device, in one memory pool."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -49,7 +46,10 @@ class CudaRecorder:
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def warm_up(self, function: Callable[[], Any]) -> None:
-        function()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            function()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def record(self, function: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
         graph = torch.cuda.CUDAGraph()
