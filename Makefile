@@ -12,14 +12,14 @@ format:
 test:
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
-# On a GPU.
-# Hugging Face's own calls on the oldest torch and transformers that pyproject.toml allows.
+# Hugging Face's own calls on the oldest torch and transformers that pyproject.toml allows, and what is slow.
 test-oldest:
 	python3 -m venv .oldest
 	.oldest/bin/pip install --quiet torch==2.11.0 transformers==5.17.0 -e '.[dev]'
 	.oldest/bin/python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
-	.oldest/bin/python -m pytest -n 2 --dist loadfile -q tests/hf tests/test_optimize.py tests/test_demo_models.py
+	.oldest/bin/python -m pytest -n 2 --dist loadfile -q -m 'slow or not slow' tests/hf tests/test_optimize.py tests/test_demo_models.py
 
+# On a GPU.
 bench:
 	python scripts/bench_ops.py --out benchmarks/ops.json
 	python scripts/bench_model.py --out benchmarks/model.json

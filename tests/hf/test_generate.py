@@ -94,6 +94,12 @@ class Tokenizer:
         return " ".join(str(int(token)) for token in tokens)
 
 
+@cache
+def assistant() -> Any:
+    """Of another model's drafts few are right: most rounds crop the cache."""
+    return tiny("dense", seed=7).requires_grad_(False)
+
+
 def chat(model: Any) -> list[Tensor]:
     """Five turns over one cache, each with all that was said before."""
     cache_of_turns, ids, found = DynamicCache(config=model.config), prompt(1, 4), []
@@ -154,6 +160,18 @@ def reused_static(model: Any) -> list[Tensor]:
         found.append(generate(model, {"input_ids": prompt(2, tokens)}, **{CACHE: kept}))
         kept.reset()
     return found
+
+
+def static_of_another_batch(model: Any) -> list[Any]:
+    """What plain Hugging Face says of it, and the cache goes on."""
+    kept: Any = StaticCache(config=model.config, max_cache_len=40)
+    found: list[Any] = [model(prompt(2, 5), **{CACHE: kept}).logits]
+    try:
+        model(prompt(3, 4), **{CACHE: kept})
+    except Exception as error:
+        found.append(type(error).__name__)
+    kept.reset()
+    return [*found, model(prompt(2, 4), **{CACHE: kept}).logits]
 
 
 def static_in_chunks(model: Any) -> list[Tensor]:
@@ -227,6 +245,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], set[str]]] = {
     "beams": (lambda m: generate(m, padded(2, 6), num_beams=3), {PACKED}),
     "beam sampling": (lambda m: generate(m, num_beams=2, do_sample=True, top_k=20), {PACKED}),
     "prompt lookup": (lambda m: generate(m, {"input_ids": prompt(1, 4).repeat(1, 4)}, prompt_lookup_num_tokens=3), {PACKED}),
+    "assistant": (lambda m: generate(m, {"input_ids": prompt(1, 20)}, assistant_model=assistant()), {PACKED}),
     "chat": (chat, {PACKED}),
     "crop": (cropped, {PACKED}),
     "crop of a recorded past": (recorded_and_cropped, {PACKED}),
@@ -240,6 +259,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], set[str]]] = {
     "static": (lambda m: generate(m, padded(2, 6), cache_implementation="static"), {PACKED}),
     "static, past the window": (lambda m: generate(m, {"input_ids": prompt(2, 20)}, cache_implementation="static"), {PACKED}),
     "static, reused": (reused_static, {PACKED}),
+    "static, another batch": (static_of_another_batch, {PACKED, UNCOMPILED}),
     "static, in chunks": (static_in_chunks, {PACKED}),
     "chunked prefill": (lambda m: generate(m, {"input_ids": prompt(2, 21)}, prefill_chunk_size=8), {PACKED}),
     "no cache": (lambda m: generate(m, use_cache=False), {PACKED}),
@@ -309,6 +329,18 @@ def assert_same(actual: Any, expected: Any) -> None:
         assert torch.equal(actual, expected)
     else:
         assert actual == expected
+
+
+@pytest.mark.filterwarnings("ignore:gemma4_compile runs this call")
+def test_embeddings_as_inputs() -> None:
+    """Of a model without PLE; with it, transformers wants the ids too."""
+    plain, model = pair("dense")
+    before, found = Ways(model), []
+    for each in (model, plain):
+        given = {"inputs_embeds": each.model.embed_tokens(prompt(2, 6))}
+        found.append([generate(each, given), each(**given).logits])
+    assert_same(*found)
+    assert before.taken() == {WHOLE, PACKED}  # the prompt's embeddings, then tokens
 
 
 def test_nothing_is_compiled_for_lengths_and_batches() -> None:
