@@ -53,6 +53,7 @@ from .runtime.batch import (
     varying_dim,
 )
 from .warm_up import WarmUp
+from .watch import address_of, describe
 
 # What the step is traced with. Sizes are symbols; these are the hints that Inductor and measured token counts go by.
 _TRACED_REQUESTS, _TRACED_TOKENS = 8, 32
@@ -125,6 +126,7 @@ class Program:
     ):  # fmt: skip
         self.plan, self.compiled, self._check_inputs = plan, compiled, check
         self._pieces, self.weights = pieces, weights
+        self._addresses = [*map(address_of, weights.values())]
         self._folder: Path | None = None  # that it was loaded from: a loaded piece cannot be written again
         self._values: list[Any] = []
         self._inputs: list[tuple[int, str]] = []
@@ -156,8 +158,10 @@ class Program:
         self._free_after_use()
 
     def with_weights(self, weights: dict[str, Tensor]) -> "Program":
-        """The same program over other tensors of a model with its fingerprint; itself if they are those that it has."""
-        if all(weights[name] is tensor for name, tensor in self.weights.items()):
+        """The same program over other tensors of a model with its fingerprint; itself if they are those that it has, where they
+        were."""
+        same = all(weights[name] is tensor for name, tensor in self.weights.items())
+        if same and [*map(address_of, self.weights.values())] == self._addresses:
             return self
         other = Program(self.plan, self._pieces, weights, self.compiled, self._check_inputs)
         other._folder = self._folder
@@ -444,24 +448,18 @@ def _attention(module: Any) -> Any:
 
 
 def fingerprint(module: Any) -> str:
-    """Of everything of a model that its program depends on, but for the weights' values. Empty for a model with hooks: what
-    they do is in the graph, and nothing tells it from what others do."""
-    if any(has_hooks(part) for part in module.modules()):
+    """Of everything of a model that its program depends on, but for the weights' values. Empty for a model that nothing tells
+    from others, see watch.describe."""
+    described = describe(module)
+    if described is None:
         return ""
     config = {key: value for key, value in module.config.to_dict().items() if key != "_name_or_path"}
     weights = weights_of(module)
     names = {id(tensor): name for name, tensor in weights.items()}  # one name for tied ones
-    described = [(name, names[id(w)], tuple(w.shape), w.stride(), str(w.dtype), str(w.device)) for name, w in weights.items()]
+    tensors = [(name, names[id(w)], tuple(w.shape), w.stride(), str(w.dtype), str(w.device)) for name, w in weights.items()]
     experts = getattr(module.config, "_experts_implementation", None)
-    parts = (json.dumps(config, sort_keys=True, default=str), sorted(described), experts)
+    parts = (json.dumps(config, sort_keys=True, default=str), sorted(tensors), experts, described)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether a module has forward hooks, but for those that transformers leaves behind when a call has asked for hidden states
-    or the like: outside of such calls they do nothing."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 
 
 def weights_of(module: Any) -> dict[str, Tensor]:

@@ -7,20 +7,19 @@ graph on a GPU.
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gemma4_compile.program import Program, has_hooks, weights_of
+from gemma4_compile.program import Program, weights_of
 from gemma4_compile.runtime.batch import KINDS
 from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner, check_host, fitting
 from gemma4_compile.runtime.recorder import CudaRecorder, Recorder
+from gemma4_compile.watch import Watch, has_hooks, is_foreign
 
 from .cache_views import keeps_all, lease_of, take_in
 from .decode_graphs import BATCHES, DecodeGraphs
@@ -30,7 +29,6 @@ from .masks import padding_of
 CHUNK = 8192  # tokens of a step
 _OFTEN = 3  # times that prompts of a size come before they are captured, which takes as long as some ten of them
 _READ = ("input_ids", "attention_mask", "position_ids", "logits_to_keep", "use_cache", "return_dict")
-_LIBRARIES = ("torch.nn.", "transformers.")
 
 
 class PackedCalls:
@@ -51,7 +49,7 @@ class PackedCalls:
         self._replaced = dict(replaced)
         self._lock = threading.RLock()
         self._stream: Any = None
-        self._seen: _Seen | None = None
+        self._seen: Watch | None = None
         self.program: Any = None
         self._recorder = recorder
         self._width = 16 + int(model.config.max_position_embeddings * 9 / 8) // PAGE  # regions have room for an 8th more
@@ -77,13 +75,13 @@ class PackedCalls:
                 self._recorder = None  # a piece works on the host
 
     def check_model(self) -> None:
-        """Take in weights that are other tensors than before. Raises Unfit for a model that does what no graph would see."""
+        """Take in what has changed of the model: other tensors, attributes, config. Raises Unfit for a model that does what no graph would see."""
         if self._seen is not None and self._seen.is_unchanged():
             return
         self._seen = None
         for module in self.model.modules():
             name = type(module).__name__
-            if not type(module).__module__.startswith(_LIBRARIES):
+            if is_foreign(module):
                 raise Unfit(f"the model has a module of {type(module).__module__}.{name}")
             if has_hooks(module):
                 raise Unfit(f"hooks on a {name}")
@@ -95,7 +93,7 @@ class PackedCalls:
             if tensor.device != self.memory.device:
                 raise Unfit(f"the weight {name} is on {tensor.device}")
         self._bind()
-        self._seen = _Seen(self.model)
+        self._seen = Watch(self.model)
 
     def __call__(self, inputs: Mapping[str, Any], cache: Any) -> Tensor:
         """Logits [batch, wanted tokens, vocabulary]. The cache has the new tokens then, if there is one.
@@ -289,30 +287,6 @@ class PackedCalls:
 def _keeps_all(kind: Kind, cache: Any) -> bool:
     """Whether a cache keeps all tokens of these layers; a call without one keeps what its windows need."""
     return not kind.window or cache is not None and keeps_all(cache.layers[kind.layers[0]])
-
-
-class _Seen:
-    """What a program was made of: a model's modules, tensors and hooks. Looked at for each prompt, so without a loop in Python
-    over the tensors of some 600 modules."""
-
-    def __init__(self, model: nn.Module):
-        modules = list(model.modules())
-        self._own = [module.__dict__ for module in modules]
-        self._held: list[dict[Any, Any]] = [held for module in modules for held in _held_by(module)]
-        self._objects = self._now()
-
-    def _now(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._held)))
-
-    def is_unchanged(self) -> bool:
-        """No forward of a module's own, and all modules, tensors and hooks the same objects."""
-        objects = self._now()
-        patched = any("forward" in own for own in self._own)
-        return not patched and len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
-
-
-def _held_by(module: nn.Module) -> tuple[dict[Any, Any], ...]:
-    return (module._modules, module._parameters, module._buffers, module._forward_hooks, module._forward_pre_hooks)
 
 
 def objection(inputs: Mapping[str, Any], cache_name: str) -> str:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from gemma4_compile.config import EngineConfig
 from gemma4_compile.torchrun import RanksError
+from gemma4_compile.watch import Watch
 
 from . import invariants
 from .draft_length import DraftLength, SpeculativeTokens
@@ -109,6 +110,7 @@ class Engine:
         self._last_round: tuple[tuple[int, int] | None, float] = None, 0.0
         self._metrics = EngineMetrics()
         self._ranks = self.runner.ranks
+        self._watch = self._watched()
         weakref.finalize(self, self.runner.close)
         if config.capture_at_start:
             shown = config.progress and self.runner.on_gpu and self.leads
@@ -232,7 +234,8 @@ class Engine:
         on_chunk  called with each chunk of it; an exception there ends this request alone
         stream    whether chunks have text; without, texts are made once, at the end
 
-        Raises ValueError for a prompt or params that can never be served, an id in use. Nothing is queued then.
+        Raises ValueError for a prompt or params that can never be served, an id in use, a change of the model that the engine
+        cannot follow. Nothing is queued then.
         """
         if not self.leads:
             raise RuntimeError("requests must be given to rank 0, got one on another; call follow() there")
@@ -242,6 +245,8 @@ class Engine:
             raise ValueError(f"a request_id must be new, got {request_id!r}, which runs; choose another")
         ids = encode(prompt, self.tokenizer, self.config.chat)
         self._check(ids, params)
+        if not self.has_work:
+            self._look_at_model()
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
         metrics = RequestMetrics(arrived=time.perf_counter(), prompt_tokens=len(ids))
         request = _Request(request_id, ids, params, metrics, on_chunk, stream)
@@ -266,6 +271,28 @@ class Engine:
         for sequence in request.samples:
             self.scheduler.add(sequence)
         return request_id
+
+    def refresh(self) -> None:
+        """Take in all changes of the model and the assistant, and forget the prefixes that earlier prompts have left.
+
+        An engine looks for changes itself when a request comes while none runs: weights written in place or replaced, modules,
+        hooks, attributes, config. It cannot see what is written through `.data`, or to inference tensors: call this then.
+
+        Raises RuntimeError while requests run, ValueError for a change that it cannot follow; no request is served until it is
+        undone."""
+        if self.has_work:
+            raise RuntimeError(f"requests must have ended, got {len(self._requests)} that run; abort them or step on")
+        self.runner.refresh()
+        self._watch = self._watched()
+
+    def _watched(self) -> Watch:
+        return Watch(self.model, *([] if self.assistant is None else [self.assistant]))
+
+    def _look_at_model(self) -> None:
+        if not self._watch.is_unchanged():
+            self.refresh()
+        elif self._watch.was_written():
+            self.runner.pages.forget()
 
     def step(self) -> list[Chunk]:
         """Compute one step; returns what requests have got from it, or, where steps overlap, from the one before."""

@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from transformers.models.gemma4 import modeling_gemma4 as hf
 
+from gemma4_compile.dynamo import first_line
+from gemma4_compile.geometry import geometry
 from gemma4_compile.optimize import state_of
 from gemma4_compile.parallel import vocabulary_of
 from gemma4_compile.program import Program, StepResult
@@ -12,7 +14,7 @@ class PackedModel:
     """An optimized Gemma4ForCausalLM over packed batches; see batch.py for a step's inputs.
 
     Compiled at once, for any number of tokens, requests and wanted rows, or loaded if this model was compiled before. It keeps
-    the weights' tensors: make it after from_pretrained, and anew after load_state_dict(assign=True).
+    the weights' tensors: make it after from_pretrained; `refresh` takes in what has changed since.
 
     Raises TypeError for another class of model, ValueError for one that was not optimized or whose attention is not causal.
     """
@@ -22,12 +24,29 @@ class PackedModel:
             raise TypeError(
                 f"a packed step takes Gemma4ForCausalLM, got {type(model).__name__}; load the checkpoint's text part"
             )
-        state = state_of(model)
+        self._state = state = state_of(model)
         if getattr(model.config, "use_bidirectional_attention", None) == "all":
             raise ValueError("attention must be causal, got use_bidirectional_attention='all'; use a decoder checkpoint")
         self.model, self.geometry, self.division = model, state.geometry, state.division
         self.vocabulary = vocabulary_of(model, state.division)
         self.program: Program = state.packed_program(model)
+
+    def refresh(self) -> bool:
+        """Take in the model as it is now; whether that gave another program.
+
+        Raises ValueError for a model with other layers or another vocabulary, whose memory would have other sizes, and for one
+        that no longer compiles."""
+        vocabulary = vocabulary_of(self.model, self.division)
+        if geometry(self.model.config, self.division.ranks) != self.geometry or vocabulary.size != self.vocabulary.size:
+            raise ValueError("the model must keep its layers and its vocabulary, got others; make a new engine")
+        before = self.program
+        try:
+            self.program = self._state.packed_program(self.model)
+        except Exception as error:  # whatever Dynamo, Inductor and Triton raise
+            raise ValueError(
+                f"the model's step must compile after a change too, got {first_line(error)}; undo the change"
+            ) from error
+        return self.program is not before
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [1, N, vocabulary], or of this rank's tokens; the step's keys and values are written in place."""

@@ -116,8 +116,9 @@ class ModelRunner:
         self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int], assistant: nn.Module | None,
         draft_rope_offset: int,
     ) -> None:  # fmt: skip
-        model, speculative_tokens, verification = packed.model, self.speculative_tokens, self.verification
+        model, verification = packed.model, self.verification
         self.device: torch.device = model.device
+        self._dtype: torch.dtype = model.dtype
         self.vocabulary = packed.vocabulary
         self.on_gpu = self.device.type == "cuda"
         self._launched: torch.cuda.Event | None = None
@@ -152,7 +153,14 @@ class ModelRunner:
         )  # fmt: skip
         self.kv = allocate(packed.geometry, sizes.pages, config.page_size, self.kv_dtype, self.device)
         self.sampler = Sampler(config.max_requests, self.vocabulary, self.state, stop_tokens)
+        self._assistant, self._draft_rope_offset, self._graphed = assistant, draft_rope_offset, graphs
+        self._compile()
+
+    def _compile(self) -> None:
+        """What replays the program, and drafts, as the models are now."""
+        packed, config, graphs = self.packed, self.config, self._graphed
         self.graphs: GraphRunner | None = None
+        self.drafter: Drafts | None = None
         agree = self._agree if self.ranks.several else None
         if graphs:
             inputs = self._padding_step(1, 1, self.pages.tables[next(iter(self.windows))].shape[1])
@@ -160,16 +168,30 @@ class ModelRunner:
                 packed.program, inputs | self.kv, config.max_requests, self._buckets(), state=self.state,
                 argmax=self.vocabulary.argmax, agree=agree,
             )  # fmt: skip
-        self.drafter: Drafts | None = None
-        if assistant is not None:
+        if self._assistant is not None:
             width = self.pages.tables[next(iter(self.windows))].shape[1]
             buckets = self._within(Buckets().decode, config.max_requests) if graphs else ()
             self.drafter = Drafter(
-                model, assistant, speculative_tokens, self.kv, draft_rope_offset, width=width, sizes=buckets,
-                draws=verification != "match", agree=agree,
+                packed.model, self._assistant, self.speculative_tokens, self.kv, self._draft_rope_offset, width=width,
+                sizes=buckets, draws=self.verification != "match", agree=agree,
             )  # fmt: skip
             if self.ranks.several:
                 self.drafter = _Agreed(self.drafter, self.ranks)
+
+    def refresh(self) -> None:
+        """Take in the models as they are now, while nothing runs; what earlier requests left in pages is forgotten.
+
+        Raises ValueError for a change that would take memory of other sizes, or does not compile."""
+        model = self.packed.model
+        if self.ranks.several:
+            raise ValueError("a model that ranks share must stay as it was, got a change; make a new engine on all ranks")
+        if (model.device, model.dtype) != (self.device, self._dtype):
+            raise ValueError(
+                f"the model must stay {self._dtype} on {self.device}, got {model.dtype} on {model.device}; make a new engine"
+            )
+        if self.packed.refresh() or self._assistant is not None:
+            self._compile()
+        self.pages.forget()
 
     # Memory
 
