@@ -33,6 +33,7 @@ from .program import FIRST_CALL, FirstCall, Program, fingerprint, open_program, 
 from .progress import compiling
 from .step_cache import CACHE, GROW, Step, StepCache, UnsupportedCache, commit, plan, take_cache
 
+_HOOKED = "_output_capturing_hooks_installed"
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -243,10 +244,7 @@ class CompiledModel:
         inputs |= {"return_dict": True, "use_cache": cache is not None}
         _normalize(inputs, steps)
         if any(self._asked(inputs, name) for name in _RECORDED):
-            # Hugging Face does this at the first such call, under a lock that Dynamo cannot trace.
-            for part in self._module_ref.modules():
-                if isinstance(part, PreTrainedModel):
-                    maybe_install_capturing_hooks(part)
+            _install_capturing_hooks(self._module_ref)
         self.backend.cuda_graph = graphed = self._is_graphed(tokens, steps)
         if graphed:
             torch.compiler.cudagraph_mark_step_begin()
@@ -323,6 +321,16 @@ class CompiledModel:
                 "an optimized model computes no gradients, got enabled gradients and parameters that require them; "
                 "call it under torch.inference_mode(), or model.requires_grad_(False)"
             )
+
+
+def _install_capturing_hooks(module: nn.Module) -> None:
+    """Hugging Face does this at the first call that asks for hidden states or the like, under a lock that Dynamo cannot trace.
+    It marks each model that has them, but goes down from one without to all that are in it, marked or not: each state would
+    be there twice."""
+    for part in module.modules():
+        inner = (each for each in part.modules() if isinstance(each, PreTrainedModel))
+        if isinstance(part, PreTrainedModel) and not any(getattr(each, _HOOKED, False) for each in inner):
+            maybe_install_capturing_hooks(part)
 
 
 class _Uncompiled(Exception):

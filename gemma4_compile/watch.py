@@ -4,8 +4,8 @@
     Watch      whether any of it has changed since, in some hundred microseconds
 
 A step is compiled for the modules of a model, their hooks, the numbers and switches in their attributes and in the config, and
-the tensors that hold the weights. Modules of libraries (torch.nn, transformers) keep what else they hold as it is; any attribute
-of other modules may count, as the scale of an adapter does.
+the tensors that hold the weights. Modules of libraries (torch.nn, transformers) keep what else they hold as it is; any
+attribute of other modules may count, as the scale of an adapter does.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class Watch:
         return list(map(attrgetter("_version"), self._counted))
 
     def is_unchanged(self) -> bool:
-        """No forward of a module's own; all modules, tensors and hooks the same objects, tensors where they were, attributes and
-        configs with equal values."""
+        """No forward of a module's own; all modules, tensors and hooks the same objects, tensors where they were, attributes
+        and configs with equal values."""
         with suppress(KeyError):  # an attribute that is gone
             objects, values, addresses = self._now()
             if any(self._empty) or any("forward" in own for own in self._own):

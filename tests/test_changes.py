@@ -89,8 +89,8 @@ def replace_head(model: Any) -> None:
 
 
 CHANGES: dict[str, Callable[[Any], None]] = {
-    "written in place": write, "assigned": assign, "moved": move, "an adapter": adapt, "an attribute": set_eps, "config": set_config,
-    "scaling of attention": set_scaling, "a hook": hook, "a patched forward": patch, "another head": replace_head,
+    "written in place": write, "assigned": assign, "moved": move, "an adapter": adapt, "an attribute": set_eps,
+    "config": set_config, "scaling of attention": set_scaling, "a hook": hook, "a patched forward": patch, "another head": replace_head,
 }  # fmt: skip
 
 

@@ -75,7 +75,8 @@ class PackedCalls:
                 self._recorder = None  # a piece works on the host
 
     def check_model(self) -> None:
-        """Take in what has changed of the model: other tensors, attributes, config. Raises Unfit for a model that does what no graph would see."""
+        """Take in what has changed of the model: tensors, attributes, config. Raises Unfit for a model that does what no graph
+        would see."""
         if self._seen is not None and self._seen.is_unchanged():
             return
         self._seen = None

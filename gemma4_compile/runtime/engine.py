@@ -30,7 +30,7 @@ from .opening import assistant_of, model_of, stop_tokens
 from .outputs import Chunk, RequestOutput, Sample, TokenLogprob
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
-from .text import Prompt, TextStream, encode
+from .text import Prompt, TextStream, encode, prompts_of
 from .work import Decodes, Sequence, Work
 
 OnChunk = Callable[[Chunk], None]
@@ -167,11 +167,13 @@ class Engine:
     ) -> list[RequestOutput]:
         """Run prompts to their ends; outputs in the prompts' order.
 
-        prompts  texts, lists of token ids or lists of messages; one alone gives a list of one
+        prompts  texts, lists, arrays or tensors of token ids, what a tokenizer gives, {"prompt": text}, {"prompt_token_ids":
+                 ids}, or lists of messages; one alone gives a list of one
         params   for all of them, or one for each; None is greedy
 
         A prompt that cannot be served gives an output with finish_reason "error", and a warning. Raises ValueError if prompts
-        and params differ in number. Of several ranks all give rank 0's outputs; RuntimeError if that raises.
+        and params differ in number, TypeError for a mapping that is no prompt. Of several ranks all give rank 0's outputs;
+        RuntimeError if that raises.
         """
         if not self.leads:
             followed = self._follow()
@@ -191,7 +193,7 @@ class Engine:
     def _generate(
         self, prompts: Prompt | Tokens[Prompt], params: SamplingParams | Tokens[SamplingParams] | None
     ) -> list[RequestOutput]:  # fmt: skip
-        several: list[Prompt] = list(prompts) if _is_several(prompts) else [prompts]  # type: ignore[list-item, arg-type]
+        several = prompts_of(prompts)
         if params is None or isinstance(params, SamplingParams):
             chosen = [params or SamplingParams()] * len(several)
         else:
@@ -612,14 +614,6 @@ def _logprobs(results: dict[str, Any], prefix: str, rows: range, tokens: Tokens[
                                                                           strict=True)))
         for row, token in zip(rows, tokens, strict=False)
     ]  # fmt: skip
-
-
-def _is_several(prompts: Any) -> bool:
-    """Whether these are prompts, and not one: token ids and messages are lists too."""
-    if isinstance(prompts, str):
-        return False
-    first = next(iter(prompts), None)
-    return not isinstance(first, (int, dict))
 
 
 def _refused(request_id: str, prompt: Any, message: str) -> RequestOutput:

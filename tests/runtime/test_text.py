@@ -5,13 +5,15 @@ import random
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from gemma4_compile import demo_checkpoint
 from gemma4_compile.loading import tokenizer_of
-from gemma4_compile.runtime.text import TextStream, encode
+from gemma4_compile.runtime.text import TextStream, encode, prompts_of
 
 WORDS = ["é", "你", "😀", "naïve ", "<pad>", "def f(x):\n", "    ", " ", "a", "ab", "END", "\n\n", "ß\u200d👩\u200d🔬"]
 
@@ -87,28 +89,29 @@ def test_characters_come_whole(name: str, character: str) -> None:
     tokens = ids_of(f"a{character}a{character}", byte_level() if name == "slow" else tokenizer)
     chunks, _ = run(tokens, tokenizer)
     size = (len(tokens) - 2) // 2
-    assert size > 1 and chunks == ["a", *[""] * (size - 1), character] * 2
+    assert size > 1
+    if name == "byte fallback":  # with what ends the run of bytes
+        assert chunks == ["a", *[""] * size, f"{character}a", *[""] * (size - 1), character]
+    else:
+        assert chunks == ["a", *[""] * (size - 1), character] * 2
 
 
 @each
 def test_whatever_tokens_come(name: str) -> None:
-    """Random ones: bytes that are no character too. What was given is never taken back; byte fallback then decodes the whole
-    to other replacement characters, in equal number."""
+    """Random ones, bytes that are no character too. What was given is never taken back."""
     tokenizer, chooser = TOKENIZERS[name](), random.Random(1)
     for _ in range(300):
         tokens = [chooser.randrange(3, 262) for _ in range(chooser.randint(1, 12))]
         chunks, stream = run(tokens, tokenizer)
-        whole = tokenizer.decode(tokens, skip_special_tokens=True)
-        assert "".join(chunks) == stream.text and len(stream.text) >= len(whole)
-        if name != "byte fallback":
-            assert stream.text == whole
+        assert "".join(chunks) == stream.text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_stray_bytes_behind_a_character() -> None:
     """The decoder of tokenizers raises here: "Invalid prefix encountered"."""
     tokens = [4 + byte for byte in "你".encode() + b"\xe4"] + ids_of("ab", byte_fallback())
     chunks, stream = run(tokens, byte_fallback())
-    assert stream.text == "".join(chunks) == "你\ufffd\ufffd\ufffdab" and chunks[2] == "你"
+    assert stream.text == "".join(chunks) == byte_fallback().decode(tokens) == 4 * "\ufffd" + "ab"
+    assert chunks[:4] == [""] * 4
 
 
 def test_a_character_that_is_never_complete_comes_last() -> None:
@@ -116,6 +119,29 @@ def test_a_character_that_is_never_complete_comes_last() -> None:
     for name in ("byte level", "slow"):
         chunks, stream = run(tokens[:-1], TOKENIZERS[name]())
         assert chunks[-2:] == ["", "\ufffd"] and stream.text == "a\ufffd"
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3])
+def test_bytes_that_are_cut_off(cut: int) -> None:
+    """None of a run of bytes is given before it is known what all of them are."""
+    tokens = [261, *(4 + byte for byte in "𓀀𓀁𓀂".encode())]
+    tokens = tokens[: len(tokens) - cut]
+    chunks, stream = run(tokens, byte_fallback())
+    assert "".join(chunks) == stream.text == byte_fallback().decode(tokens)
+    assert not any(chunks[1:-1])
+
+
+@pytest.mark.parametrize("stop", ["<eos>", "b<eos>", "a<eos>a"])
+def test_special_tokens_stop(stop: str) -> None:
+    """Though text leaves them out; as with Hugging Face's stop_strings, in front of what stops."""
+    tokenizer = byte_level()
+    end = tokenizer.convert_tokens_to_ids("<eos>")
+    tokens = [*ids_of("x b"), end, *ids_of("b a"), end, *ids_of("ab")]
+    chunks, stream = run(tokens, tokenizer, (stop,))
+    whole = tokenizer.decode(tokens, skip_special_tokens=False)
+    assert "".join(chunks) == stream.text and stream.stopped == stop
+    assert stream.text == whole[: whole.find(stop)].replace("<eos>", "")
+    assert not run(tokens, tokenizer, (stop,), min_tokens=len(tokens))[1].stopped
 
 
 @pytest.mark.parametrize(
@@ -202,3 +228,40 @@ def test_prompts_that_are_none(prompt: Any, tokenizer: Any, message: str) -> Non
     with pytest.raises(ValueError) as caught:
         encode(prompt, tokenizer and tokenizer(), chat=True)
     assert message in str(caught.value) and "; " in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [
+    "def f(x):", {"prompt": "def f(x):"}, byte_level()("def f(x):"), byte_level()(["def f(x):"]),
+    byte_level()("def f(x):", return_tensors="pt"), {"prompt_token_ids": byte_level()("def f(x):").input_ids},
+    np.array(byte_level()("def f(x):").input_ids), torch.tensor([byte_level()("def f(x):").input_ids]),
+    [np.int64(i) for i in byte_level()("def f(x):").input_ids], [{"prompt": "def f(x):"}],
+], ids=lambda given: type(given).__name__)  # fmt: skip
+def test_one_prompt_in_many_forms(given: Any) -> None:
+    (prompt,) = prompts_of(given)
+    ids = encode(prompt, byte_level(), False)
+    assert ids == byte_level()("def f(x):").input_ids and all(type(i) is int for i in ids)
+
+
+def test_several_prompts_of_a_tokenizer() -> None:
+    """Without what its attention mask hides."""
+    texts = ["def f(x):", "if x"]
+    expected = [byte_level()(text).input_ids for text in texts]
+    padding = byte_level()
+    for given in (
+        padding(texts),
+        padding(texts, padding=True),
+        padding(texts, padding=True, return_tensors="pt"),
+        texts,
+        expected,
+    ):
+        assert [encode(prompt, byte_level(), False) for prompt in prompts_of(given)] == expected
+    with pytest.raises(ValueError, match="got 2 in a mapping"):
+        encode(padding(texts), byte_level(), False)
+
+
+def test_a_mapping_that_is_no_prompt() -> None:
+    with pytest.raises(TypeError, match="must have input_ids, prompt_token_ids or prompt, got 'role', 'content'"):
+        prompts_of({"role": "user", "content": "hello"})
+    with pytest.raises(ValueError, match="must be \\[tokens\\] or"):
+        prompts_of(torch.zeros(1, 2, 3))
+    assert prompts_of([{"role": "user", "content": "hello"}]) == [[{"role": "user", "content": "hello"}]]
