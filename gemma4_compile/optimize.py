@@ -5,6 +5,7 @@ The model is not edited: a compiled callable is put where nn.Module.compile() pu
 
 import inspect
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -137,11 +138,10 @@ class CompiledModel:
         self._step = torch.compile(own_code(_make_step(module)), backend=backend, fullgraph=True, dynamic=None)
         self._module_ref: Any = module
         self._outer: nn.Module | None = None
-        self._disable_compile: bool | None = None
         self._layer_types: list[tuple[Any, set[str]]] = []
 
     def install(self, outer: nn.Module) -> None:
-        """Take the module's calls. generate() must not compile the compiled model again, as it does for static caches."""
+        """Take the module's calls."""
         self._module_ref._compiled_call_impl = self
         # Hugging Face computes RoPE in the order of a set of strings, which differs between processes: half of them would not
         # find their graph in Inductor's cache. The same names in one order give one graph.
@@ -161,10 +161,7 @@ class CompiledModel:
             outer._compiled_call_impl = MultimodalCalls(outer, self, self._route)  # type: ignore[assignment]
         else:
             self.why_whole = "a model without a head"
-        generation = getattr(outer, "generation_config", None)
-        if generation is not None:
-            self._disable_compile = generation.disable_compile
-            generation.disable_compile = True
+        _compile_no_more(type(outer))
 
     def uninstall(self) -> None:
         """Give the calls back."""
@@ -174,9 +171,6 @@ class CompiledModel:
         self._module_ref.__dict__.pop("_compiled_call_impl", None)
         if self._outer is not None:
             self._outer.__dict__.pop("_compiled_call_impl", None)
-        generation = getattr(self._outer, "generation_config", None)
-        if generation is not None:
-            generation.disable_compile = self._disable_compile
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module_ref
@@ -321,6 +315,21 @@ class CompiledModel:
                 "an optimized model computes no gradients, got enabled gradients and parameters that require them; "
                 "call it under torch.inference_mode(), or model.requires_grad_(False)"
             )
+
+
+def _compile_no_more(kind: Any) -> None:
+    """Have generate() of a class of models not compile those that are optimized, as it does for static caches. It asks a method;
+    a switch in generation_config would be saved with the model, and go where another config is set or passed."""
+    asks = getattr(kind, "_valid_auto_compile_criteria", None)
+    if asks is None or getattr(asks, "asks_for_optimized", False):
+        return
+
+    @wraps(asks)
+    def criteria(self: Any, *args: Any, **kwargs: Any) -> bool:
+        return existing_state(compiled_part(self)) is None and asks(self, *args, **kwargs)
+
+    criteria.asks_for_optimized = True  # type: ignore[attr-defined]
+    kind._valid_auto_compile_criteria = criteria
 
 
 def _install_capturing_hooks(module: nn.Module) -> None:

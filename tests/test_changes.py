@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import CompileConfig, GenerationConfig
 
-from gemma4_compile import Engine, EngineConfig, SamplingParams
+from gemma4_compile import Engine, EngineConfig, SamplingParams, restore
 from gemma4_compile.program import fingerprint, weights_of
 from gemma4_compile.watch import Watch
 from tests.models import prompt, tiny
@@ -90,7 +94,8 @@ def replace_head(model: Any) -> None:
 
 CHANGES: dict[str, Callable[[Any], None]] = {
     "written in place": write, "assigned": assign, "moved": move, "an adapter": adapt, "an attribute": set_eps,
-    "config": set_config, "scaling of attention": set_scaling, "a hook": hook, "a patched forward": patch, "another head": replace_head,
+    "config": set_config, "scaling of attention": set_scaling, "a hook": hook, "a patched forward": patch,
+    "another head": replace_head,
 }  # fmt: skip
 
 
@@ -243,3 +248,34 @@ def test_an_adapter_of_a_library_is_named_with_its_scale(monkeypatch: pytest.Mon
         names.append(fingerprint(model))
     library.__version__ = "1.1"  # type: ignore[attr-defined]
     assert names[0] != names[1] == names[2] and names[0] and not names[3] and fingerprint(model) == ""
+
+
+def _compiling() -> GenerationConfig:
+    """Which has transformers compile calls with static caches, on a CPU too."""
+    compiled = CompileConfig()
+    compiled._compile_all_devices = True  # type: ignore[attr-defined]
+    return GenerationConfig(max_new_tokens=3, cache_implementation="static", compile_config=compiled, pad_token_id=0)
+
+
+@pytest.mark.parametrize("how", ["passed", "set", "saved"])
+def test_generate_compiles_no_optimized_model(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever generation_config it is told; a copy is compiled as before, and saved files say nothing of it."""
+    _, model = pair()
+    asked: list[Any] = []
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: asked.append(self) or self.__call__)
+    options: dict[str, Any] = {"generation_config": _compiling()} if how == "passed" else {}
+    if how == "set":
+        model.generation_config = _compiling()
+    if how == "saved":
+        model.save_pretrained(tmp_path / "optimized")
+        restore(model).save_pretrained(tmp_path / "restored")
+        saved = [json.loads((tmp_path / kind / "generation_config.json").read_text()) for kind in ("optimized", "restored")]
+        assert saved[0] == saved[1] and "disable_compile" not in saved[0]
+        return
+    model.generate(prompt(1, 5), **options)
+    assert not asked
+    other = copy.deepcopy(model)
+    other.generate(prompt(1, 5), **options)
+    assert asked and set(map(id, asked)) == {id(other)}
+    restore(model).generate(prompt(1, 5), **options)
+    assert asked[-1] is model

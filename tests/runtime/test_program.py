@@ -122,7 +122,7 @@ for _ in range(6):
     texts = [text + [token] for text, token in zip(texts, tokens)]
 found = report(model)
 packed = {
-    "texts": texts, "compiled": step.program.compiled, "traced": counters["stats"]["unique_graphs"],
+    "texts": texts, "compiled": step.program.compiled, "traced": counters["stats"]["calls_captured"],
     "misses": counters["inductor"]["fxgraph_cache_miss"],
     "graphs": found.graphs_compiled, "loaded": found.loaded,
     "matched": {name: [f.matched, f.expected] for name, f in found.fusions.items() if f.enabled},
