@@ -17,7 +17,8 @@ test-oldest:
 	python3 -m venv .oldest
 	.oldest/bin/pip install --quiet torch==2.11.0 transformers==5.17.0 -e '.[dev]'
 	.oldest/bin/python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
-	.oldest/bin/python -m pytest -n 2 --dist loadfile -q -m 'slow or not slow' tests/hf tests/test_optimize.py tests/test_demo_models.py
+	.oldest/bin/python -m pytest -n 2 --dist loadfile -q -m 'slow or not slow' tests/hf tests/test_optimize.py tests/test_demo_models.py \
+		tests/test_changes.py tests/test_context.py tests/passes/test_edits.py tests/test_report.py
 
 # On a GPU.
 bench:

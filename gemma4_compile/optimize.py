@@ -4,6 +4,7 @@ The model is not edited: a compiled callable is put where nn.Module.compile() pu
 """
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from . import ops  # noqa: F401  (registers the ops)
 from .backend import Backend
 from .config import OptimizeConfig
-from .dynamo import dense, first_line, own_code
+from .dynamo import dense, first_line, own_code, switched_off
 from .experts import fused_experts
 from .geometry import Geometry, geometry
 from .hf.cache_views import release_cache
@@ -61,6 +62,8 @@ def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Modul
     if previous is not None and (previous.backend.config, previous.backend.enabled) == (config, enabled):
         return model
     prepare()
+    if reason := switched_off():
+        warnings.warn(f"gemma4_compile leaves the model plain: {reason}", stacklevel=2)
     restore(model)
     CompiledModel(target, Backend(config, enabled)).install(model)
     return model
@@ -175,6 +178,9 @@ class CompiledModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module_ref
         if torch.compiler.is_compiling():  # the user compiles something around us: let it see the plain model
+            return module._call_impl(*args, **kwargs)
+        if reason := switched_off():  # optimize() has said so
+            self.ways.note(UNCOMPILED, reason, quiet=True)
             return module._call_impl(*args, **kwargs)
         inputs = arguments(self.signature, args, kwargs)
         self.check_call(module)
@@ -318,8 +324,8 @@ class CompiledModel:
 
 
 def _compile_no_more(kind: Any) -> None:
-    """Have generate() of a class of models not compile those that are optimized, as it does for static caches. It asks a method;
-    a switch in generation_config would be saved with the model, and go where another config is set or passed."""
+    """Have generate() of a class of models not compile those that are optimized, as it does for static caches. It asks a
+    method; a switch in generation_config would be saved with the model, and go where another config is set or passed."""
     asks = getattr(kind, "_valid_auto_compile_criteria", None)
     if asks is None or getattr(asks, "asks_for_optimized", False):
         return

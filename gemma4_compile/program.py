@@ -35,7 +35,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .backend import Backend, uuid
-from .dynamo import own_code
+from .dynamo import own_code, own_state
 from .experts import fused_experts
 from .geometry import Geometry
 from .passes import Miss, Record, Site, pipeline, prepare, run
@@ -389,7 +389,8 @@ def compile_step(
         made.append(Program(plan, pieces, weights, len(pieces), check))
         raise _Compiled
 
-    with ExitStack() as switches, torch.no_grad():
+    with ExitStack() as switches:
+        switches.enter_context(own_state())
         switches.enter_context(_no_collector())
         switches.enter_context(torch._dynamo.config.patch(run_gc_after_compile=False))
         switches.enter_context(suppress(_Compiled))

@@ -119,29 +119,20 @@ def assert_follows(engine: Engine, plain: Any) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:gemma4_compile runs this call")
 @torch.no_grad()
-def test_engine_follows(change: str) -> None:
+def test_engine_and_calls_follow(change: str) -> None:
     plain, model = pair()
     engine = Engine(model, EngineConfig(**SMALL))
     assert_follows(engine, plain)
-    before = first_token(engine)
-    for each in (plain, model):
-        CHANGES[change](each)
-    assert_follows(engine, plain)
-    assert first_token(engine).logprob != pytest.approx(before.logprob, abs=1e-3), "a change that changes nothing shows nothing"
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.filterwarnings("ignore:gemma4_compile runs this call")
-@torch.no_grad()
-def test_calls_follow(change: str) -> None:
-    plain, model = pair()
-    ids = prompt(2, 9)
-    before = model(ids).logits
+    before, ids = first_token(engine), prompt(2, 9)
+    logits = model(ids).logits
     for each in (plain, model):
         CHANGES[change](each)
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=2e-5, atol=2e-5)
-    assert not torch.allclose(model(ids).logits, before, atol=1e-2)
+    assert_follows(engine, plain)
+    assert first_token(engine).logprob != pytest.approx(before.logprob, abs=1e-3), "a change that changes nothing shows nothing"
+    assert not torch.allclose(model(ids).logits, logits, atol=1e-2)
 
 
 @torch.no_grad()
@@ -237,7 +228,7 @@ def test_a_saved_programs_name_has_what_it_depends_on() -> None:
 
 def test_an_adapter_of_a_library_is_named_with_its_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     library = types.ModuleType("some_adapters")
-    library.__version__ = "1.0"  # type: ignore[attr-defined]
+    vars(library)["__version__"] = "1.0"
     monkeypatch.setitem(__import__("sys").modules, "some_adapters", library)
     monkeypatch.setattr(Scaled, "__module__", "some_adapters.layers")
     names = []
@@ -246,14 +237,14 @@ def test_an_adapter_of_a_library_is_named_with_its_scale(monkeypatch: pytest.Mon
         adapt(model)
         model.model.layers[0].mlp.gate_proj.scaling["default"] = value  # type: ignore[union-attr, index, operator]
         names.append(fingerprint(model))
-    library.__version__ = "1.1"  # type: ignore[attr-defined]
+    vars(library)["__version__"] = "1.1"
     assert names[0] != names[1] == names[2] and names[0] and not names[3] and fingerprint(model) == ""
 
 
 def _compiling() -> GenerationConfig:
     """Which has transformers compile calls with static caches, on a CPU too."""
     compiled = CompileConfig()
-    compiled._compile_all_devices = True  # type: ignore[attr-defined]
+    compiled._compile_all_devices = True  # type: ignore[assignment]
     return GenerationConfig(max_new_tokens=3, cache_implementation="static", compile_config=compiled, pad_token_id=0)
 
 
@@ -262,13 +253,19 @@ def test_generate_compiles_no_optimized_model(how: str, monkeypatch: pytest.Monk
     """Whatever generation_config it is told; a copy is compiled as before, and saved files say nothing of it."""
     _, model = pair()
     asked: list[Any] = []
-    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, config: asked.append(self) or self.__call__)
+
+    def compiled_call(self: Any, config: Any) -> Any:
+        asked.append(self)
+        return self.__call__
+
+    monkeypatch.setattr(type(model), "get_compiled_call", compiled_call)
     options: dict[str, Any] = {"generation_config": _compiling()} if how == "passed" else {}
     if how == "set":
         model.generation_config = _compiling()
     if how == "saved":
         model.save_pretrained(tmp_path / "optimized")
-        restore(model).save_pretrained(tmp_path / "restored")
+        restore(model)
+        model.save_pretrained(tmp_path / "restored")
         saved = [json.loads((tmp_path / kind / "generation_config.json").read_text()) for kind in ("optimized", "restored")]
         assert saved[0] == saved[1] and "disable_compile" not in saved[0]
         return
@@ -277,5 +274,6 @@ def test_generate_compiles_no_optimized_model(how: str, monkeypatch: pytest.Monk
     other = copy.deepcopy(model)
     other.generate(prompt(1, 5), **options)
     assert asked and set(map(id, asked)) == {id(other)}
-    restore(model).generate(prompt(1, 5), **options)
+    restore(model)
+    model.generate(prompt(1, 5), **options)
     assert asked[-1] is model

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.models.gemma4 import modeling_gemma4 as hf
 
-from gemma4_compile.dynamo import first_line
+from gemma4_compile.dynamo import first_line, switched_off
 from gemma4_compile.loading import text_part
 from gemma4_compile.program import FirstCall
 from gemma4_compile.step_cache import CACHE, UnsupportedCache, take_cache
@@ -136,7 +136,7 @@ class MultimodalCalls:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outer, state = self._outer, self._state
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or switched_off():
             return outer._call_impl(*args, **kwargs)
         state.check_call(outer)
         inputs = arguments(self._signature, args, kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,11 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def own_dtypes() -> AbstractContextManager[Any]:
+    """An op computes in the dtypes of its inputs, as its fake says, also where its caller's operations are autocast."""
+    return torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else nullcontext()
+
+
 class Op(NamedTuple):
     """One registered op: what it computes, and the launcher of its kernel (runs under TRITON_INTERPRET=1 too)."""
 
@@ -84,16 +89,17 @@ def define(schema: str, *, reference: Callable, launch: Callable, fake: Callable
     name = schema.split("(", 1)[0]
 
     def on_cpu(*args: Any) -> Any:
-        result = reference(*args)  # the kernels write contiguous outputs, and the fakes promise them
+        with own_dtypes():
+            result = reference(*args)  # the kernels write contiguous outputs, and the fakes promise them
         return tuple(t.contiguous() for t in result) if isinstance(result, tuple) else result.contiguous()
 
     def on_cuda(*args: Any) -> Any:
         if triton is None:
             raise ValueError(f"gemma4::{name} on CUDA needs Triton, found none; install the triton that torch pins")
         device = args[0].device  # Triton launches on the current device, whatever the tensors' own is
-        if device.index == torch.cuda.current_device():
+        if device.index == torch.cuda.current_device() and not torch._C._is_any_autocast_enabled():
             return launch(*args)
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), own_dtypes():
             return launch(*args)
 
     # The launchers take any strides. Without the tag, Inductor copies each argument that is no buffer yet, for each call anew:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from gemma4_compile.config import EngineConfig
+from gemma4_compile.ops.library import own_dtypes
 from gemma4_compile.torchrun import RanksError
 from gemma4_compile.watch import Watch
 
@@ -236,8 +238,8 @@ class Engine:
         on_chunk  called with each chunk of it; an exception there ends this request alone
         stream    whether chunks have text; without, texts are made once, at the end
 
-        Raises ValueError for a prompt or params that can never be served, an id in use, a change of the model that the engine
-        cannot follow. Nothing is queued then.
+        Raises ValueError for a prompt or params that can never be served, an id in use, autocast, a change of the model that
+        the engine cannot follow. Nothing is queued then.
         """
         if not self.leads:
             raise RuntimeError("requests must be given to rank 0, got one on another; call follow() there")
@@ -245,6 +247,10 @@ class Engine:
         request_id = self._new_id() if request_id is None else request_id
         if request_id in self._requests:
             raise ValueError(f"a request_id must be new, got {request_id!r}, which runs; choose another")
+        if torch.is_autocast_enabled(self.runner.device.type):
+            raise ValueError(
+                "an engine computes in its model's dtype, got autocast around it; leave it, or load the model in another dtype"
+            )
         ids = encode(prompt, self.tokenizer, self.config.chat)
         self._check(ids, params)
         if not self.has_work:
@@ -308,7 +314,8 @@ class Engine:
                 if w.begins and w.sequence.request.metrics.scheduled is None:
                     self._begun(w.sequence, start)
             try:
-                launched = self.runner.launch(work, self.scheduler.drafts)
+                with own_dtypes():
+                    launched = self.runner.launch(work, self.scheduler.drafts)
             except RanksError:
                 raise
             except Exception as error:
