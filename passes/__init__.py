@@ -8,6 +8,7 @@ order is program order, and the passes run on each compile, also where Inductor'
 
 from collections.abc import Collection
 
+from gemma4_compile.dynamo import own_state
 from gemma4_compile.ops.library import register_fallbacks
 
 from .base import Miss, Pass, PatternPass, Record, Site, run
@@ -53,10 +54,11 @@ def prepare() -> None:
     """Before a compilation: Inductor knows our ops, and all patterns are traced. Within it, capturing is nested and counted
     there."""
     register_fallbacks()
-    for step in pipeline(FUSED):
-        if isinstance(step, PatternPass):
-            for rewrite in step.rewrites():
-                _ = rewrite.searched, rewrite.replacement
+    with own_state():
+        for step in pipeline(FUSED):
+            if isinstance(step, PatternPass):
+                for rewrite in step.rewrites():
+                    _ = rewrite.searched, rewrite.replacement
 
 
 def pipeline(enabled: Collection[str]) -> tuple[Pass, ...]:

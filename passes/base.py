@@ -13,15 +13,21 @@ from typing import Any, Protocol
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.amp import autocast_mode
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from gemma4_compile.dynamo import first_line
 from gemma4_compile.ops.measured import pays
+from gemma4_compile.patterns.functionalize import memory_of, writes
 from gemma4_compile.patterns.rewrite import Rewrite, module_path
 from gemma4_compile.patterns.template import Match, Mismatch, find, instantiate, value_of
 
 # Metadata that later passes, inspection and Inductor's provenance tracking read.
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
 _ORIGINS = "gemma4_origins"
+_AUTOCAST = (autocast_mode._enter_autocast, autocast_mode._exit_autocast)
 
 
 def origins_of(node: Node) -> tuple[str, ...]:
@@ -99,20 +105,26 @@ def _tokens(match: Match) -> int | None:
 
 @dataclass(frozen=True)
 class PatternPass:
-    """Apply the rewrites in order, each wherever it matches. A miss by all of them is recorded with the nearest reason."""
+    """Apply the rewrites in order, each wherever it matches. A miss by all of them is recorded with the nearest reason.
+
+    lowered   whether what nothing fuses becomes what it was: then an op may stand for inputs that it would not take, and the
+              fusion that looks at it says why not
+    """
 
     name: str
     rewrites: Callable[[], Sequence[Rewrite]]
+    lowered: bool = False
 
     def __call__(self, graph: Graph, record: Record) -> None:
         nearest: dict[Node, Miss] = {}
+        written = [(node, memory) for node in graph.nodes for memory in map(memory_of, writes(node))]
         for rewrite in self.rewrites():
             anchor = rewrite.searched.anchor
             for node in [n for n in graph.nodes if n.op == anchor.op and n.target == anchor.target]:
                 if node._erased:  # an earlier match of this sweep took it
                     continue
                 path = module_path(node)
-                outcome = self._try(graph, rewrite, node)
+                outcome = self._try(graph, rewrite, node, written)
                 if isinstance(outcome, Done):
                     site = Site(self.name, rewrite.name, path, rewrite.searched.source, outcome.left, outcome.nodes)
                     record.sites.append(site)
@@ -121,8 +133,9 @@ class PatternPass:
                     nearest[node] = Miss(self.name, path, outcome.reason, outcome.missing, rewrite.searched.source)
         record.misses.extend(miss for node, miss in nearest.items() if not node._erased)
 
-    @staticmethod
-    def _try(graph: Graph, rewrite: Rewrite, node: Node) -> "Mismatch | Done":
+    def _try(
+        self, graph: Graph, rewrite: Rewrite, node: Node, written: Sequence[tuple[Node, int | None]]
+    ) -> "Mismatch | Done":  # fmt: skip
         match = find(rewrite.searched, node)
         if isinstance(match, Mismatch):
             return match
@@ -131,12 +144,34 @@ class PatternPass:
             return Mismatch(objection, -1)
         if rewrite.op and (tokens := _tokens(match)) and not pays(rewrite.op, tokens):
             return Done(_origins(match.nodes.values()), f"at {tokens} tokens {rewrite.op} is no faster than Inductor")
-        return replace(graph, match, rewrite)
+        if (reason := _written_between(match, written)) is not None:
+            return Mismatch(reason, -1)
+        return replace(graph, match, rewrite, check=not self.lowered)
 
 
-def replace(graph: Graph, match: Match, rewrite: Rewrite) -> "Mismatch | Done":
-    """Put the replacement before the first output; a Mismatch says why there is no such place."""
-    first = min(match.outputs)
+def _written_between(match: Match, written: Sequence[tuple[Node, int | None]]) -> str | None:
+    """Operations may not be moved over a write to what they read or give. They all move to where the first output is."""
+    if not written:
+        return None
+    inside = sorted(match.nodes.values())
+    first, last = inside[0], inside[-1]
+    between = [(node, memory) for node, memory in written if not node._erased and first < node < last]
+    if not between:
+        return None
+    nodes = {*inside, *(n for value in match.binding.values() for n in _nodes(value))}
+    touched = {memory_of(node) for node in nodes}
+    for node, memory in between:
+        if memory is None or memory in touched:
+            return f"{node.name} writes to what the op would read, or gives, amid it"
+    return None
+
+
+def replace(graph: Graph, match: Match, rewrite: Rewrite, check: bool = True) -> "Mismatch | Done":
+    """Put the replacement before the first output; a Mismatch says why there is no such place, or, if that is checked, in what
+    it would differ."""
+    first, fake_mode = min(match.outputs), fake_mode_of(match.outputs[0])
+    if (reason := _unplain(match) or _changed_by_autocast(graph, match, fake_mode)) is not None:
+        return Mismatch(reason, -1)
     for name, value in match.binding.items():
         late = next((n for n in _nodes(value) if not n < first), None)
         if late is not None:
@@ -144,6 +179,10 @@ def replace(graph: Graph, match: Match, rewrite: Rewrite) -> "Mismatch | Done":
             return Mismatch(reason, -1)
     with graph.inserting_before(first):
         created, outputs = instantiate(rewrite.replacement, match.binding, graph)
+    if check and fake_mode is not None and (reason := _differs(created, outputs, match, fake_mode)) is not None:
+        for node in reversed(created):
+            graph.erase_node(node)
+        return Mismatch(reason, -1)
     for old, new in zip(match.outputs, outputs, strict=True):
         new.meta.update(old.meta)
         old.replace_all_uses_with(new)
@@ -153,6 +192,54 @@ def replace(graph: Graph, match: Match, rewrite: Rewrite) -> "Mismatch | Done":
         annotate([node], match.outputs[0], origins_of(kept[node]) if node in kept else origins)
     erase(graph, match.nodes.values())
     return Done(origins)
+
+
+def _unplain(match: Match) -> str | None:
+    """Weights that are quantized, or divided, are tensors of classes that know PyTorch's operations and not ours."""
+    for name, value in match.binding.items():
+        for node in _nodes(value):
+            kind = type(value_of(node))
+            if not issubclass(kind, (FakeTensor, type(None))) and kind is not torch.Tensor:
+                return f"{name} is a {kind.__name__}, and the op takes plain tensors"
+    return None
+
+
+def _changed_by_autocast(graph: Graph, match: Match, fake_mode: Any) -> str | None:
+    """An op computes in the dtype of its inputs; of matched operations autocast may have cast some."""
+    if fake_mode is None or not (
+        torch._C._is_any_autocast_enabled() or any(node.target in _AUTOCAST for node in graph.nodes)
+    ):
+        return None
+    for node in sorted(match.nodes.values()):
+        recorded = value_of(node)
+        if recorded is None:
+            continue
+        with torch._C._DisableAutocast():
+            plain = compute(node, fake_mode)
+        if plain.dtype != recorded.dtype:
+            return f"autocast makes {node.name} {_short(recorded.dtype)}, of {_short(plain.dtype)}"
+    return None
+
+
+def _differs(created: Sequence[Node], outputs: Sequence[Node], match: Match, fake_mode: Any) -> str | None:
+    """Why what was created is not what was matched: it takes other inputs, or gives other shapes or dtypes."""
+    try:
+        for node in created:
+            evaluate(node, fake_mode)
+    except Exception as error:  # an op says what it wants; what else its fake may raise says the same, worse
+        return first_line(error)
+    for old, new in zip(match.outputs, outputs, strict=True):
+        wanted, given = value_of(old), value_of(new)
+        if wanted is None:
+            continue
+        if given is None or given.dtype != wanted.dtype or not statically_known_true(sym_eq(given.shape, wanted.shape)):
+            described = "nothing" if given is None else f"{_short(given.dtype)} {list(given.shape)}"
+            return f"the op would give {described}, not {_short(wanted.dtype)} {list(wanted.shape)}"
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _origins(nodes: Iterable[Node]) -> tuple[str, ...]:
@@ -195,17 +282,20 @@ def fake_mode_of(node: Node) -> Any:
 
 def evaluate(node: Node, fake_mode: Any) -> None:
     """Compute a node's fake value from those of its inputs; without a mode nothing happens."""
-    if fake_mode is None:
-        return
+    if fake_mode is not None:
+        node.meta["example_value"] = compute(node, fake_mode)
+
+
+def compute(node: Node, fake_mode: Any) -> Any:
+    """A node's fake value, of those of its inputs."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("example_value"))
     # As Dynamo runs nodes: without the Python dispatcher, torch 2.11's linear takes a symbolic size for what it is now, and
     # every length compiles anew. Dynamo has made the guards that this code needs: nothing here may add one.
     guards = fake_mode.shape_env.suppress_guards() if fake_mode.shape_env is not None else nullcontext()
     with fake_mode, torch.no_grad(), enable_python_dispatcher(), guards:
         if node.op == "call_method":
-            node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            node.meta["example_value"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def erase(graph: Graph, nodes: Iterable[Node]) -> None:

@@ -17,7 +17,7 @@ class Functionalize:
         functionalize(graph)
 
 
-RAISE_RMS_NORM = PatternPass("rms_norm", rms_norm.rewrites)
-RAISE_ROPE = PatternPass("rope", rope.rewrites)
+RAISE_RMS_NORM = PatternPass("rms_norm", rms_norm.rewrites, lowered=True)
+RAISE_ROPE = PatternPass("rope", rope.rewrites, lowered=True)
 RAISE_GEGLU = PatternPass("geglu", geglu.rewrites)
 RAISE_ROUTE = PatternPass("route", route.rewrites)

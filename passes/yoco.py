@@ -134,7 +134,11 @@ class _Rewrite:
                 raise Objection(f"{value.name} {list(_shape(value))} has no single dimension of rows")
 
     def _keeps_rows_apart(self, node: Node) -> bool:
-        """Rows are neither picked one by one, nor features of what the operation sums over."""
+        """Rows are one dimension, before and after; they are neither picked one by one, nor features of what the operation sums
+        over."""
+        read = [n for n in node.all_input_nodes if n not in self._key_arguments(node) and self._row_dims(n)]
+        if read and isinstance(value_of(node), Tensor) and not self._keeps_one_dimension(node):
+            return False
         if node.target is F.scaled_dot_product_attention:
             return not node.kwargs.get("is_causal") and len(node.args) < 6  # it counts queries from the first
         sources = [n for n in node.all_input_nodes if any(_is(size, self.total) for size in _shape(n))]
@@ -157,6 +161,12 @@ class _Rewrite:
         """Dimensions of rows. The last one of a mask is keys, that of states is features, however many there are."""
         shape = _shape(value)
         return [i for i in range(len(shape) if len(shape) <= 2 else len(shape) - 1) if _is(shape[i], self.total)]
+
+    def _keeps_one_dimension(self, value: Node) -> bool:
+        """Rows, or rows of a batch as one: what mixes them makes two of them, or a part of one."""
+        shape = _shape(value)
+        sizes = [size for size in (shape if len(shape) <= 2 else shape[:-1]) if _mentions(size, self.total)]
+        return len(sizes) == 1 and not _mentions_expression(_expression(sizes[0]) / _expression(self.total), self.total)
 
     def _bounds(self, starts: Node) -> Node:
         """Where each request's rows begin among the wanted ones, which ascend."""
@@ -368,4 +378,8 @@ def _is(size: Any, other: Any) -> bool:
 
 
 def _mentions(size: Any, symbol: Any) -> bool:
-    return isinstance(size, SymInt) and bool(size.node.expr.free_symbols & _expression(symbol).free_symbols)
+    return isinstance(size, SymInt) and _mentions_expression(size.node.expr, symbol)
+
+
+def _mentions_expression(expression: Any, symbol: Any) -> bool:
+    return bool(expression.free_symbols & _expression(symbol).free_symbols)

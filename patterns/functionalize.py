@@ -1,4 +1,5 @@
-"""In-place arithmetic on a value that nothing reads afterwards becomes plain arithmetic, so that templates see one form.
+"""In-place arithmetic on a value that nothing reads afterwards, under this name or another, becomes plain arithmetic, so that
+templates see one form.
 
 Hugging Face writes `hidden_states *= layer_scalar` and `top_k_weights /= ...`, and adds the ranks' parts of a product up in
 place: dist.all_reduce, which Dynamo writes as all_reduce, wait_tensor and copy_. AOT would functionalize them later; fusions
@@ -19,6 +20,7 @@ FUNCTIONAL = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift"}
 # Their results own their memory: writing to them cannot be seen through another name.
 _FRESH = {operator.add, operator.sub, operator.mul, operator.truediv}
 # By name: a torch without distributed has neither.
@@ -30,8 +32,9 @@ _VIEWS = {"to", "float", "type_as", "view", "reshape", "contiguous"}
 def functionalize(graph: Graph) -> int:
     """Rewrite in place; returns how many nodes changed."""
     changed = 0
+    names = aliases(graph)
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in FUNCTIONAL and _may_change(node):
+        if node.op == "call_function" and node.target in FUNCTIONAL and _may_change(node, names):
             node.target = FUNCTIONAL[node.target]
             changed += 1
     for node in list(graph.nodes):
@@ -70,7 +73,45 @@ def _owns_its_memory(node: Node) -> bool:
     )
 
 
-def _may_change(node: Node) -> bool:
+def memory_of(node: Node) -> int | None:
+    """Which memory a node's value has; None where nothing is known."""
+    value = value_of(node)
+    try:
+        return None if value is None else value.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # tensor subclasses
+        return None
+
+
+def aliases(graph: Graph) -> dict[int, list[Node]]:
+    """Memory -> the nodes whose values have it, in order."""
+    found: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        if (memory := memory_of(node)) is not None:
+            found.setdefault(memory, []).append(node)
+    return found
+
+
+def writes(node: Node) -> list[Node]:
+    """The tensors that a node writes to, by what its name or its schema says."""
+    if node.op == "call_method":
+        name = str(node.target)
+        written = name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+        return [n for n in node.args[:1] if isinstance(n, Node)] if written else []
+    if node.op != "call_function":
+        return []
+    found = [n for n in (node.kwargs.get("out"),) if isinstance(n, Node)]
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        mutable = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        found += [n for i in mutable if i < len(node.args) and isinstance(n := node.args[i], Node)]
+    name = getattr(node.target, "__name__", "")
+    in_place = node.target is operator.setitem or name.endswith("_") and not name.endswith("__")
+    if in_place or name in _IN_PLACE and node.target is getattr(operator, name, None):
+        found += [n for n in node.args[:1] if isinstance(n, Node)]
+    return found
+
+
+def _may_change(node: Node, names: dict[int, list[Node]]) -> bool:
     target = node.args[0]
     if not isinstance(target, Node) or not _is_fresh(target):
         return False
@@ -78,7 +119,9 @@ def _may_change(node: Node) -> bool:
     # `x *= y` keeps the dtype and shape of x where `x * y` may promote or broadcast.
     if before is not None and other is not None and (other.dtype != before.dtype or other.dim() > before.dim()):
         return False
-    return all(user is node or user < node for user in target.users)
+    # Other nodes of this memory are views taken before, which must not be read after it, and what the write itself gives.
+    seen = [target, *(n for n in names.get(memory_of(target) or 0, ()) if n < node)]
+    return all(user is node or user < node for each in seen for user in each.users)
 
 
 def _is_fresh(node: Node) -> bool:

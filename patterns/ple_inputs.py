@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .rewrite import Rewrite, all_guards, one_element, same_dtype, same_shape, vectors_of_last_dim
+from .template import Match, value_of
 
 ops = torch.ops.gemma4
 
@@ -48,6 +49,13 @@ def replace(
     return ops.ple_combine(token_inputs, projection, norm_weight, projection_scale, combine_scale, eps)
 
 
+def scaled_as_the_table(match: Match) -> str | None:
+    """The op rounds the scale to the table's dtype."""
+    table = value_of(match.binding["table"])
+    wanted = match.binding["dtype"]
+    return None if table is None or table.dtype == wanted else f"embed_scale is made {wanted}, the table is {table.dtype}"
+
+
 def inputs(gather: bool) -> dict[str, Any]:
     shape = {"b": 2, "t": 3, "layers": 5, "width": 8}
     common = {
@@ -67,7 +75,7 @@ def rewrites() -> tuple[Rewrite, ...]:
         same_shape("token_inputs", "reshape"),
         vectors_of_last_dim("token_inputs", "norm_weight"),
     )
-    gather = all_guards(same_dtype("table", "projection", "norm_weight"), one_element("embed_scale"))
+    gather = all_guards(same_dtype("table", "projection", "norm_weight"), one_element("embed_scale"), scaled_as_the_table)
     return (
         Rewrite("ple_inputs", search_gather, replace_gather, lambda: inputs(True), gather),
         Rewrite("ple_combine", search, replace, lambda: inputs(False), combine),
