@@ -106,7 +106,7 @@ class Watch:
             yield vars(config), _frozen
 
     def _now(self) -> tuple[list[Any], list[Any], list[int]]:
-        objects = list(chain.from_iterable(map(dict.values, self._held)))
+        objects = [*chain.from_iterable(map(dict.values, self._held)), *(own.get("forward") for own in self._own)]
         values = [read(held) for held, read in self._attributes]
         return objects, values, list(map(Tensor.data_ptr, self._placed))
 
@@ -114,11 +114,11 @@ class Watch:
         return list(map(attrgetter("_version"), self._counted))
 
     def is_unchanged(self) -> bool:
-        """No forward of a module's own; all modules, tensors and hooks the same objects, tensors where they were, attributes
-        and configs with equal values."""
+        """All modules, tensors, hooks and patched forwards the same objects, tensors where they were, attributes and configs
+        with equal values."""
         with suppress(KeyError):  # an attribute that is gone
             objects, values, addresses = self._now()
-            if any(self._empty) or any("forward" in own for own in self._own):
+            if any(self._empty):
                 return False
             same = len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
             return same and values == self._values and addresses == self._addresses
