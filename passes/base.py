@@ -117,14 +117,14 @@ class PatternPass:
 
     def __call__(self, graph: Graph, record: Record) -> None:
         nearest: dict[Node, Miss] = {}
-        written = [(node, memory) for node in graph.nodes for memory in map(memory_of, writes(node))]
+        around = _Surroundings.of(graph)
         for rewrite in self.rewrites():
             anchor = rewrite.searched.anchor
             for node in [n for n in graph.nodes if n.op == anchor.op and n.target == anchor.target]:
                 if node._erased:  # an earlier match of this sweep took it
                     continue
                 path = module_path(node)
-                outcome = self._try(graph, rewrite, node, written)
+                outcome = self._try(graph, rewrite, node, around)
                 if isinstance(outcome, Done):
                     site = Site(self.name, rewrite.name, path, rewrite.searched.source, outcome.left, outcome.nodes)
                     record.sites.append(site)
@@ -133,9 +133,7 @@ class PatternPass:
                     nearest[node] = Miss(self.name, path, outcome.reason, outcome.missing, rewrite.searched.source)
         record.misses.extend(miss for node, miss in nearest.items() if not node._erased)
 
-    def _try(
-        self, graph: Graph, rewrite: Rewrite, node: Node, written: Sequence[tuple[Node, int | None]]
-    ) -> "Mismatch | Done":  # fmt: skip
+    def _try(self, graph: Graph, rewrite: Rewrite, node: Node, around: "_Surroundings") -> "Mismatch | Done":
         match = find(rewrite.searched, node)
         if isinstance(match, Mismatch):
             return match
@@ -144,34 +142,63 @@ class PatternPass:
             return Mismatch(objection, -1)
         if rewrite.op and (tokens := _tokens(match)) and not pays(rewrite.op, tokens):
             return Done(_origins(match.nodes.values()), f"at {tokens} tokens {rewrite.op} is no faster than Inductor")
-        if (reason := _written_between(match, written)) is not None:
+        if (reason := _unplain(match) or around.objection(match)) is not None:
             return Mismatch(reason, -1)
         return replace(graph, match, rewrite, check=not self.lowered)
 
 
-def _written_between(match: Match, written: Sequence[tuple[Node, int | None]]) -> str | None:
-    """Operations may not be moved over a write to what they read or give. They all move to where the first output is."""
-    if not written:
+@dataclass(frozen=True)
+class _Surroundings:
+    """What of a graph decides about a match beside the match itself.
+
+    written    nodes that write in place, with the memory that they write to; None where it is not known
+    autocast   whether operations may compute in another dtype than that of their inputs
+    """
+
+    written: tuple[tuple[Node, int | None], ...]
+    autocast: bool
+
+    @classmethod
+    def of(cls, graph: Graph) -> "_Surroundings":
+        written = tuple((node, memory) for node in graph.nodes for memory in map(memory_of, writes(node)))
+        autocast = torch._C._is_any_autocast_enabled() or any(node.target in _AUTOCAST for node in graph.nodes)
+        return cls(written, autocast)
+
+    def objection(self, match: Match) -> str | None:
+        return self._written_amid(match) or self._cast(match)
+
+    def _written_amid(self, match: Match) -> str | None:
+        """Operations may not be moved over a write to what they read or give. They all move to where the first output is."""
+        inside = sorted(match.nodes.values())
+        between = [(node, memory) for node, memory in self.written if not node._erased and inside[0] < node < inside[-1]]
+        if not between:
+            return None
+        nodes = {*inside, *(n for value in match.binding.values() for n in _nodes(value))}
+        touched = {memory_of(node) for node in nodes}
+        for node, memory in between:
+            if memory is None or memory in touched:
+                return f"{node.name} writes to what the op would read, or gives, amid it"
         return None
-    inside = sorted(match.nodes.values())
-    first, last = inside[0], inside[-1]
-    between = [(node, memory) for node, memory in written if not node._erased and first < node < last]
-    if not between:
+
+    def _cast(self, match: Match) -> str | None:
+        """An op computes in the dtype of its inputs; of matched operations autocast may have cast some."""
+        fake_mode = fake_mode_of(match.outputs[0]) if self.autocast else None
+        if fake_mode is None:
+            return None
+        for node in sorted(match.nodes.values()):
+            if (recorded := value_of(node)) is None:
+                continue
+            with torch._C._DisableAutocast():
+                plain = compute(node, fake_mode)
+            if plain.dtype != recorded.dtype:
+                return f"autocast makes {node.name} {_short(recorded.dtype)}, of {_short(plain.dtype)}"
         return None
-    nodes = {*inside, *(n for value in match.binding.values() for n in _nodes(value))}
-    touched = {memory_of(node) for node in nodes}
-    for node, memory in between:
-        if memory is None or memory in touched:
-            return f"{node.name} writes to what the op would read, or gives, amid it"
-    return None
 
 
 def replace(graph: Graph, match: Match, rewrite: Rewrite, check: bool = True) -> "Mismatch | Done":
     """Put the replacement before the first output; a Mismatch says why there is no such place, or, if that is checked, in what
     it would differ."""
     first, fake_mode = min(match.outputs), fake_mode_of(match.outputs[0])
-    if (reason := _unplain(match) or _changed_by_autocast(graph, match, fake_mode)) is not None:
-        return Mismatch(reason, -1)
     for name, value in match.binding.items():
         late = next((n for n in _nodes(value) if not n < first), None)
         if late is not None:
@@ -179,10 +206,10 @@ def replace(graph: Graph, match: Match, rewrite: Rewrite, check: bool = True) ->
             return Mismatch(reason, -1)
     with graph.inserting_before(first):
         created, outputs = instantiate(rewrite.replacement, match.binding, graph)
-    if check and fake_mode is not None and (reason := _differs(created, outputs, match, fake_mode)) is not None:
+    if check and fake_mode is not None and (wrong := _differs(created, outputs, match, fake_mode)) is not None:
         for node in reversed(created):
             graph.erase_node(node)
-        return Mismatch(reason, -1)
+        return Mismatch(wrong, -1)
     for old, new in zip(match.outputs, outputs, strict=True):
         new.meta.update(old.meta)
         old.replace_all_uses_with(new)
@@ -201,23 +228,6 @@ def _unplain(match: Match) -> str | None:
             kind = type(value_of(node))
             if not issubclass(kind, (FakeTensor, type(None))) and kind is not torch.Tensor:
                 return f"{name} is a {kind.__name__}, and the op takes plain tensors"
-    return None
-
-
-def _changed_by_autocast(graph: Graph, match: Match, fake_mode: Any) -> str | None:
-    """An op computes in the dtype of its inputs; of matched operations autocast may have cast some."""
-    if fake_mode is None or not (
-        torch._C._is_any_autocast_enabled() or any(node.target in _AUTOCAST for node in graph.nodes)
-    ):
-        return None
-    for node in sorted(match.nodes.values()):
-        recorded = value_of(node)
-        if recorded is None:
-            continue
-        with torch._C._DisableAutocast():
-            plain = compute(node, fake_mode)
-        if plain.dtype != recorded.dtype:
-            return f"autocast makes {node.name} {_short(recorded.dtype)}, of {_short(plain.dtype)}"
     return None
 
 
