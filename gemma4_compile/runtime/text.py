@@ -127,13 +127,10 @@ class TextStream:
         """One more token. A stop string counts only if this one completes it, and if it `may_stop`."""
         before = len(self.text)
         self._tokens.append(token)
+        self.text += self._added_by(token)
         if self._is_byte(token):
             self._run = before if self._run is None else self._run
-            self.text += self._added_by(token)
-        elif self._run is None:
-            self.text += self._added_by(token)
-        else:
-            self.text += self._added_by(token)
+        elif self._run is not None:
             self._run = None
             if "\ufffd" in (whole := self._whole()):  # perhaps of the run's bytes
                 self.text = whole.removesuffix("\ufffd")
