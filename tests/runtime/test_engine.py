@@ -434,11 +434,11 @@ def test_a_step_too_large_for_the_gpu_says_what_to_lower(monkeypatch: pytest.Mon
 
 def test_a_step_that_does_not_compile_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As where there is no C++ compiler; calls of the model run plain there."""
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = tiny("dense").requires_grad_(False)
     config = EngineConfig(max_model_len=64, kv_bytes=4 << 20, optimize=OptimizeConfig(cache_dir=str(tmp_path)))
-    with pytest.raises(ValueError, match="must compile, got no C\\+\\+ compiler, .* install g\\+\\+"):
-        Engine(model, config)
-    with pytest.warns(UserWarning, match="uncompiled: .*no C\\+\\+ compiler"), torch.no_grad():
-        model(torch.tensor([[5, 6, 7]]))
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        with pytest.raises(ValueError, match="must compile, got no C\\+\\+ compiler, .* install g\\+\\+"):
+            Engine(model, config)
+        with pytest.warns(UserWarning, match="uncompiled: .*no C\\+\\+ compiler"), torch.no_grad():
+            model(torch.tensor([[5, 6, 7]]))
