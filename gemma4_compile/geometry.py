@@ -42,6 +42,10 @@ class Geometry:
     top_k: int
     ranks: int = 1
 
+    def kv_owners(self, kind: str) -> list[LayerGeometry]:
+        """Layers of a kind that have keys and values of their own."""
+        return [layer for layer in self.layers if layer.kind == kind and not layer.shares_kv]
+
     def expected_sites(self) -> dict[str, tuple[str, ...]]:
         """fusion or transform -> the sites where it should match in any graph, `layers.N` or `model`."""
         every = tuple(layer.site for layer in self.layers)

@@ -1,13 +1,13 @@
 """experts: count the experts that came as one op, and take away what says why others did not.
 
-The op comes into the graph through transformers' experts interface (gemma4_compile/experts.py), not by a pattern."""
+The op comes into the graph through transformers' experts interface (gemma4_compile/hf/experts.py), not by a pattern."""
 
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from gemma4_compile.experts import PREFIX, REPLACED, SOURCE
+from gemma4_compile.hf.experts import PREFIX, REPLACED, SOURCE
 from gemma4_compile.patterns.rewrite import module_path
 
 from .base import Miss, Record, Site, origins_of

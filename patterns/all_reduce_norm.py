@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 import gemma4_compile.ops  # noqa: F401  (the schemas that the templates are made of)
-from gemma4_compile.ops.all_reduce_norm import FORMS, PREFIX
+from gemma4_compile.ops.distributed.all_reduce_norm import FORMS, PREFIX
 from gemma4_compile.ops.examples import SMALL, example
 
 from .rewrite import Guard, Rewrite, all_guards, same_dtype, vectors_of_last_dim

@@ -1,4 +1,4 @@
-"""qkv_norm_rope and the attention that writes its K and V into pages      Gemma4TextAttention.forward, runtime/attention.py
+"""qkv_norm_rope and the attention that writes its K and V into pages      Gemma4TextAttention.forward, packed/attention.py
 
 In packed steps, and in layers that own KV: elsewhere a cache of Hugging Face's stands between the two."""
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Gemma4AssistantConfig, Gemma4ForCausalLM, Gemma4TextConfig, GenerationConfig
 
-from gemma4_compile.assistant import assistant_class
+from gemma4_compile.hf.assistant import assistant_class
 
 VOCAB = 2048
 SLIDING, FULL = "sliding_attention", "full_attention"

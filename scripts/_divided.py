@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from gemma4_compile import parallel
-from gemma4_compile.assistant import assistant_class
-from gemma4_compile.checkpoints import TEXT_CONFIGS
-from gemma4_compile.loading import assistant_config, cut, shuffle_embeddings
+from gemma4_compile.hf import parallel
+from gemma4_compile.hf.assistant import assistant_class
+from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
+from gemma4_compile.hf.loading import assistant_config, cut, shuffle_embeddings
 
 _NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 

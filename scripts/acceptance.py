@@ -19,11 +19,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams, demo_checkpoint
-from gemma4_compile.assistant import load_assistant
 from gemma4_compile.demo import held_out_prompts
 from gemma4_compile.demo.evaluate import accepted_drafts_hf
-from gemma4_compile.loading import load
-from gemma4_compile.runtime.mtp import VERIFICATIONS
+from gemma4_compile.hf.assistant import load_assistant
+from gemma4_compile.hf.loading import load
+from gemma4_compile.runtime.speculative.verification import VERIFICATIONS
 
 DRAFTS = 3
 

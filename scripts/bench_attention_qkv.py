@@ -21,10 +21,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 from gemma4_compile.ops.attention import launch_attention
-from gemma4_compile.ops.attention_qkv import launch_attention_qkv
 from gemma4_compile.ops.examples import Sizes, example
+from gemma4_compile.ops.fusions.attention_qkv import launch_attention_qkv
+from gemma4_compile.ops.fusions.qkv_norm_rope import launch_into_pages, launch_qkv_norm_rope
 from gemma4_compile.ops.library import fresh
-from gemma4_compile.ops.qkv_norm_rope import launch_into_pages, launch_qkv_norm_rope
 from scripts.bench_ops import E2B, E2B_FULL, MOE, MOE_FULL, ROTATE_BYTES, TOKENS, launches, microseconds
 
 LAYERS = {"E2B": (E2B, 512), "E2B full": (E2B_FULL, 0), "26B-A4B": (MOE, 1024), "26B-A4B full": (MOE_FULL, 0)}

@@ -32,8 +32,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams
-from gemma4_compile.loading import random_assistant, random_model
-from gemma4_compile.runtime import mtp
+from gemma4_compile.hf.loading import random_assistant, random_model
+from gemma4_compile.runtime.speculative import verification as mtp
 from gemma4_compile.torchrun import launched_ranks
 from scripts._bandwidth import copy_bandwidth
 from scripts._divided import divided_assistant, divided_model

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
-from gemma4_compile.ops.experts import run_plan
+from gemma4_compile.ops.fusions.experts import run_plan
 from gemma4_compile.ops.library import INTERPRETED
 from gemma4_compile.ops.plans import PairPlan, TiledPlan, TilePlan, VectorPlan, experts_plan
 

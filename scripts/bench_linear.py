@@ -1,4 +1,4 @@
-"""Time the products of ops/linear.py by each plan against cuBLAS, at the sizes of the real models.
+"""Time the products of ops/fusions/linear.py by each plan against cuBLAS, at the sizes of the real models.
 
     python scripts/bench_linear.py [--rows 1,2,3,4,8,32] [--out FILE]
     python scripts/bench_linear.py --table benchmarks/linear-h200.json
@@ -24,8 +24,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
-from gemma4_compile.ops.geglu import launch_geglu
-from gemma4_compile.ops.linear import launch_products
+from gemma4_compile.ops.fusions.geglu import launch_geglu
+from gemma4_compile.ops.fusions.linear import launch_products
 from gemma4_compile.ops.plans import DotPlan, VectorPlan, product_plan
 from scripts.bench_ops import microseconds
 

@@ -37,10 +37,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 
 from gemma4_compile import OptimizeConfig, optimize, report
 from gemma4_compile.geometry import Geometry
-from gemma4_compile.loading import random_model
-from gemma4_compile.runtime.batch import PlainKV, Request
-from gemma4_compile.runtime.cuda_graphs import GraphRunner
-from gemma4_compile.runtime.model import PackedModel
+from gemma4_compile.graphs.piecewise import GraphRunner
+from gemma4_compile.hf.loading import random_model
+from gemma4_compile.packed.inputs import PlainKV, Request
+from gemma4_compile.runtime.worker.model import PackedModel
 from scripts._bandwidth import copy_bandwidth, gpu_events, product_rate
 
 BUDGET = 8192  # tokens a step

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch._dynamo.exc import Unsupported
 
-from gemma4_compile.cli import add_common, add_model, config_of, load_model
+from gemma4_compile.cli.common import add_common, add_model, config_of, load_model
 from gemma4_compile.inspection.capture import Recorder
 from gemma4_compile.inspection.files import check_folder, whole_or_nothing
 from gemma4_compile.inspection.step import STEPS, default_step
-from gemma4_compile.optimize import CompiledModel, compiled_part
+from gemma4_compile.optimized import CompiledModel, compiled_part
 from gemma4_compile.passes import pipeline, prepare
 
 

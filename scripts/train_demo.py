@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gemma4_compile.assistant import load_assistant
 from gemma4_compile.demo import DEMO_NAMES, demo_checkpoint, evaluate, held_out_prompts
+from gemma4_compile.hf.assistant import load_assistant
 from scripts._demo_assistant import train_assistant
 from scripts._demo_data import Batches, load_corpus, log, token_stream, train_tokenizer
 from scripts._demo_models import DRAFTS, VOCAB, new_assistant, new_target

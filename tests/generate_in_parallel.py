@@ -16,12 +16,12 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams, optimize, report
+from gemma4_compile.hf.parallel import load
 from gemma4_compile.ops import OPS, Vocabulary, all_reduce_norm
-from gemma4_compile.ops.all_reduce_norm import FORMS
+from gemma4_compile.ops.distributed.all_reduce_norm import FORMS
 from gemma4_compile.ops.examples import SMALL, example
-from gemma4_compile.ops.logits import logprobs_of
-from gemma4_compile.optimize import state_of
-from gemma4_compile.parallel import load
+from gemma4_compile.ops.sampling.logits import logprobs_of
+from gemma4_compile.optimized import state_of
 from tests.models import prompt
 from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
 

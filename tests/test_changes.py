@@ -15,8 +15,8 @@ from torch import nn
 from transformers import CompileConfig, GenerationConfig
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams, restore
-from gemma4_compile.program import fingerprint, weights_of
-from gemma4_compile.watch import Watch
+from gemma4_compile.hf.watch import Watch
+from gemma4_compile.packed.program import fingerprint, weights_of
 from tests.models import prompt, tiny
 from tests.passes.harness import passes_only
 

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_compile import Engine, cli, cli_serve
-from gemma4_compile.cli import DEMO_PROMPT, main
+from gemma4_compile import Engine
+from gemma4_compile.cli import main
+from gemma4_compile.cli import serve as cli_serve
+from gemma4_compile.cli.common import DEMO_PROMPT
 from gemma4_compile.torchrun import RanksError
 
 SHORT = ["--device", "cpu", "--max-tokens", "12"]
@@ -22,14 +24,14 @@ _LOADED: dict[str, Any] = {}
 @pytest.fixture(autouse=True)
 def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of all tests are of one model in float32, which is loaded and compiled by the first."""
-    real = cli.load_model
+    real = cli_serve.load_model
 
     def load_model(options: Any, dtype: Any, text_only: bool = False) -> Any:
         if options.model not in _LOADED:
             _LOADED[options.model] = real(options, torch.float32, text_only)
         return _LOADED[options.model]
 
-    monkeypatch.setattr(cli, "load_model", load_model)
+    monkeypatch.setattr(cli_serve, "load_model", load_model)
 
 
 @pytest.fixture
@@ -152,7 +154,7 @@ def test_errors_that_need_the_model(length: str, message: str, capsys: pytest.Ca
 
 
 def test_wrong_values_do_not_cost_the_time_of_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(cli_serve, "load_model", lambda *_, **__: pytest.fail("loaded"))
     for wrong in (["--max-tokens", "0"], ["--max-model-len", "0"]):
         assert main(["generate", "--demo", *wrong]) == main(["chat", *wrong]) == 1
 

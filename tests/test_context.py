@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams, optimize, report, restore
-from gemma4_compile.hf.route import PACKED, UNCOMPILED, WHOLE
+from gemma4_compile.calls.route import PACKED, UNCOMPILED, WHOLE
 from gemma4_compile.passes import pipeline
 from gemma4_compile.passes.fuse import FUSE_LINEAR
 from tests.models import prompt, tiny

@@ -7,7 +7,7 @@ import torch
 
 from gemma4_compile import demo_checkpoint, optimize, report
 from gemma4_compile.demo import held_out_prompts
-from gemma4_compile.loading import load
+from gemma4_compile.hf.loading import load
 from tests.accuracy_of_model import Exact, logit_error, plain_logits
 
 NEW_TOKENS = 64

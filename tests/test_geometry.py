@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import Gemma4TextConfig
 
-from gemma4_compile.checkpoints import TEXT_CONFIGS
 from gemma4_compile.geometry import geometry
-from gemma4_compile.loading import cut, random_model
+from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
+from gemma4_compile.hf.loading import cut, random_model
 from tests.models import CONFIGS, tiny
 
 

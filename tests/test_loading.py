@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma4ForCausalLM
 
 from gemma4_compile import demo_checkpoint
-from gemma4_compile.loading import load, random_model
+from gemma4_compile.hf.loading import load, random_model
 
 
 def test_loads_a_demo_checkpoint() -> None:

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache, Gemma4Config, Gemma4ForConditionalGeneration, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from gemma4_compile import OptimizeConfig, optimize, report, restore
-from gemma4_compile.optimize import state_of
-from gemma4_compile.step_cache import CACHE
+from gemma4_compile.hf.step_cache import CACHE
+from gemma4_compile.optimized import state_of
 from tests.models import CONFIGS, prompt, tiny
 from tests.passes.harness import passes_only
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, LlamaConfig
 
 from gemma4_compile import SamplingParams, demo_checkpoint
-from gemma4_compile.checkpoints import TEXT_CONFIGS
 from gemma4_compile.geometry import geometry
+from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
+from gemma4_compile.hf.parallel import Division, _whole_style, check_kv_heads, division_of, load, plan, share_kv_heads
 from gemma4_compile.ops import sample
-from gemma4_compile.parallel import Division, _whole_style, check_kv_heads, division_of, load, plan, share_kv_heads
 from tests.generate_in_parallel import SERVED, generate
 from tests.models import CONFIGS, tiny
 

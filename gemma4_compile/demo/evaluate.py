@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from gemma4_compile.demo.corpus import held_out_files
-from gemma4_compile.step_cache import CACHE
+from gemma4_compile.hf.step_cache import CACHE
 
 
 def final_states(target: Any, ids: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:

@@ -1,1 +1,1 @@
-"""What runs Hugging Face's own calls, `model(...)` and `model.generate(...)`, as steps of the packed program."""
+"""What we know of transformers: how its models are loaded, divided, cached and changed."""

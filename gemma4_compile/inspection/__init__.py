@@ -17,9 +17,9 @@ from torch import nn
 
 from gemma4_compile.config import OptimizeConfig
 from gemma4_compile.fusions import FUSIONS
-from gemma4_compile.optimize import check_model, compiled_part, existing_state
+from gemma4_compile.optimized import check_model, compiled_part, existing_state
 from gemma4_compile.passes import Record, pipeline, prepare
-from gemma4_compile.report import is_promised, unmatched_sites
+from gemma4_compile.reporting import is_promised, unmatched_sites
 
 from .capture import CompiledGraph
 from .catalogue import layers_of

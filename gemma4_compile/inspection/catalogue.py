@@ -17,8 +17,8 @@ from torch.fx import Node
 from gemma4_compile.geometry import Geometry, LayerGeometry
 from gemma4_compile.ops.library import OPS
 from gemma4_compile.ops.measured import FUSIONS
+from gemma4_compile.packed.split import SPLIT_POINTS
 from gemma4_compile.patterns.rewrite import module_path
-from gemma4_compile.pieces import SPLIT_POINTS
 
 from .capture import CompiledGraph, short_path
 from .data import Kernel, Kind, Layer, Line

@@ -14,7 +14,7 @@ from torch._dynamo.exc import Unsupported
 
 from gemma4_compile.config import OptimizeConfig
 from gemma4_compile.geometry import Geometry
-from gemma4_compile.optimize import CompiledModel
+from gemma4_compile.optimized import CompiledModel
 from gemma4_compile.passes import Pass
 
 from . import timing

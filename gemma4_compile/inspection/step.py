@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from gemma4_compile.geometry import Geometry
-from gemma4_compile.step_cache import CACHE
+from gemma4_compile.hf.step_cache import CACHE
 
 STEPS = ("decode", "prefill")
 _ROOM = 64  # further tokens in a static cache

@@ -1,29 +1,29 @@
 """The `gemma4::` ops: importing this registers them all, also where there is no GPU and no Triton."""
 
-from .all_reduce_norm import all_reduce_norm
 from .attention import attention
-from .attention_qkv import attention_qkv
-from .experts import experts
-from .feed_forward_tail import (
+from .distributed.all_reduce_norm import all_reduce_norm
+from .fusions.attention_qkv import attention_qkv
+from .fusions.experts import experts
+from .fusions.feed_forward_tail import (
     feed_forward_tail,
     feed_forward_tail_norm,
     moe_feed_forward_tail,
     moe_feed_forward_tail_norm,
 )
-from .geglu import geglu
+from .fusions.geglu import geglu
+from .fusions.linear import gate_up, linear, linear_pair, linear_triple
+from .fusions.ple_inputs import ple_combine, ple_inputs
+from .fusions.ple_tail import ple_tail, ple_tail_norm
+from .fusions.post_attention_norms import post_attention_norm, post_attention_norms
+from .fusions.qkv_norm_rope import q_norm_rope, qkv_norm_rope
+from .fusions.route import route
 from .library import OPS
-from .linear import gate_up, linear, linear_pair, linear_triple
-from .ordered_argmax import ordered_argmax, ordered_scores
-from .ple_inputs import ple_combine, ple_inputs
-from .ple_tail import ple_tail, ple_tail_norm
-from .post_attention_norms import post_attention_norm, post_attention_norms
-from .qkv_norm_rope import q_norm_rope, qkv_norm_rope
 from .rms_norm import rms_norm, rms_norm_noscale
 from .rope import rope
-from .route import route
-from .sample import sample
-from .verify import draw_draft, verify
-from .vocabulary import Vocabulary
+from .sampling.ordered_argmax import ordered_argmax, ordered_scores
+from .sampling.sample import sample
+from .sampling.verify import draw_draft, verify
+from .sampling.vocabulary import Vocabulary
 
 __all__ = [
     "OPS",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .all_reduce_norm import FORMS, PREFIX
+from .distributed.all_reduce_norm import FORMS, PREFIX
 
 
 @dataclass(frozen=True)

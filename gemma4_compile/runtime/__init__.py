@@ -1,1 +1,1 @@
-"""The runtime: packed batches, attention over pages, CUDA graphs."""
+"""The runtime: an engine of continuous batches over paged keys and values, with multi-token prediction."""

@@ -18,22 +18,22 @@ from torch import nn
 from tqdm import tqdm
 
 from gemma4_compile.config import EngineConfig
+from gemma4_compile.hf.watch import Watch
 from gemma4_compile.ops.library import own_dtypes
 from gemma4_compile.torchrun import RanksError
-from gemma4_compile.watch import Watch
 
-from . import invariants
-from .draft_length import DraftLength, SpeculativeTokens
 from .metrics import EngineMetrics, RequestMetrics
-from .model import PackedModel
-from .model_runner import Launched, ModelRunner
-from .mtp import VERIFICATIONS
 from .opening import assistant_of, model_of, stop_tokens
 from .outputs import Chunk, RequestOutput, Sample, TokenLogprob
 from .sampling_params import SamplingParams
-from .scheduler import Scheduler
+from .scheduling.scheduler import Scheduler
+from .scheduling.sequence import Decodes, Sequence, Work
+from .speculative.length import DraftLength, SpeculativeTokens
+from .speculative.verification import VERIFICATIONS
+from .step import invariants
 from .text import Prompt, TextStream, encode, prompts_of
-from .work import Decodes, Sequence, Work
+from .worker.model import PackedModel
+from .worker.model_runner import Launched, ModelRunner
 
 OnChunk = Callable[[Chunk], None]
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemma4_compile import parallel
-from gemma4_compile.assistant import load_assistant
 from gemma4_compile.config import EngineConfig
-from gemma4_compile.loading import checkpoint, load, text_part, tokenizer_of
-from gemma4_compile.optimize import existing_state, optimize, state_of
+from gemma4_compile.hf import parallel
+from gemma4_compile.hf.assistant import load_assistant
+from gemma4_compile.hf.loading import checkpoint, load, text_part, tokenizer_of
+from gemma4_compile.optimized import existing_state, optimize, state_of
 from gemma4_compile.torchrun import launched_ranks
 
 

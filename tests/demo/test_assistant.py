@@ -6,9 +6,9 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gemma4_compile.assistant import AllSharedTextConfig, assistant_class, load_assistant
-from gemma4_compile.assistant import Gemma4AssistantForCausalLM as Ours
 from gemma4_compile.demo import DEMO_NAMES, demo_checkpoint, evaluate, held_out_prompts
+from gemma4_compile.hf.assistant import AllSharedTextConfig, assistant_class, load_assistant
+from gemma4_compile.hf.assistant import Gemma4AssistantForCausalLM as Ours
 
 Theirs = transformers.Gemma4AssistantForCausalLM
 RAISES = assistant_class() is Ours  # transformers 5.23

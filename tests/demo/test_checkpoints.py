@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gemma4_compile.assistant import load_assistant
 from gemma4_compile.demo import DEMO_NAMES, demo_checkpoint, evaluate, held_out_prompts
+from gemma4_compile.hf.assistant import load_assistant
 
 LAYER_TYPES = {"sliding_attention", "full_attention"}
 

@@ -28,12 +28,13 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from gemma4_compile import OptimizeConfig, demo_checkpoint, optimize, report  # noqa: E402
-from gemma4_compile.ops import OPS, Vocabulary, all_reduce_norm, flashinfer_all_reduce  # noqa: E402
-from gemma4_compile.ops.all_reduce_norm import FORMS, by_nccl, by_one_shot, slot_bytes, sum_over_ranks  # noqa: E402
+from gemma4_compile.ops import OPS, Vocabulary, all_reduce_norm  # noqa: E402
+from gemma4_compile.ops.distributed import flashinfer_all_reduce  # noqa: E402
+from gemma4_compile.ops.distributed.all_reduce_norm import FORMS, by_nccl, by_one_shot, slot_bytes, sum_over_ranks  # noqa: E402
+from gemma4_compile.ops.distributed.symmetric import forget, workspace  # noqa: E402
 from gemma4_compile.ops.examples import SMALL  # noqa: E402
-from gemma4_compile.ops.local_sample import local_highest, token_of  # noqa: E402
-from gemma4_compile.ops.logits import logprobs_of  # noqa: E402
-from gemma4_compile.ops.symmetric import forget, workspace  # noqa: E402
+from gemma4_compile.ops.sampling.local_sample import local_highest, token_of  # noqa: E402
+from gemma4_compile.ops.sampling.logits import logprobs_of  # noqa: E402
 from tests.gpu.times import microseconds  # noqa: E402
 from tests.ops.accuracy import assert_as_accurate  # noqa: E402
 from tests.ops.all_reduce_cases import arguments  # noqa: E402
@@ -212,7 +213,7 @@ def tokens_of_one_process(kind: str, graphs: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gemma4_compile.demo import held_out_prompts
-    from gemma4_compile.parallel import load
+    from gemma4_compile.hf.parallel import load
 
     folder = demo_checkpoint(kind) / "target"
     alone: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -22,7 +22,7 @@ import torch.distributed as dist  # isort: skip
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams, demo_checkpoint
 from gemma4_compile.demo import held_out_prompts
-from gemma4_compile.loading import load
+from gemma4_compile.hf.loading import load
 
 PROMPTS, TOKENS = 16, 48
 SETTINGS: dict[str, Any] = {"max_model_len": 512, "max_requests": PROMPTS, "max_batched_tokens": 256, "expected_tokens": 128}

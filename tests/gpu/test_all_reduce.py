@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma4_compile.ops.all_reduce_norm import FORMS
+from gemma4_compile.ops.distributed.all_reduce_norm import FORMS
 
 ROOT = Path(__file__).parents[2]
 GPUS = torch.cuda.device_count()

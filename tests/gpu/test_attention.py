@@ -9,7 +9,7 @@ import torch
 
 from gemma4_compile import ops
 from gemma4_compile.ops.attention import attention_into
-from gemma4_compile.ops.attention_qkv import attention_qkv_into
+from gemma4_compile.ops.fusions.attention_qkv import attention_qkv_into
 from scripts import bench_flashinfer
 from scripts.bench_attention import LAYERS
 from tests.ops.attention_cases import Request, Step, check_cache, check_same, check_steps, raw, step

@@ -8,8 +8,8 @@ from transformers import StaticCache
 
 from gemma4_compile import OptimizeConfig, demo_checkpoint, optimize
 from gemma4_compile.demo import held_out_prompts
-from gemma4_compile.loading import load
-from gemma4_compile.step_cache import CACHE
+from gemma4_compile.hf.loading import load
+from gemma4_compile.hf.step_cache import CACHE
 
 FOLDER = demo_checkpoint("e") / "target"
 

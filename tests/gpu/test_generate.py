@@ -10,9 +10,9 @@ from transformers import DynamicCache
 
 from gemma4_compile import optimize, report, restore
 from gemma4_compile.demo import DEMO_NAMES, demo_checkpoint, held_out_prompts
-from gemma4_compile.loading import load
-from gemma4_compile.optimize import state_of
-from gemma4_compile.step_cache import CACHE
+from gemma4_compile.hf.loading import load
+from gemma4_compile.hf.step_cache import CACHE
+from gemma4_compile.optimized import state_of
 
 pytestmark = pytest.mark.parametrize("name", DEMO_NAMES)
 

@@ -12,11 +12,11 @@ import torch
 
 from gemma4_compile import demo_checkpoint, optimize
 from gemma4_compile.demo import DEMO_NAMES, held_out_prompts
-from gemma4_compile.loading import load
-from gemma4_compile.runtime.batch import PlainKV, Request
-from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner
-from gemma4_compile.runtime.model import PackedModel
-from gemma4_compile.runtime.recorder import CudaRecorder
+from gemma4_compile.graphs.piecewise import Buckets, CaptureRefused, GraphRunner
+from gemma4_compile.graphs.recorder import CudaRecorder
+from gemma4_compile.hf.loading import load
+from gemma4_compile.packed.inputs import PlainKV, Request
+from gemma4_compile.runtime.worker.model import PackedModel
 
 BUCKETS = Buckets(decode=(1, 2, 4, 8, 16), tokens=(16, 32, 64, 128, 256), rows=(4, 16))
 REQUESTS, CAPACITY, STEPS = 17, 320, 6

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from gemma4_compile import demo_checkpoint, inspect
+from gemma4_compile.hf.loading import load
 from gemma4_compile.inspection import tables
-from gemma4_compile.loading import load
 
 
 @pytest.mark.parametrize("step", ["decode", "prefill"])

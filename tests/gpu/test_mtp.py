@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams, demo_checkpoint
-from gemma4_compile.assistant import load_assistant
 from gemma4_compile.demo import DEMO_NAMES
-from gemma4_compile.runtime import invariants
+from gemma4_compile.hf.assistant import load_assistant
+from gemma4_compile.runtime.step import invariants
 from tests.gpu.test_engine import report
 from tests.runtime.demo_models import demo
 from tests.runtime.soak import soak

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_compile.ops.all_reduce_norm import FORMS, slot_bytes
+from gemma4_compile.ops.distributed.all_reduce_norm import FORMS, slot_bytes
+from gemma4_compile.ops.distributed.symmetric import DATA, Workspace
 from gemma4_compile.ops.examples import SMALL
-from gemma4_compile.ops.symmetric import DATA, Workspace
 from tests.ops.all_reduce_cases import arguments, over_the_sums
 from tests.ops.kernel_cases import outputs
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.ops import ordered_argmax
-from gemma4_compile.ops.ordered_argmax import ordered_argmax_reference
+from gemma4_compile.ops.sampling.ordered_argmax import ordered_argmax_reference
 from tests.gpu.times import microseconds
 from tests.ops.ordered_argmax_cases import CASES
 

@@ -14,10 +14,10 @@ from transformers import DynamicCache, StaticCache, StoppingCriteria, TextStream
 from transformers.generation import LogitsProcessor
 
 from gemma4_compile import report
-from gemma4_compile.hf.packed_call import PackedCalls
-from gemma4_compile.hf.route import PACKED, UNCOMPILED, WHOLE
-from gemma4_compile.optimize import state_of
-from gemma4_compile.step_cache import CACHE
+from gemma4_compile.calls.packed_call import PackedCalls
+from gemma4_compile.calls.route import PACKED, UNCOMPILED, WHOLE
+from gemma4_compile.hf.step_cache import CACHE
+from gemma4_compile.optimized import state_of
 from tests.models import prompt, tiny
 from tests.passes.harness import passes_only
 from tests.runtime.host_recorder import HostRecorder

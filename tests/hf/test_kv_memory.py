@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import DynamicCache, Gemma4TextConfig
 
-from gemma4_compile.checkpoints import TEXT_CONFIGS
+from gemma4_compile.calls.cache_views import lease_of
+from gemma4_compile.calls.kv_memory import PAGE, SLACK, KVMemory
 from gemma4_compile.geometry import geometry
-from gemma4_compile.hf.cache_views import lease_of
-from gemma4_compile.hf.kv_memory import PAGE, SLACK, KVMemory
-from gemma4_compile.optimize import state_of
-from gemma4_compile.step_cache import CACHE
+from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
+from gemma4_compile.hf.step_cache import CACHE
+from gemma4_compile.optimized import state_of
 from tests.hf.test_generate import calls_of, pair
 from tests.models import prompt
 

@@ -10,9 +10,9 @@ from torch._inductor import lowering
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
 from gemma4_compile import OptimizeConfig, optimize, report, restore
-from gemma4_compile.hf.route import PACKED, UNCOMPILED, WHOLE
+from gemma4_compile.calls.route import PACKED, UNCOMPILED, WHOLE
 from gemma4_compile.ops import library
-from gemma4_compile.optimize import state_of
+from gemma4_compile.optimized import state_of
 from tests.hf.test_generate import generate
 from tests.models import CONFIGS, prompt, tiny
 from tests.passes.harness import passes_only

@@ -18,12 +18,12 @@ from transformers import DynamicCache
 from gemma4_compile import OptimizeConfig, inspect, optimize, passes
 from gemma4_compile.cli import main
 from gemma4_compile.geometry import geometry
+from gemma4_compile.hf.step_cache import CACHE
 from gemma4_compile.inspection import data, tables
 from gemma4_compile.inspection.catalogue import layers_of
 from gemma4_compile.inspection.files import ENTRIES, whole_or_nothing
 from gemma4_compile.patterns import post_attention_norms
 from gemma4_compile.patterns.rewrite import Rewrite
-from gemma4_compile.step_cache import CACHE
 from scripts import dump_inductor
 from tests.models import CONFIGS, prompt, tiny
 

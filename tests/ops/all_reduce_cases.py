@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gemma4_compile.ops import OPS
-from gemma4_compile.ops.all_reduce_norm import FORMS
+from gemma4_compile.ops.distributed.all_reduce_norm import FORMS
 from gemma4_compile.ops.examples import Sizes, example
 from tests.ops.kernel_cases import outputs
 

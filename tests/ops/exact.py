@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma4_compile.ops.all_reduce_norm import FORMS, PREFIX
-from gemma4_compile.ops.bitwise import ACCEPT, RESIDUAL, SAMPLE, gumbel, uniform
+from gemma4_compile.ops.distributed.all_reduce_norm import FORMS, PREFIX
+from gemma4_compile.ops.sampling.bitwise import ACCEPT, RESIDUAL, SAMPLE, gumbel, uniform
 
 
 def exact(op: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -18,9 +18,9 @@ import torch.multiprocessing as multiprocessing
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
-from gemma4_compile.ops.all_reduce_norm import FORMS, slot_bytes
+from gemma4_compile.ops.distributed.all_reduce_norm import FORMS, slot_bytes
+from gemma4_compile.ops.distributed.symmetric import Workspace
 from gemma4_compile.ops.examples import SMALL
-from gemma4_compile.ops.symmetric import Workspace
 from tests.ops.all_reduce_cases import arguments, over_the_sums
 from tests.ops.kernel_cases import outputs
 

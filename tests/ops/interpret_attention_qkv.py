@@ -14,8 +14,8 @@ from tests.ops.interpret_attention import attempt  # isort: skip  (before all th
 import torch
 
 from gemma4_compile.ops.attention import launch_attention
-from gemma4_compile.ops.attention_qkv import launch_attention_qkv
-from gemma4_compile.ops.qkv_norm_rope import launch_qkv_norm_rope
+from gemma4_compile.ops.fusions.attention_qkv import launch_attention_qkv
+from gemma4_compile.ops.fusions.qkv_norm_rope import launch_qkv_norm_rope
 from tests.ops.attention_cases import NEW_MIXES, Request, check_same, raw, step
 from tests.ops.kernel_cases import strided
 

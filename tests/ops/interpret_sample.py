@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_compile.ops.bitwise import gumbel, gumbel_kernel, philox, philox_kernel, weights, weights_kernel
-from gemma4_compile.ops.sample import SamplePlan, launch_sample, sample_reference
+from gemma4_compile.ops.sampling.bitwise import gumbel, gumbel_kernel, philox, philox_kernel, weights, weights_kernel
+from gemma4_compile.ops.sampling.sample import SamplePlan, launch_sample, sample_reference
 from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
 
 CANDIDATES = SamplePlan(tile=256, group=2, capacity=1024, block=512)

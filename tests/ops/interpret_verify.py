@@ -12,11 +12,11 @@ from tests.ops import interpret_attention  # noqa: F401  isort: skip  (loops ove
 
 import torch
 
-from gemma4_compile.ops.sample import SamplePlan
-from gemma4_compile.ops.verify import launch_verify, verify_reference
+from gemma4_compile.ops.sampling.sample import SamplePlan
+from gemma4_compile.ops.sampling.verify import launch_verify, verify_reference
 from tests.ops.verify_cases import awkward_requests, mixture
 
-MODULE: Any = importlib.import_module("gemma4_compile.ops.verify")  # in the package the function has its name
+MODULE: Any = importlib.import_module("gemma4_compile.ops.sampling.verify")  # in the package the function has its name
 SMALL = SamplePlan(tile=128, group=1, capacity=128, block=128)
 
 

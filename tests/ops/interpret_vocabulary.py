@@ -15,9 +15,9 @@ import threading
 
 import torch
 
-from gemma4_compile.ops import local_sample, vocabulary
-from gemma4_compile.ops.sample import sample_reference
-from gemma4_compile.ops.vocabulary import THRESHOLDS
+from gemma4_compile.ops.sampling import local_sample, vocabulary
+from gemma4_compile.ops.sampling.sample import sample_reference
+from gemma4_compile.ops.sampling.vocabulary import THRESHOLDS
 from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
 from tests.ops.vocabulary_cases import Ranks
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from gemma4_compile.ops import OPS
 from gemma4_compile.ops.examples import SMALL, Sizes, example
-from gemma4_compile.ops.experts import run_plan, sorted_pairs
-from gemma4_compile.ops.linear import launch_products
+from gemma4_compile.ops.fusions.experts import run_plan, sorted_pairs
+from gemma4_compile.ops.fusions.linear import launch_products
 from gemma4_compile.ops.plans import DotPlan, PairPlan, TiledPlan, TilePlan, VectorPlan
 from tests.ops.accuracy import assert_as_accurate
 from tests.ops.exact import exact

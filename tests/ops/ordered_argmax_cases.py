@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from gemma4_compile.ops.ordered_argmax import (
+from gemma4_compile.ops.sampling.ordered_argmax import (
     launch_ordered_argmax,
     launch_ordered_scores,
     ordered_argmax_reference,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gemma4_compile.ops.all_reduce_norm import FORMS
+from gemma4_compile.ops.distributed.all_reduce_norm import FORMS
 from gemma4_compile.ops.plans import one_shot_pays, one_shot_plan, row_plan
 from tests.ops.interpreted import interpreted
 

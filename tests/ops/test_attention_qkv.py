@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemma4_compile import ops
-from gemma4_compile.ops.attention_qkv import attention_qkv_into, launch_attention_qkv
+from gemma4_compile.ops.fusions.attention_qkv import attention_qkv_into, launch_attention_qkv
 from tests.ops.attention_cases import NEW_MIXES, check_same, raw, step
 from tests.ops.interpreted import interpreted, seeded_on_one_thread  # noqa: F401  (a fixture of every test here)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma4_compile.ops.bitwise import gumbel, philox, weights
+from gemma4_compile.ops.sampling.bitwise import gumbel, philox, weights
 
 KNOWN: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {  # Random123's kat_vectors: key, counter, words
     (0x0, (0, 0, 0, 0)): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
@@ -44,7 +44,7 @@ def test_gumbel_against_fp64():
 
 @pytest.mark.parametrize(("word", "least", "most"), [(0, 22.8, 22.9), (0xFFFFFFFF, -2.9, -2.8)])
 def test_gumbel_at_its_ends(word: int, least: float, most: float, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("gemma4_compile.ops.bitwise.philox", lambda *_: (torch.full((1, 1), word),) * 4)
+    monkeypatch.setattr("gemma4_compile.ops.sampling.bitwise.philox", lambda *_: (torch.full((1, 1), word),) * 4)
     noise = gumbel(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 4)
     assert ((noise > least) & (noise < most)).all()
 

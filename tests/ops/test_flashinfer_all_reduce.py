@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_compile.ops import OPS, flashinfer_all_reduce
-from gemma4_compile.ops.all_reduce_norm import FORMS
+from gemma4_compile.ops import OPS
+from gemma4_compile.ops.distributed import flashinfer_all_reduce
+from gemma4_compile.ops.distributed.all_reduce_norm import FORMS
+from gemma4_compile.ops.distributed.flashinfer_all_reduce import _Space, by_flashinfer
+from gemma4_compile.ops.distributed.symmetric import MOST_ROWS, on_all_ranks
 from gemma4_compile.ops.examples import SMALL, example
-from gemma4_compile.ops.flashinfer_all_reduce import _Space, by_flashinfer
-from gemma4_compile.ops.symmetric import MOST_ROWS, on_all_ranks
 from tests.models import DEVICE
 from tests.ops.kernel_cases import outputs
 from tests.passes.one_process import alone, fake_ranks

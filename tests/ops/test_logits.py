@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from gemma4_compile.ops.logits import apply_penalties, logprobs_of
+from gemma4_compile.ops.sampling.logits import apply_penalties, logprobs_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 V = 40

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gemma4_compile import ops
-from gemma4_compile.ops.sample import kept_reference, launch_sample, scaled
+from gemma4_compile.ops.sampling.sample import kept_reference, launch_sample, scaled
 from tests.ops.interpreted import interpreted, seeded_on_one_thread  # noqa: F401  (a fixture of every test here)
 from tests.ops.sample_cases import awkward, mixture, parameters
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from gemma4_compile import ops
 from gemma4_compile.ops import draw_draft
-from gemma4_compile.ops.sample import kept_reference, scaled
-from gemma4_compile.ops.verify import launch_verify
+from gemma4_compile.ops.sampling.sample import kept_reference, scaled
+from gemma4_compile.ops.sampling.verify import launch_verify
 from tests.ops.interpreted import interpreted, seeded_on_one_thread  # noqa: F401  (a fixture of every test here)
 from tests.ops.sample_cases import parameters
 from tests.ops.verify_cases import Chain, awkward_requests, mixture
 
-MODULE = importlib.import_module("gemma4_compile.ops.verify")  # in the package the function has its name
+MODULE = importlib.import_module("gemma4_compile.ops.sampling.verify")  # in the package the function has its name
 verify: Any = ops.verify  # mypy takes each starred list for all arguments
 OP = torch.ops.gemma4.verify.default
 FORMS = pytest.mark.parametrize("block", (False, True), ids=("by token", "by block"))

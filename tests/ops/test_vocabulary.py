@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from gemma4_compile import ops
-from gemma4_compile.ops import vocabulary
-from gemma4_compile.ops.local_sample import begin_search, digit_histogram, local_draw, local_highest, next_digit
-from gemma4_compile.ops.logits import logprobs_of
-from gemma4_compile.ops.vocabulary import THRESHOLDS, Vocabulary
+from gemma4_compile.ops.sampling import vocabulary
+from gemma4_compile.ops.sampling.local_sample import begin_search, digit_histogram, local_draw, local_highest, next_digit
+from gemma4_compile.ops.sampling.logits import logprobs_of
+from gemma4_compile.ops.sampling.vocabulary import THRESHOLDS, Vocabulary
 from tests.ops.interpreted import interpreted, seeded_on_one_thread  # noqa: F401  (a fixture of every test here)
 from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
 from tests.ops.vocabulary_cases import Ranks

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops import vocabulary
-from gemma4_compile.ops.vocabulary import Vocabulary
+from gemma4_compile.ops.sampling import vocabulary
+from gemma4_compile.ops.sampling.vocabulary import Vocabulary
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"max": partial(torch.amax, dim=0), "sum": partial(torch.sum, dim=0)}
 

@@ -15,7 +15,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4Text
 import gemma4_compile.ops  # noqa: F401
 from gemma4_compile import OptimizeConfig, optimize
 from gemma4_compile.dynamo import own_code
-from gemma4_compile.optimize import state_of
+from gemma4_compile.optimized import state_of
 from gemma4_compile.passes import Record, pipeline, prepare, run
 from tests.models import DEVICE, prompt, tiny
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.geometry import geometry
-from gemma4_compile.program import _attention, _make_step
-from gemma4_compile.runtime.batch import STEP_INPUTS, PlainKV, Request, varying_dim
+from gemma4_compile.packed.inputs import STEP_INPUTS, PlainKV, Request, varying_dim
+from gemma4_compile.packed.program import _attention, _make_step
 from tests.models import DEVICE, tiny
 from tests.passes.harness import Run, compile_passes
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_compile.parallel import load
+from gemma4_compile.hf.parallel import load
 from tests.models import DEVICE, prompt, tiny
 from tests.passes.harness import Run, compile_passes
 from tests.passes.one_process import fake_ranks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma4_compile.runtime.batch import Request
+from gemma4_compile.packed.inputs import Request
 from tests.models import DEVICE
 from tests.passes.harness import assert_missed, assert_same, compile_passes, forms, rows
 from tests.passes.packed_step import PackedStep

@@ -12,7 +12,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
 import gemma4_compile
 from gemma4_compile import OptimizeConfig
-from gemma4_compile.experts import PREFIX, fused_experts, objection
+from gemma4_compile.hf.experts import PREFIX, fused_experts, objection
 from tests.models import DEVICE, prompt, tiny
 from tests.passes.harness import Run, assert_same, compile_passes, passes_only
 

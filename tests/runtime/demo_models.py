@@ -9,10 +9,10 @@ import torch
 from gemma4_compile import demo_checkpoint
 from gemma4_compile.demo import held_out_prompts
 from gemma4_compile.geometry import geometry
-from gemma4_compile.loading import load
-from gemma4_compile.runtime.batch import KINDS
-from gemma4_compile.runtime.memory import owners, token_bytes
+from gemma4_compile.hf.loading import load
+from gemma4_compile.packed.inputs import KINDS
 from gemma4_compile.runtime.outputs import RequestOutput
+from gemma4_compile.runtime.worker.memory import token_bytes
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Demo:
     def room_for(self, tokens: int) -> int:
         """Bytes of keys and values of so many tokens."""
         found = geometry(self.plain.config)
-        return tokens * sum(token_bytes(owners(found, kind), self.plain.dtype.itemsize) for kind in KINDS)
+        return tokens * sum(token_bytes(found.kv_owners(kind), self.plain.dtype.itemsize) for kind in KINDS)
 
     def generate(self, prompt: list[int], tokens: int) -> list[int]:
         """Hugging Face's own greedy tokens."""

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from gemma4_compile import demo_checkpoint, optimize
-from gemma4_compile.assistant import load_assistant
 from gemma4_compile.demo.evaluate import final_states
 from gemma4_compile.geometry import geometry
-from gemma4_compile.runtime.batch import KINDS, PlainKV, Request
-from gemma4_compile.runtime.cuda_graphs import Buckets, GraphRunner
-from gemma4_compile.runtime.drafter import Drafter
-from gemma4_compile.runtime.memory import allocate, owners
-from gemma4_compile.runtime.model import PackedModel
+from gemma4_compile.graphs.piecewise import Buckets, GraphRunner
+from gemma4_compile.hf.assistant import load_assistant
+from gemma4_compile.packed.inputs import KINDS, PlainKV, Request
+from gemma4_compile.runtime.speculative.drafter import Drafter
+from gemma4_compile.runtime.worker.memory import allocate
+from gemma4_compile.runtime.worker.model import PackedModel
 from tests.runtime.demo_models import demo
 
 PAGE = 16
@@ -60,7 +60,7 @@ def served(name: str, device: str = "cpu") -> Served:
             states, stored = final_states(target, torch.tensor([text], device=device))
             tokens.append(int(target(torch.tensor([text], device=device), use_cache=False).logits[0, -1].argmax()))
         for kind in KINDS:
-            owner = owners(layout, kind)[-1].index
+            owner = layout.kv_owners(kind)[-1].index
             pages = [picks[kind].pop() for _ in range(-(-length // PAGE))]
             tables[kind][row, : len(pages)] = torch.tensor(pages)
             slots = torch.tensor([pages[i // PAGE] * PAGE + i % PAGE for i in range(length)], device=device)

@@ -9,13 +9,13 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-from gemma4_compile.runtime import invariants
-from gemma4_compile.runtime.mtp import advance, count_accepted, verified_drafts
-from gemma4_compile.runtime.pages import KVPages
-from gemma4_compile.runtime.row_state import RowState
-from gemma4_compile.runtime.scheduler import Scheduler
-from gemma4_compile.runtime.step_inputs import build
-from gemma4_compile.runtime.work import Sequence, Work
+from gemma4_compile.packed.row_state import RowState
+from gemma4_compile.runtime.scheduling.pages import KVPages
+from gemma4_compile.runtime.scheduling.scheduler import Scheduler
+from gemma4_compile.runtime.scheduling.sequence import Sequence, Work
+from gemma4_compile.runtime.speculative.verification import advance, count_accepted, verified_drafts
+from gemma4_compile.runtime.step import invariants
+from gemma4_compile.runtime.step.arrays import build
 
 VOCABULARY = 11
 

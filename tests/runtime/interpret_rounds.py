@@ -10,11 +10,11 @@ from tests.ops.interpret import run  # isort: skip  (before all that imports Tri
 import numpy as np
 import torch
 
-from gemma4_compile.program import StepResult
-from gemma4_compile.runtime.batch import KINDS
-from gemma4_compile.runtime.full_graphs import FullGraphs
-from gemma4_compile.runtime.mtp import _advance_into, _launch_advance
-from gemma4_compile.runtime.row_state import RowState
+from gemma4_compile.graphs.full import FullGraphs
+from gemma4_compile.packed.inputs import KINDS
+from gemma4_compile.packed.program import StepResult
+from gemma4_compile.packed.row_state import RowState
+from gemma4_compile.runtime.speculative.verification import _advance_into, _launch_advance
 
 ROWS, DRAFTS, PAGE, WIDTH = 5, 3, 4, 6
 

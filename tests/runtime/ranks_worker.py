@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gemma4_compile.parallel import Division
-from gemma4_compile.runtime.ranks import Ranks
+from gemma4_compile.hf.parallel import Division
+from gemma4_compile.runtime.worker.ranks import Ranks
 
 RANKS = 3
 STEPS, TROUBLE = 6, 3  # steps of rank 0, and the one that something happens in

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gemma4_compile import OptimizeConfig, optimize
-from gemma4_compile.runtime.batch import PlainKV
-from gemma4_compile.runtime.model import PackedModel
+from gemma4_compile.packed.inputs import PlainKV
+from gemma4_compile.runtime.worker.model import PackedModel
 from tests.models import tiny
 
 CAPACITY, REQUESTS = 64, 20

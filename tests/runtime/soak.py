@@ -7,9 +7,9 @@ from typing import Any
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams
 from gemma4_compile.geometry import geometry
-from gemma4_compile.runtime import invariants
-from gemma4_compile.runtime.memory import divide
 from gemma4_compile.runtime.outputs import RequestOutput
+from gemma4_compile.runtime.step import invariants
+from gemma4_compile.runtime.worker.memory import divide
 from tests.runtime.demo_models import Demo
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma4_compile.pieces import SPLIT_POINTS
-from gemma4_compile.program import Program
-from gemma4_compile.runtime.batch import STEP_INPUTS, PlainKV, Request
-from gemma4_compile.runtime.cuda_graphs import Buckets, CaptureRefused, GraphRunner
-from gemma4_compile.runtime.recorder import without_collection
-from gemma4_compile.runtime.row_state import RowState
+from gemma4_compile.garbage import without_collection
+from gemma4_compile.graphs.piecewise import Buckets, CaptureRefused, GraphRunner
+from gemma4_compile.packed.inputs import STEP_INPUTS, PlainKV, Request
+from gemma4_compile.packed.program import Program
+from gemma4_compile.packed.row_state import RowState
+from gemma4_compile.packed.split import SPLIT_POINTS
 from tests.runtime.host_recorder import HostRecorder
 from tests.runtime.served import memory, packed, tokens_of
 

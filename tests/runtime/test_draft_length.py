@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from gemma4_compile.runtime.draft_length import MOST, DraftLength
+from gemma4_compile.runtime.speculative.length import MOST, DraftLength
 
 
 def test_fixed_and_by_batch() -> None:

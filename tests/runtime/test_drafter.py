@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import Gemma4AssistantConfig, Gemma4TextConfig
 
 from gemma4_compile import optimize
-from gemma4_compile.assistant import assistant_class
 from gemma4_compile.demo import DEMO_NAMES
 from gemma4_compile.geometry import geometry
-from gemma4_compile.program import StepResult
-from gemma4_compile.runtime.batch import KINDS
-from gemma4_compile.runtime.drafter import Drafter
-from gemma4_compile.runtime.memory import allocate
+from gemma4_compile.hf.assistant import assistant_class
+from gemma4_compile.packed.inputs import KINDS
+from gemma4_compile.packed.program import StepResult
+from gemma4_compile.runtime.speculative.drafter import Drafter
+from gemma4_compile.runtime.worker.memory import allocate
 from tests.models import CONFIGS, tiny
 from tests.runtime.demo_models import demo
 from tests.runtime.drafted import DRAFTS, PAGE, drafter, expected, rounds, served

@@ -15,11 +15,11 @@ from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4Tex
 from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams, report
 from gemma4_compile.demo import DEMO_NAMES
 from gemma4_compile.geometry import geometry
-from gemma4_compile.optimize import state_of
-from gemma4_compile.runtime import invariants
-from gemma4_compile.runtime.cuda_graphs import Buckets, GraphRunner
-from gemma4_compile.runtime.memory import divide, naive_token_bytes, owners, token_bytes
+from gemma4_compile.graphs.piecewise import Buckets, GraphRunner
+from gemma4_compile.optimized import state_of
 from gemma4_compile.runtime.outputs import Chunk
+from gemma4_compile.runtime.step import invariants
+from gemma4_compile.runtime.worker.memory import divide, naive_token_bytes, token_bytes
 from tests.models import CONFIGS, tiny
 from tests.passes.harness import passes_only
 from tests.runtime.demo_models import Demo, demo
@@ -362,14 +362,14 @@ def test_bytes_of_released_models(name: str, ours: int, naive: int) -> None:
     model = random_model_config(name)
     found = geometry(model)
     kinds = {"full_attention": 0, "sliding_attention": model.sliding_window}
-    assert sum(token_bytes(owners(found, kind), 2) for kind in kinds) == ours
+    assert sum(token_bytes(found.kv_owners(kind), 2) for kind in kinds) == ours
     assert naive_token_bytes(found, 2) == naive
     sizes = divide(found, kinds, 100 * 2**30, 64, 2, expected=20_000, longest=100_000, requests=10_000, chunk=8192)
     assert sizes.requests > 3 * sizes.naive and 0.95 * 100 * 2**30 < sizes.bytes <= 100 * 2**30
 
 
 def random_model_config(name: str) -> Any:
-    from gemma4_compile.checkpoints import TEXT_CONFIGS
+    from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
 
     return Gemma4TextConfig(**TEXT_CONFIGS[name])
 

@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from gemma4_compile import Engine, EngineConfig, RequestOutput, SamplingParams
 from gemma4_compile.geometry import geometry
 from gemma4_compile.runtime import engine as engine_module
-from gemma4_compile.runtime.memory import owners, token_bytes
 from gemma4_compile.runtime.metrics import EngineMetrics, Histogram, RequestMetrics
+from gemma4_compile.runtime.worker.memory import token_bytes
 from tests.runtime.demo_models import demo
 
 
@@ -85,7 +85,7 @@ def test_cached_tokens() -> None:
 def test_preemptions() -> None:
     models = demo("e")
     layers = geometry(models.plain.config)
-    per_token = sum(token_bytes(owners(layers, kind), 4) for kind in ("sliding_attention", "full_attention"))
+    per_token = sum(token_bytes(layers.kv_owners(kind), 4) for kind in ("sliding_attention", "full_attention"))
     engine = serve(kv_bytes=260 * per_token, max_model_len=120, expected_tokens=100)
     outputs = engine.generate(models.prompts(6, 60), SamplingParams(max_tokens=50, ignore_eos=True))
     each = [output.metrics.preemptions for output in outputs]

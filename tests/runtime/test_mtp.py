@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from gemma4_compile import AsyncEngine, Engine, EngineConfig, SamplingParams, demo_checkpoint
-from gemma4_compile.assistant import load_assistant
 from gemma4_compile.demo import DEMO_NAMES
-from gemma4_compile.runtime import invariants
-from gemma4_compile.runtime.cuda_graphs import Buckets, GraphRunner
-from gemma4_compile.runtime.drafter import Drafter
-from gemma4_compile.runtime.mtp import Drafted, count_accepted
+from gemma4_compile.graphs.piecewise import Buckets, GraphRunner
+from gemma4_compile.hf.assistant import load_assistant
 from gemma4_compile.runtime.outputs import RequestOutput
+from gemma4_compile.runtime.speculative.drafter import Drafter
+from gemma4_compile.runtime.speculative.verification import Drafted, count_accepted
+from gemma4_compile.runtime.step import invariants
 from tests.runtime.demo_models import demo
 from tests.runtime.host_recorder import HostRecorder
 

@@ -11,9 +11,9 @@ from torch._dynamo.utils import counters
 
 from gemma4_compile import OptimizeConfig, demo_checkpoint, optimize
 from gemma4_compile.demo import DEMO_NAMES, held_out_prompts
-from gemma4_compile.loading import load
-from gemma4_compile.runtime.batch import PlainKV, Request
-from gemma4_compile.runtime.model import PackedModel
+from gemma4_compile.hf.loading import load
+from gemma4_compile.packed.inputs import PlainKV, Request
+from gemma4_compile.runtime.worker.model import PackedModel
 from tests.accuracy_of_model import Exact
 from tests.models import tiny
 from tests.runtime.served import CAPACITY, REQUESTS, logits_of, memory, packed, plain, states_of, tokens_of

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_compile import OptimizeConfig, optimize, program, report
+from gemma4_compile import OptimizeConfig, optimize, report
 from gemma4_compile.backend import Backend
-from gemma4_compile.checkpoints import TEXT_CONFIGS
 from gemma4_compile.geometry import geometry
-from gemma4_compile.loading import random_model
-from gemma4_compile.program import Program, compile_program, fingerprint, load
-from gemma4_compile.runtime.attention import NAME
-from gemma4_compile.runtime.batch import Request
-from gemma4_compile.runtime.model import PackedModel
+from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
+from gemma4_compile.hf.loading import random_model
+from gemma4_compile.packed import program
+from gemma4_compile.packed.attention import NAME
+from gemma4_compile.packed.inputs import Request
+from gemma4_compile.packed.program import Program, compile_program, fingerprint, load
+from gemma4_compile.runtime.worker.model import PackedModel
 from tests.models import tiny
 from tests.runtime.served import memory, packed
 
@@ -108,8 +109,8 @@ _SCRIPT = """
 import json, sys, torch
 from torch._dynamo.utils import counters
 from gemma4_compile import OptimizeConfig, optimize, report
-from gemma4_compile.runtime.batch import PlainKV, Request
-from gemma4_compile.runtime.model import PackedModel
+from gemma4_compile.packed.inputs import PlainKV, Request
+from gemma4_compile.runtime.worker.model import PackedModel
 from tests.models import prompt, tiny
 model = optimize(tiny(sys.argv[1]).requires_grad_(False))
 counters.clear()  # of the patterns, which are traced from Hugging Face's modules

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_compile.parallel import Division
-from gemma4_compile.runtime.ranks import Ranks
+from gemma4_compile.hf.parallel import Division
+from gemma4_compile.runtime.worker.ranks import Ranks
 from gemma4_compile.torchrun import RanksError
 
 from .ranks_worker import RANKS, STEPS

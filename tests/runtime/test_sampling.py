@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gemma4_compile import Chunk, Engine, EngineConfig, RequestOutput, SamplingParams
 from gemma4_compile.geometry import geometry
-from gemma4_compile.runtime.memory import owners, token_bytes
 from gemma4_compile.runtime.outputs import TokenLogprob
+from gemma4_compile.runtime.worker.memory import token_bytes
 from tests.runtime.demo_models import demo
 
 CONFIG: dict[str, Any] = {"max_requests": 8, "max_batched_tokens": 64, "page_size": 16}
@@ -32,7 +32,7 @@ def serve(**given: Any) -> Engine:
 def crowded(**given: Any) -> Engine:
     """One whose pools hold fewer tokens than the tests' requests have."""
     layers = geometry(demo("e").plain.config)
-    per_token = sum(token_bytes(owners(layers, kind), 4) for kind in ("sliding_attention", "full_attention"))
+    per_token = sum(token_bytes(layers.kv_owners(kind), 4) for kind in ("sliding_attention", "full_attention"))
     return serve(kv_bytes=260 * per_token, max_model_len=120, expected_tokens=100, **given)
 
 

@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from gemma4_compile.runtime.pages import KVPages
 from gemma4_compile.runtime.sampling_params import SamplingParams
-from gemma4_compile.runtime.scheduler import Scheduler
-from gemma4_compile.runtime.work import Sequence
+from gemma4_compile.runtime.scheduling.pages import KVPages
+from gemma4_compile.runtime.scheduling.scheduler import Scheduler
+from gemma4_compile.runtime.scheduling.sequence import Sequence
 from tests.runtime.fake_device import FakeDevice, assert_right, expected
 
 PAGE, WINDOW, LONGEST = 4, 6, 40

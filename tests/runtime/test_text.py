@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from gemma4_compile import demo_checkpoint
-from gemma4_compile.loading import tokenizer_of
+from gemma4_compile.hf.loading import tokenizer_of
 from gemma4_compile.runtime.text import TextStream, encode, prompts_of
 
 WORDS = ["é", "你", "😀", "naïve ", "<pad>", "def f(x):\n", "    ", " ", "a", "ab", "END", "\n\n", "ß\u200d👩\u200d🔬"]

@@ -1,0 +1,124 @@
+"""gemma4-compile demo, report and inspect: a compiled model on the command line."""
+
+import argparse
+import json
+import time
+from typing import Any
+
+from .common import DEMO_PROMPT, add_common, add_model, as_dict, config_of, load_model
+
+
+def add_compiled(commands: Any) -> None:
+    """Add the three commands to the parser's."""
+    demo = commands.add_parser("demo", help="a compiled Gemma 4 writes text, then reports its fusions")
+    demo.add_argument("--model", default="e", help='"e" or "moe" for an embedded demo checkpoint, or a checkpoint folder')
+    demo.add_argument("--prompt", default=DEMO_PROMPT)
+    demo.add_argument("--max-tokens", type=int, default=120, help="new tokens to generate (default: %(default)s)")
+    demo.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=3, help="of the sampling (default: %(default)s)")
+    add_common(demo)
+    demo.set_defaults(func=_demo)
+
+    report = commands.add_parser("report", help="compile a model and print which fusions matched")
+    add_model(report)
+    add_common(report)
+    report.set_defaults(func=_report)
+
+    inspect = commands.add_parser("inspect", help="show each kernel of a step, from the model's line to the code, as a page")
+    add_model(inspect)
+    inspect.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the page and the dumps")
+    inspect.add_argument("--compare", choices=("plain",), help="compile and measure the step without our passes beside it")
+    inspect.add_argument("--layer", type=int, metavar="N", help="list the kernels of this layer (default: one of each kind)")
+    inspect.add_argument("--step", choices=("decode", "prefill"), default="decode", help="default: %(default)s")
+    inspect.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
+    inspect.add_argument("--context", type=int, default=1024, help="tokens: cached, or of the prefill (default: %(default)s)")
+    inspect.add_argument("--cache", choices=("static", "dynamic"), default="static", help="of a decode (default: %(default)s)")
+    inspect.add_argument("--force", action="store_true", help="replace what an earlier inspection left in DIR")
+    add_common(inspect)
+    inspect.set_defaults(func=_inspect)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    if options.max_tokens < 1:
+        raise ValueError(f"--max-tokens must be at least 1, got {options.max_tokens}; use 120")
+    if options.temperature < 0:
+        raise ValueError(f"--temperature must be 0 (greedy) or more, got {options.temperature}; use 0.8")
+    import torch
+    from transformers import TextStreamer
+
+    from gemma4_compile import report
+
+    model, tokenizer = _optimized(options, dtype=None)
+    if tokenizer is None:
+        raise ValueError(f"the demo needs a tokenizer, got none in {options.model}; use `report` for models without")
+    inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    sampling = {"do_sample": options.temperature > 0} | ({"temperature": options.temperature} if options.temperature else {})
+    streamer = None if options.json else TextStreamer(tokenizer, skip_special_tokens=True)
+    with torch.inference_mode():
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)  # compiles, so that the text below comes in one go
+        torch.manual_seed(options.seed)
+        start = time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=options.max_tokens, streamer=streamer, **sampling)
+    seconds = time.perf_counter() - start
+    tokens = output.shape[1] - inputs["input_ids"].shape[1]
+    if options.json:
+        text = tokenizer.decode(output[0], skip_special_tokens=True)
+        print(json.dumps({"text": text, "tokens": tokens, "seconds": seconds, "report": as_dict(report(model))}))
+    else:
+        print(f"\n{tokens} tokens in {seconds:.2f} s on {model.device}\n\n{report(model)}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    import torch
+
+    from gemma4_compile import report
+
+    model, _ = _optimized(options, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    prompt = torch.randint(3, model.config.get_text_config().vocab_size, (1, 8), device=model.device)
+    with torch.inference_mode():
+        model.generate(prompt, max_new_tokens=2, do_sample=False)
+    print(json.dumps(as_dict(report(model))) if options.json else report(model))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+    from pathlib import Path
+
+    import torch
+
+    from gemma4_compile import inspect
+    from gemma4_compile.inspection.files import check_folder
+    from gemma4_compile.inspection.tables import check_layer, only_layer, summary
+
+    check_folder(Path(options.out), options.force)  # before the model is loaded
+    model, _ = load_model(options, getattr(torch, options.dtype) if options.dtype else None)
+    check_layer(options.layer, model.config.get_text_config().num_hidden_layers)
+    name = options.model + (f" cut to {options.layers} layers" if options.layers else "")
+    found = inspect(
+        model,
+        out=options.out,
+        step=options.step,
+        batch=options.batch,
+        context=options.context,
+        static_cache=options.cache == "static",
+        compare=options.compare,
+        config=config_of(options),
+        force=options.force,
+        name=name,
+    )
+    if options.json:
+        print(json.dumps(asdict(found if options.layer is None else only_layer(found, options.layer))))
+        return 0
+    print(summary(found, options.layer))
+    files = sorted(path for path in Path(options.out).rglob("*") if path.is_file())
+    print("\n" + "\n".join(f"{path.stat().st_size:>10,} B  {path}" for path in files))
+    return 0
+
+
+def _optimized(options: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
+    from gemma4_compile import optimize
+
+    model, tokenizer = load_model(options, dtype)
+    return optimize(model, config_of(options)), tokenizer

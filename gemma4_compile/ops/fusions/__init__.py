@@ -1,0 +1,1 @@
+"""The ops that the fusions put in the place of several."""

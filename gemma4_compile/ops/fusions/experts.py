@@ -1,0 +1,380 @@
+"""experts: the routed experts of a layer, from the tokens and their routes to the weighted sum of what the experts say.
+
+Source: Gemma4TextExperts as transformers' `grouped_mm` and `batched_mm` compute it: both products and gelu are rounded to the
+input's dtype, as is gelu(gate) * up; the routing weight is multiplied in the wider of both dtypes, the sum over a token's
+experts is made in fp32 and rounded once. (Its `eager` form rounds after each addition.)
+
+A pair is a token and one of its experts; it has the number token * top_k + place. Three ways, by `experts_plan`:
+
+    pairs     few tokens, hardly two on one expert: each pair reads its expert's weights. up, then down with the sum: 2 launches
+    tiles     pairs are sorted by expert; up to `rows` of one expert are a tile, which reads its weights once. sort, up, down,
+              sum: 4 launches. Tensor cores, with the weights as the left operand: 16 rows are enough to fill one
+    vendor    the same sort and sum around torch's grouped products, for prefills
+
+The kernels of the first two overlap their starts (programmatic dependent launch, see plans.py); the second kernel of a few
+tokens reads its weights while the first still runs. No way waits for the GPU, and no grid depends on the routes: tiles that are
+not needed return at once. Nothing is added by atomics, so the result does not depend on the order in which programs run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemma4_compile.ops.library import as_rows, expect, jit, power_of_two, register, rounded, tl
+from gemma4_compile.ops.plans import PairPlan, TiledPlan, TilePlan, can_chain, experts_plan
+
+from .geglu import geglu_reference, launch_geglu
+from .linear import add_products, gated_product, load_weights, stacked_rows
+
+
+def experts_reference(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Sorted by expert as `grouped_mm` sorts them: on the CPU the number of rows of a product decides how it is added."""
+    _check(x, indices, weights, gate_up, down)
+    (tokens, hidden), top_k = x.shape, indices.shape[1]
+    chosen, order = torch.sort(indices.reshape(-1), stable=True)
+    rows, products = x[order // top_k], x.new_zeros((tokens * top_k, hidden))
+    for expert in chosen.unique().tolist():
+        if 0 <= expert < gate_up.shape[0]:
+            mine = chosen == expert
+            gate, up = torch.mm(rows[mine], gate_up[expert].T).chunk(2, dim=-1)
+            products[order[mine]] = torch.mm(geglu_reference(gate, up), down[expert].T)
+    weighted = products * weights.reshape(-1, 1)
+    return weighted.view(tokens, top_k, hidden).sum(dim=1).to(x.dtype)
+
+
+def _check(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    expect("experts", "x must be [T, H]", x.dim(), 2, "flatten the tokens first")
+    expect(
+        "experts", "indices must be [T, k]", (indices.dim(), indices.shape[:1]), (2, x.shape[:1]), "pass the router's indices"
+    )
+    expect("experts", "weights must have the shape of indices", weights.shape, indices.shape, "pass the router's weights")
+    expect("experts", "gate_up must be [E, 2I, H]", (gate_up.dim(), gate_up.shape[2]), (3, x.shape[1]), "pass gate_up_proj")
+    shape = (gate_up.shape[0], x.shape[1], gate_up.shape[1] // 2)
+    expect("experts", "down must be [E, H, I] for gate_up [E, 2I, H]", tuple(down.shape), shape, "pass down_proj")
+    for weight in (gate_up, down):
+        expect("experts", "each weight must have the input's dtype", weight.dtype, x.dtype, "cast one of them")
+    known = weights.dtype in (x.dtype, torch.float32)
+    expect("experts", "weights must be fp32 or of the input's dtype", known, True, "cast them to float32")
+
+
+@jit
+def _weighted(product, weight_ptr, present, dtype: tl.constexpr):
+    """A product rounded, times its routing weight as Hugging Face rounds that."""
+    weight = tl.load(weight_ptr, present, other=0.0)
+    weighted = rounded(product, dtype) * weight.to(tl.float32)
+    if weight_ptr.dtype.element_ty != tl.float32:
+        weighted = rounded(weighted, dtype)
+    return tl.where(present, weighted, 0.0)
+
+
+@jit
+def _pair_up_kernel(
+    x_ptr, indices_ptr, weight_ptr, hidden_ptr, x_stride,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """hidden[pair] = gelu_tanh(gate) * up, OUTPUTS // 2 elements a program."""
+    if CHAINED:  # this kernel itself started after all before it, so the next may read whatever those wrote
+        tl.extra.cuda.gdc_launch_dependents()
+    pair = tl.program_id(1)
+    row = stacked_rows(ROWS, OUTPUTS, True)
+    expert = tl.load(indices_ptr + pair).to(tl.int64)
+    known = (expert >= 0) & (expert < EXPERTS)
+    present = known & (row < 2 * ROWS)
+    weight_ptr += (tl.where(known, expert, 0) * (2 * ROWS) + row) * WIDTH
+    x_ptr += (pair // TOP_K).to(tl.int64) * x_stride
+
+    sums = (tl.zeros((OUTPUTS, BLOCK // 8), tl.float32),)
+    for begin in range(0, WIDTH, BLOCK * BLOCKS):
+        weights = load_weights(weight_ptr, present, begin, WIDTH, BLOCK, BLOCKS, WHOLE)
+        sums = add_products(sums, weights, x_ptr, 0, begin, WIDTH, OUTPUTS, BLOCK, WHOLE)
+
+    total = tl.sum(sums[0], axis=1)
+    gate, up = tl.split(tl.trans(tl.reshape(total, (2, OUTPUTS // 2))))
+    output = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+    value = gated_product(gate, up, hidden_ptr.dtype.element_ty)
+    tl.store(hidden_ptr + pair.to(tl.int64) * ROWS + output, value, output < ROWS)
+
+
+@jit
+def _pair_down_kernel(
+    hidden_ptr, indices_ptr, routing_ptr, weight_ptr, out_ptr,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """out[token] = the weighted sum over its experts, OUTPUTS elements a program: the same rows of all its experts at once."""
+    token = tl.program_id(1).to(tl.int64)
+    lane = tl.arange(0, TOP_BLOCK * OUTPUTS)
+    place = lane // OUTPUTS
+    row = tl.program_id(0) * OUTPUTS + lane % OUTPUTS
+    expert = tl.load(indices_ptr + token * TOP_K + place, place < TOP_K, other=-1).to(tl.int64)
+    known = (expert >= 0) & (expert < EXPERTS)
+    present = known & (row < ROWS)
+    weight_ptr += (tl.where(known, expert, 0) * ROWS + row) * WIDTH
+    # Lanes past TOP_K read the last pair's row; their weights are zeros, and _weighted drops them.
+    hidden_ptr += (token * TOP_K + tl.minimum(place, TOP_K - 1))[:, None] * WIDTH
+
+    sums = (tl.zeros((TOP_BLOCK * OUTPUTS, BLOCK // 8), tl.float32),)
+    for begin in range(0, WIDTH, BLOCK * BLOCKS):
+        weights = load_weights(weight_ptr, present, begin, WIDTH, BLOCK, BLOCKS, WHOLE)
+        if CHAINED:  # only `hidden` is the kernel before's: the weights come while that one still runs
+            tl.extra.cuda.gdc_wait()
+        sums = add_products(sums, weights, hidden_ptr, 0, begin, WIDTH, TOP_BLOCK * OUTPUTS, BLOCK, WHOLE)
+
+    weighted = _weighted(tl.sum(sums[0], axis=1), routing_ptr + token * TOP_K + place, present, out_ptr.dtype.element_ty)
+    total = tl.sum(tl.reshape(weighted, (TOP_BLOCK, OUTPUTS)), axis=0)
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    tl.store(out_ptr + token * ROWS + output, total, output < ROWS)
+
+
+@jit(do_not_specialize=["pairs", "bound"])  # one compilation for all token counts
+def _sort_kernel(
+    indices_ptr, order_ptr, place_ptr, ends_ptr, tiles_ptr, pairs, bound,
+    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Program e lists the pairs of expert e in their order: all programs read all indices, and none waits for another.
+
+    order    [pairs]      sorted position -> pair
+    place    [pairs]      pair -> sorted position; -1 if its expert is not here
+    ends     [EXPERTS]    sorted position behind each expert's last pair
+    tiles    [2, bound]   expert and first position of each tile of ROWS; expert -1 where there is no tile
+    """
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+    mine = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    expert = tl.arange(0, EXPERTS_BLOCK)
+    counts = tl.zeros((EXPERTS_BLOCK,), tl.int32)
+    for begin in range(0, pairs, BLOCK):
+        chosen = tl.load(indices_ptr + begin + lane, begin + lane < pairs, other=-1).to(tl.int32)
+        known = (chosen >= 0) & (chosen < EXPERTS)
+        counts += tl.histogram(tl.where(known, chosen, 0), EXPERTS_BLOCK, mask=known)
+    tiles = (counts + ROWS - 1) // ROWS
+    first = tl.sum(tl.where(expert < mine, counts, 0))
+    end = first + tl.sum(tl.where(expert == mine, counts, 0))
+    first_tile = tl.sum(tl.where(expert < mine, tiles, 0))
+    tl.store(ends_ptr + mine, end)
+
+    seen = first
+    for begin in range(0, pairs, BLOCK):
+        pair = begin + lane
+        chosen = tl.load(indices_ptr + pair, pair < pairs, other=-1).to(tl.int32)
+        ours = chosen == mine
+        position = seen + tl.cumsum(ours.to(tl.int32), axis=0) - 1
+        tl.store(order_ptr + position, pair, ours)
+        tl.store(place_ptr + pair, position, ours)
+        if mine == 0:
+            tl.store(place_ptr + pair, -1, (pair < pairs) & ((chosen < 0) | (chosen >= EXPERTS)))
+        seen += tl.sum(ours.to(tl.int32))
+    for begin in range(0, (end - first + ROWS - 1) // ROWS, BLOCK):
+        tile = begin + lane
+        ours = first + tile * ROWS < end
+        tl.store(tiles_ptr + first_tile + tile, mine, ours)
+        tl.store(tiles_ptr + bound + first_tile + tile, first + tile * ROWS, ours)
+    if mine == 0:
+        for begin in range(tl.sum(tiles), bound, BLOCK):
+            tl.store(tiles_ptr + begin + lane, -1, begin + lane < bound)
+        for begin in range(tl.sum(counts), pairs, BLOCK):  # the vendor's product is given rows for these too
+            tl.store(order_ptr + begin + lane, 0, begin + lane < pairs)
+
+
+@jit(do_not_specialize=["bound"])  # one compilation for all token counts
+def _tile_kernel(
+    x_ptr, weight_ptr, out_ptr, order_ptr, ends_ptr, tiles_ptr, bound, x_stride,
+    TOP_K: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """out[position] for a tile of positions, OUTPUTS rows of the tile's expert a program.
+
+    GATED    x is by token, weight [E, 2 COUNT, WIDTH], out gelu_tanh(gate) * up; else x by position, weight [E, COUNT, WIDTH]
+    """
+    if CHAINED:  # also in programs that return at once: each must have waited for the next kernel to be behind all before it
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tile = tl.program_id(1)
+    expert = tl.load(tiles_ptr + tile).to(tl.int64)
+    if expert < 0:
+        return
+    position = tl.load(tiles_ptr + bound + tile) + tl.arange(0, ROWS)
+    inside = position < tl.load(ends_ptr + expert)
+    # Positions and rows past the end read what is there anyway, and are not stored: no load needs a mask for them.
+    if GATED:
+        source = tl.load(order_ptr + position, inside, other=0) // TOP_K
+        row = tl.minimum(stacked_rows(COUNT, OUTPUTS, True), 2 * COUNT - 1)
+        weight_ptr += expert * (2 * COUNT * WIDTH)
+    else:
+        source = tl.where(inside, position, 0)
+        row = tl.minimum(stacked_rows(COUNT, OUTPUTS, False), COUNT - 1)
+        weight_ptr += expert * (COUNT * WIDTH)
+    x_ptr += source.to(tl.int64)[None, :] * x_stride
+    weight_ptr += row[:, None] * WIDTH
+    lane = tl.arange(0, BLOCK)
+
+    total = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for begin in range(0, WIDTH, BLOCK):
+        column = begin + lane
+        if WHOLE:
+            weight = tl.load(weight_ptr + column[None, :])
+            x = tl.load(x_ptr + column[:, None])
+        else:
+            weight = tl.load(weight_ptr + column[None, :], (column < WIDTH)[None, :], other=0.0)
+            x = tl.load(x_ptr + column[:, None], (column < WIDTH)[:, None], other=0.0)
+        if x.dtype == tl.float32:
+            # A dot would be one chain of WIDTH additions, five times less exact than eager's; with the sum along the middle
+            # axis, Triton makes a dot of this too, and one in tf32.
+            total += tl.sum(weight[:, None, :] * tl.trans(x)[None, :, :], axis=2)
+        else:
+            total = tl.dot(weight, x, total)
+
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(total, (2, OUTPUTS // 2, ROWS)), (1, 2, 0)))
+        total = gated_product(gate, up, out_ptr.dtype.element_ty)
+        output = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+    else:
+        output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    out_ptrs = out_ptr + position.to(tl.int64)[None, :] * COUNT + output[:, None]
+    tl.store(out_ptrs, total, inside[None, :] & (output < COUNT)[:, None])
+
+
+@jit
+def _sum_kernel(
+    products_ptr, place_ptr, routing_ptr, out_ptr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """out[token] = the sum over its experts of weight * product, in the order of the routes."""
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        position = tl.load(place_ptr + token * TOP_K + k)
+        present = (position >= 0) & (column < WIDTH)
+        product = tl.load(products_ptr + position.to(tl.int64) * WIDTH + column, present, other=0.0)
+        total += _weighted(product, routing_ptr + token * TOP_K + k, position >= 0, out_ptr.dtype.element_ty)
+
+    tl.store(out_ptr + token * WIDTH + column, total, column < WIDTH)
+
+
+def launch_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    _check(x, indices, weights, gate_up, down)
+    plan = experts_plan(x.shape[0], indices.shape[1], gate_up.shape[0], x.dtype, *down.shape[1:])
+    return run_plan(plan, x, indices, weights, gate_up, down)
+
+
+def run_plan(
+    plan: PairPlan | TiledPlan | None, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """The kernels by a given plan; None is torch's grouped product, which takes bf16 whose rows are multiples of 16 bytes."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not out.numel() or not indices.numel():
+        return out.zero_()
+    contiguous = as_rows(x), indices.contiguous(), weights.contiguous(), gate_up.contiguous(), down.contiguous()
+    if isinstance(plan, PairPlan):
+        _by_pairs(*contiguous, out, plan)
+    elif isinstance(plan, TiledPlan):
+        _by_tiles(*contiguous, out, plan)
+    else:
+        _by_vendor(*contiguous, out)
+    return out
+
+
+def _by_pairs(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, plan: PairPlan) -> None:
+    (tokens, width), top_k, (experts, _, inner) = x.shape, indices.shape[1], down.shape
+    hidden, chained = x.new_empty((tokens * top_k, inner)), can_chain()
+    up, last = plan.up, plan.down
+    _pair_up_kernel[(-(-2 * inner // up.outputs), tokens * top_k)](
+        x, indices, gate_up, hidden, x.stride(0),
+        experts, top_k, inner, width, up.outputs, up.block, up.blocks, width % (up.block * up.blocks) == 0, chained,
+        num_warps=up.warps,
+    )  # fmt: skip
+    _pair_down_kernel[(-(-width // last.outputs), tokens)](
+        hidden, indices, weights, down, out,
+        experts, top_k, power_of_two(top_k), width, inner,
+        last.outputs, last.block, last.blocks, inner % (last.block * last.blocks) == 0, chained,
+        num_warps=last.warps, **_after(chained),
+    )  # fmt: skip
+
+
+def _after(chained: bool) -> dict[str, Any]:
+    return {"launch_pdl": True} if chained else {}
+
+
+def _by_tiles(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, plan: TiledPlan) -> None:
+    order, place, ends, tiles = sorted_pairs(indices, down.shape[0], plan.rows)
+    hidden, products = (x.new_empty((indices.numel(), width)) for width in (down.shape[2], down.shape[1]))
+    _launch_tiles(x, gate_up, hidden, order, ends, tiles, indices.shape[1], plan.rows, plan.up, gated=True)
+    _launch_tiles(hidden, down, products, order, ends, tiles, indices.shape[1], plan.rows, plan.down, gated=False)
+    _sum(products, place, weights, out, can_chain())
+
+
+def _launch_tiles(
+    x: Tensor, weight: Tensor, out: Tensor, order: Tensor, ends: Tensor, tiles: Tensor, top_k: int, rows: int, plan: TilePlan,
+    gated: bool,
+) -> None:  # fmt: skip
+    bound, (count, width), chained = tiles.shape[1], weight.shape[1:], can_chain()
+    _tile_kernel[(-(-count // plan.outputs), bound)](
+        x, weight, out, order, ends, tiles, bound, x.stride(0), top_k, out.shape[1], width,
+        rows, plan.outputs, plan.block, width % plan.block == 0, gated, chained,
+        num_warps=plan.warps, num_stages=plan.stages, **_after(chained),
+    )  # fmt: skip
+
+
+def _by_vendor(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, out: Tensor) -> None:
+    order, place, ends, _ = sorted_pairs(indices, down.shape[0], 128)
+    rows = x.index_select(0, order // indices.shape[1])
+    gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    _sum(F.grouped_mm(launch_geglu(gate, up), down.transpose(1, 2), offs=ends), place, weights, out, False)
+
+
+def sorted_pairs(indices: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """order, place, ends and tiles of `rows`, all int32: see _sort_kernel."""
+    pairs = indices.numel()
+    bound = min(pairs, experts + pairs // rows)  # each expert's last tile may be partly filled
+    order, place, ends, tiles = (indices.new_empty(n, dtype=torch.int32) for n in (pairs, pairs, experts, 2 * bound))
+    block = 128 if pairs <= 128 else 1024 if pairs <= 1024 else 8192  # a prefill's pairs are read in few rounds
+    _sort_kernel[(experts,)](
+        indices, order, place, ends, tiles, pairs, bound,
+        experts, max(power_of_two(experts), 32), rows, block, can_chain(), num_warps=max(block // 256, 4),
+    )  # fmt: skip
+    return order, place, ends, tiles.view(2, bound)
+
+
+def _sum(products: Tensor, place: Tensor, weights: Tensor, out: Tensor, chained: bool) -> None:
+    (tokens, width), top_k = out.shape, weights.shape[1]
+    block = min(power_of_two(width), 1024)
+    _sum_kernel[(tokens, -(-width // block))](
+        products, place, weights, out, width, top_k, block, chained, num_warps=4, **_after(chained)
+    )
+
+
+def _experts_fake(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    _check(x, indices, weights, gate_up, down)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+register(
+    "experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down) -> Tensor",
+    reference=experts_reference,
+    launch=launch_experts,
+    fake=_experts_fake,
+)
+
+
+def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """For each token the sum over its experts e of weight * (down[e] @ (gelu_tanh(gate) * up)), gate and up = gate_up[e] @ x.
+
+    x        [T, H]        fp32, fp16 or bf16
+    indices  [T, k]        int64 or int32; a pair whose index is not in 0..E-1 adds nothing (expert parallelism)
+    weights  [T, k]        fp32, or x.dtype
+    gate_up  [E, 2I, H]    the gate's rows first
+    down     [E, H, I]
+    returns  [T, H]        x.dtype, contiguous
+    """
+    return torch.ops.gemma4.experts(x, indices, weights, gate_up, down)

@@ -1,0 +1,357 @@
+"""feed_forward_tail[_norm], moe_feed_forward_tail[_norm]: from the feed-forward output to the next layer's input.
+
+Source: Gemma4TextDecoderLayer.forward (transformers):
+    y = mlp(...)                                                      dense layers
+    y = post_feedforward_layernorm_1(mlp) + post_feedforward_layernorm_2(experts)    layers with experts
+    hidden = (residual + post_feedforward_layernorm(y)) * layer_scalar
+and, in the `_norm` forms, the input_layernorm of the next layer (or the final norm) over that. Layers with per-layer
+inputs have no scalar here: theirs comes in ple_tail. All tensors are [..., H]; the weights are [H].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma4_compile.ops.library import as_rows, expect, fresh, jit, pinned, register, tl
+from gemma4_compile.ops.plans import row_plan
+from gemma4_compile.ops.rms_norm import normalize
+from gemma4_compile.ops.rows import add_rows, chunk_size, load_row, norm_row, store_row, times_row
+
+
+def scale_by(hidden: Tensor, layer_scalar: Tensor | None) -> Tensor:
+    """`hidden_states *= self.layer_scalar`: the product keeps hidden's dtype."""
+    return hidden if layer_scalar is None else (hidden * layer_scalar).to(hidden.dtype)
+
+
+def feed_forward_tail_reference(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
+    check_tail("feed_forward_tail", x, residual, layer_scalar, weight)
+    return scale_by(residual + normalize(x, weight, eps), layer_scalar)
+
+
+def feed_forward_tail_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    check_tail("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
+    hidden = scale_by(residual + normalize(x, weight, eps), layer_scalar)
+    return hidden, normalize(hidden, next_weight, eps)
+
+
+def moe_feed_forward_tail_reference(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    expert_weight: Tensor,
+    weight: Tensor,
+    layer_scalar: Tensor | None,
+    eps: float,
+) -> Tensor:
+    check_tail("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
+    check_experts("moe_feed_forward_tail", experts, residual)
+    joined = normalize(dense, dense_weight, eps) + normalize(experts.reshape(residual.shape), expert_weight, eps)
+    return scale_by(residual + normalize(joined, weight, eps), layer_scalar)
+
+
+def moe_feed_forward_tail_norm_reference(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    expert_weight: Tensor,
+    weight: Tensor,
+    layer_scalar: Tensor | None,
+    next_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    hidden = moe_feed_forward_tail_reference(dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, eps)
+    return hidden, normalize(hidden, next_weight, eps)
+
+
+def check_tail(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, *weights: Tensor) -> None:
+    expect(op, "residual must have the input's shape", residual.shape, x.shape, "pass the state before the block")
+    expect(op, "residual must have the input's dtype", residual.dtype, x.dtype, "cast one of them")
+    for weight in weights:
+        expect(op, "each weight must be [H] for [..., H]", weight.shape, x.shape[-1:], "pass this layer's weights")
+    if layer_scalar is not None:
+        expect(op, "layer_scalar must be one number", layer_scalar.numel(), 1, "pass the layer's buffer, or None")
+
+
+def check_experts(op: str, experts: Tensor, residual: Tensor) -> None:
+    expect(
+        op,
+        "experts must be [..., H] with as many elements as residual",
+        (experts.numel(), experts.shape[-1]),
+        (residual.numel(), residual.shape[-1]),
+        "pass the experts' output for the same tokens",
+    )
+    expect(op, "experts must have residual's dtype", experts.dtype, residual.dtype, "cast one of them")
+
+
+@jit
+def finish_tail(
+    x, experts, residual, weight, dense_weight, expert_weight, next_weight,
+    weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
+    row, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps,
+):  # fmt: skip
+    """A row from the inputs to both outputs. Residual None: the norm alone; weights None: read where they are used."""
+    if experts is not None:
+        x = norm_row(x, dense_weight, dense_weight_ptr, WIDTH, CHUNK, eps)
+        x = add_rows(x, norm_row(experts, expert_weight, expert_weight_ptr, WIDTH, CHUNK, eps))
+    hidden = norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps)
+    if residual is not None:
+        hidden = add_rows(residual, hidden)
+    if scalar_ptr is not None:
+        hidden = times_row(hidden, tl.load(scalar_ptr).to(tl.float32))
+    store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
+    if next_weight_ptr is not None:
+        normed = norm_row(hidden, next_weight, next_weight_ptr, WIDTH, CHUNK, eps)
+        store_row(normed_ptr + row * WIDTH, normed, WIDTH, CHUNK)
+
+
+@jit
+def _tail_kernel(
+    x_ptr, experts_ptr, residual_ptr, dense_weight_ptr, expert_weight_ptr, weight_ptr, scalar_ptr, next_weight_ptr,
+    hidden_ptr, normed_ptr, x_stride, experts_stride, residual_stride, eps,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    eps = pinned(eps)
+    experts = None
+
+    if CHAINED:  # after a kernel of the same op: only x is its output, so all else may be read while it still runs
+        residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
+    weight = load_row(weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
+    dense_weight = load_row(dense_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and dense_weight_ptr is not None else None
+    expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and expert_weight_ptr is not None else None
+    next_weight = load_row(next_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and next_weight_ptr is not None else None
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+    x = load_row(x_ptr + row * x_stride, WIDTH, CHUNK)
+    if experts_ptr is not None:
+        experts = load_row(experts_ptr + row * experts_stride, WIDTH, CHUNK)
+    if not CHAINED:
+        residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
+    finish_tail(
+        x, experts, residual, weight, dense_weight, expert_weight, next_weight,
+        weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
+        row, WIDTH, CHUNK, eps,
+    )  # fmt: skip
+
+
+def launch_tail(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    layer_scalar: Tensor | None,
+    next_weight: Tensor | None,
+    eps: float,
+    experts: Tensor | None = None,
+    dense_weight: Tensor | None = None,
+    expert_weight: Tensor | None = None,
+    chained: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The one launcher of every chain that ends in residual + norm [* scalar] [, next norm]; arguments are checked.
+
+    chained: x is the output of a kernel that lets its dependents start early (ple_tail); nothing else is.
+    """
+    hidden = fresh(residual)
+    normed = None if next_weight is None else fresh(residual)
+    if hidden.numel():
+        x_rows, residual_rows = as_rows(x), as_rows(residual)
+        expert_rows = None if experts is None else as_rows(experts)
+        rows, width = x_rows.shape
+        warps, weights_first = row_plan(rows, width)
+        # A copy of strided weights would be written by the kernel right before, and read before its end.
+        chained = chained and all(t is None or t.is_contiguous() for t in (weight, next_weight))
+        weights = (t if t is None else t.contiguous() for t in (dense_weight, expert_weight, weight))
+        options = {"launch_pdl": True} if chained else {}
+        _tail_kernel[(rows,)](
+            x_rows, expert_rows, residual_rows, *weights, layer_scalar,
+            next_weight if next_weight is None else next_weight.contiguous(), hidden, normed,
+            x_rows.stride(0), 0 if expert_rows is None else expert_rows.stride(0), residual_rows.stride(0), eps,
+            width, chunk_size(width, warps), weights_first, chained, num_warps=warps, **options,
+        )  # fmt: skip
+    return hidden, normed
+
+
+def launch_feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
+    check_tail("feed_forward_tail", x, residual, layer_scalar, weight)
+    return launch_tail(x, residual, weight, layer_scalar, None, eps)[0]
+
+
+def launch_feed_forward_tail_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    check_tail("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
+    return launch_tail(x, residual, weight, layer_scalar, next_weight, eps)
+
+
+def launch_moe_feed_forward_tail(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    expert_weight: Tensor,
+    weight: Tensor,
+    layer_scalar: Tensor | None,
+    eps: float,
+) -> Tensor:
+    check_tail("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
+    check_experts("moe_feed_forward_tail", experts, residual)
+    return launch_tail(dense, residual, weight, layer_scalar, None, eps, experts, dense_weight, expert_weight)[0]
+
+
+def launch_moe_feed_forward_tail_norm(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    expert_weight: Tensor,
+    weight: Tensor,
+    layer_scalar: Tensor | None,
+    next_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    check_tail("moe_feed_forward_tail_norm", dense, residual, layer_scalar, dense_weight, expert_weight, weight, next_weight)
+    check_experts("moe_feed_forward_tail_norm", experts, residual)
+    return launch_tail(dense, residual, weight, layer_scalar, next_weight, eps, experts, dense_weight, expert_weight)
+
+
+def _feed_forward_tail_fake(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
+    check_tail("feed_forward_tail", x, residual, layer_scalar, weight)
+    return fresh(residual)
+
+
+def _feed_forward_tail_norm_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    check_tail("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
+    return fresh(residual), fresh(residual)
+
+
+def _moe_feed_forward_tail_fake(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    expert_weight: Tensor,
+    weight: Tensor,
+    layer_scalar: Tensor | None,
+    eps: float,
+) -> Tensor:
+    check_tail("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
+    check_experts("moe_feed_forward_tail", experts, residual)
+    return fresh(residual)
+
+
+def _moe_feed_forward_tail_norm_fake(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    expert_weight: Tensor,
+    weight: Tensor,
+    layer_scalar: Tensor | None,
+    next_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    check_tail("moe_feed_forward_tail_norm", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
+    check_experts("moe_feed_forward_tail_norm", experts, residual)
+    return fresh(residual), fresh(residual)
+
+
+register(
+    "feed_forward_tail(Tensor x, Tensor residual, Tensor weight, Tensor? layer_scalar, float eps) -> Tensor",
+    reference=feed_forward_tail_reference,
+    launch=launch_feed_forward_tail,
+    fake=_feed_forward_tail_fake,
+)
+register(
+    "feed_forward_tail_norm(Tensor x, Tensor residual, Tensor weight, Tensor? layer_scalar, Tensor next_weight,"
+    " float eps) -> (Tensor hidden, Tensor normed)",
+    reference=feed_forward_tail_norm_reference,
+    launch=launch_feed_forward_tail_norm,
+    fake=_feed_forward_tail_norm_fake,
+)
+register(
+    "moe_feed_forward_tail(Tensor dense, Tensor experts, Tensor residual, Tensor dense_weight, Tensor expert_weight,"
+    " Tensor weight, Tensor? layer_scalar, float eps) -> Tensor",
+    reference=moe_feed_forward_tail_reference,
+    launch=launch_moe_feed_forward_tail,
+    fake=_moe_feed_forward_tail_fake,
+)
+register(
+    "moe_feed_forward_tail_norm(Tensor dense, Tensor experts, Tensor residual, Tensor dense_weight,"
+    " Tensor expert_weight, Tensor weight, Tensor? layer_scalar, Tensor next_weight, float eps)"
+    " -> (Tensor hidden, Tensor normed)",
+    reference=moe_feed_forward_tail_norm_reference,
+    launch=launch_moe_feed_forward_tail_norm,
+    fake=_moe_feed_forward_tail_norm_fake,
+)
+
+
+def feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
+    """(residual + norm(x, weight)) [* layer_scalar].
+
+    x, residual   [..., H]  fp32, fp16 or bf16
+    weight        [H]
+    layer_scalar  [1] or None
+    returns       [..., H], contiguous
+    """
+    return torch.ops.gemma4.feed_forward_tail(x, residual, weight, layer_scalar, eps)
+
+
+def feed_forward_tail_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """hidden as feed_forward_tail gives it, and normed = norm(hidden, next_weight).
+
+    next_weight  [H], the norm that reads hidden next
+    returns      hidden, normed  [..., H], contiguous
+    """
+    return torch.ops.gemma4.feed_forward_tail_norm(x, residual, weight, layer_scalar, next_weight, eps)
+
+
+def moe_feed_forward_tail(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    expert_weight: Tensor,
+    weight: Tensor,
+    layer_scalar: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """(residual + norm(norm(dense, dense_weight) + norm(experts, expert_weight), weight)) [* layer_scalar].
+
+    dense, residual                      [..., H]  fp32, fp16 or bf16
+    experts                              [..., H] or [tokens, H], as many elements as residual
+    dense_weight, expert_weight, weight  [H]
+    layer_scalar                         [1] or None
+    returns                              residual's shape, contiguous
+    """
+    return torch.ops.gemma4.moe_feed_forward_tail(
+        dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, eps
+    )
+
+
+def moe_feed_forward_tail_norm(
+    dense: Tensor,
+    experts: Tensor,
+    residual: Tensor,
+    dense_weight: Tensor,
+    expert_weight: Tensor,
+    weight: Tensor,
+    layer_scalar: Tensor | None,
+    next_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """hidden as moe_feed_forward_tail gives it, and normed = norm(hidden, next_weight).
+
+    next_weight  [H], the norm that reads hidden next
+    returns      hidden, normed  residual's shape, contiguous
+    """
+    return torch.ops.gemma4.moe_feed_forward_tail_norm(
+        dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, next_weight, eps
+    )

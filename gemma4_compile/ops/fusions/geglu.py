@@ -1,0 +1,69 @@
+"""geglu: gelu_tanh(gate) * up.
+
+Source: Gemma4TextMLP.forward (transformers). gelu is rounded to the input's dtype before the product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemma4_compile.ops.library import as_rows, expect, fresh, gelu_tanh, jit, power_of_two, register, rounded, tl
+
+
+def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    _check(gate, up)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def _check(gate: Tensor, up: Tensor) -> None:
+    expect("geglu", "up must have gate's shape", up.shape, gate.shape, "pass the two projections of one input")
+    expect("geglu", "up must have gate's dtype", up.dtype, gate.dtype, "cast one of them")
+
+
+@jit
+def _geglu_kernel(gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+
+    gate = tl.load(gate_ptr + row * gate_stride + column, inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, inside, other=0.0).to(tl.float32)
+
+    out = rounded(gelu_tanh(gate), out_ptr.dtype.element_ty) * up
+
+    tl.store(out_ptr + row * width + column, out, inside)
+
+
+def launch_geglu(gate: Tensor, up: Tensor) -> Tensor:
+    _check(gate, up)
+    gates, ups, out = as_rows(gate), as_rows(up), fresh(gate)
+    if out.numel():
+        rows, width = gates.shape
+        block = min(power_of_two(width), 1024)
+        _geglu_kernel[(rows, -(-width // block))](gates, ups, out, width, gates.stride(0), ups.stride(0), block, num_warps=4)
+    return out
+
+
+def _geglu_fake(gate: Tensor, up: Tensor) -> Tensor:
+    _check(gate, up)
+    return fresh(gate)
+
+
+register(
+    "geglu(Tensor gate, Tensor up) -> Tensor",
+    reference=geglu_reference,
+    launch=launch_geglu,
+    fake=_geglu_fake,
+)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up.
+
+    gate     [..., I]  fp32, fp16 or bf16
+    up       [..., I]
+    returns  [..., I]  gate.dtype, contiguous
+    """
+    return torch.ops.gemma4.geglu(gate, up)

@@ -1,0 +1,292 @@
+"""ple_tail, ple_tail_norm: the per-layer input at the end of a layer, with its two small matrix products.
+
+Source: Gemma4TextDecoderLayer.forward (transformers), the hidden_size_per_layer_input branch:
+    y = per_layer_projection(gelu_tanh(per_layer_input_gate(hidden)) * per_layer_input)
+    hidden = (hidden + post_per_layer_input_norm(y)) * layer_scalar
+and, in the `_norm` form, the norm that reads the result next. hidden [..., H], per_layer_input [..., P].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemma4_compile.ops.library import as_rows, expect, fresh, gelu_tanh, jit, power_of_two, product, register, rounded, tl
+from gemma4_compile.ops.plans import PlePlan, can_chain, ple_plan
+from gemma4_compile.ops.rms_norm import normalize
+
+from .feed_forward_tail import launch_tail, scale_by
+
+
+def ple_tail_reference(
+    hidden: Tensor,
+    per_layer_input: Tensor,
+    gate_weight: Tensor,
+    projection_weight: Tensor,
+    norm_weight: Tensor,
+    layer_scalar: Tensor | None,
+    eps: float,
+) -> Tensor:
+    _check("ple_tail", hidden, per_layer_input, gate_weight, projection_weight, norm_weight)
+    gated = F.gelu(F.linear(hidden, gate_weight), approximate="tanh") * per_layer_input
+    return scale_by(hidden + normalize(F.linear(gated, projection_weight), norm_weight, eps), layer_scalar)
+
+
+def ple_tail_norm_reference(
+    hidden: Tensor,
+    per_layer_input: Tensor,
+    gate_weight: Tensor,
+    projection_weight: Tensor,
+    norm_weight: Tensor,
+    layer_scalar: Tensor | None,
+    next_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    _check("ple_tail_norm", hidden, per_layer_input, gate_weight, projection_weight, norm_weight, next_weight)
+    hidden = ple_tail_reference(hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, eps)
+    return hidden, normalize(hidden, next_weight, eps)
+
+
+def _check(op: str, hidden: Tensor, per_layer_input: Tensor, gate: Tensor, projection: Tensor, *norms: Tensor) -> None:
+    h, p = hidden.shape[-1], per_layer_input.shape[-1]
+    expect(
+        op,
+        "per_layer_input must be [..., P] for hidden [..., H]",
+        per_layer_input.shape[:-1],
+        hidden.shape[:-1],
+        "pass this layer's slice",
+    )
+    expect(op, "per_layer_input must have hidden's dtype", per_layer_input.dtype, hidden.dtype, "cast it")
+    expect(op, "gate_weight must be [P, H]", gate.shape, (p, h), "pass per_layer_input_gate.weight")
+    expect(op, "projection_weight must be [H, P]", projection.shape, (h, p), "pass per_layer_projection.weight")
+    for weight in norms:
+        expect(op, "each norm weight must be [H]", weight.shape, (h,), "pass this layer's weights")
+
+
+@jit(do_not_specialize=["rows"])  # one compilation for all token counts
+def _gate_kernel(
+    hidden_ptr, input_ptr, weight_ptr, gated_ptr, rows, hidden_stride, input_stride,
+    WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """gated[t, p] = gelu(hidden[t] . weight[p]) * input[t, p] for TOKENS values of t and OUTPUTS of p."""
+    if CHAINED:  # this kernel itself started after all before it, so the next may read whatever those wrote
+        tl.extra.cuda.gdc_launch_dependents()
+    dtype = gated_ptr.dtype.element_ty
+    first = tl.program_id(1) * TOKENS
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    mine = output < P
+
+    weights = ()
+    for chunk in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
+        column = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
+        inside = mine[:, None] & (column < WIDTH)
+        weights = weights + (tl.load(weight_ptr + output[:, None] * WIDTH + column, inside, other=0.0),)  # type: ignore[assignment]
+    for i in tl.static_range(TOKENS):
+        token = (first + i).to(tl.int64)
+        present = token < rows
+        per_layer = tl.load(input_ptr + token * input_stride + output, present & mine, other=0.0).to(tl.float32)
+        total = tl.zeros((OUTPUTS, BLOCK), tl.float32)
+        for chunk in tl.static_range(len(weights)):
+            # As wide as the weights: each warp then loads its own copy, and none goes through shared memory.
+            column = tl.broadcast_to(chunk * BLOCK + tl.arange(0, BLOCK)[None, :], (OUTPUTS, BLOCK))
+            hidden = tl.load(hidden_ptr + token * hidden_stride + column, present & (column < WIDTH), other=0.0)
+            total += weights[chunk].to(tl.float32) * hidden.to(tl.float32)
+        gate = rounded(tl.sum(total, axis=1), dtype)
+        tl.store(gated_ptr + token * P + output, rounded(gelu_tanh(gate), dtype) * per_layer, present & mine)
+
+
+@jit(do_not_specialize=["rows"])  # one compilation for all token counts
+def _projection_kernel(
+    gated_ptr, weight_ptr, projected_ptr, rows,
+    WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """projected[t] = gated[t] @ weight.T for TOKENS values of t, OUTPUTS columns a program."""
+    first = tl.program_id(1) * TOKENS
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    p = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (OUTPUTS, BLOCK))
+    mine = output < WIDTH
+
+    weight = tl.load(weight_ptr + output[:, None] * P + p, mine[:, None] & (p < P), other=0.0).to(tl.float32)
+    if CHAINED:  # only `gated` is the previous kernel's: the weight came while that one still ran
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for i in tl.static_range(TOKENS):
+        token = (first + i).to(tl.int64)
+        present = token < rows
+        gated = tl.load(gated_ptr + token * P + p, present & (p < P), other=0.0).to(tl.float32)
+        tl.store(projected_ptr + token * WIDTH + output, tl.sum(weight * gated, axis=1), present & mine)
+
+
+@jit
+def _gelu_times_kernel(gate_ptr, input_ptr, out_ptr, count, input_stride, P: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+
+    gate = tl.load(gate_ptr + index, inside, other=0.0).to(tl.float32)
+    per_layer = tl.load(input_ptr + (index // P) * input_stride + index % P, inside, other=0.0).to(tl.float32)
+
+    tl.store(out_ptr + index, rounded(gelu_tanh(gate), out_ptr.dtype.element_ty) * per_layer, inside)
+
+
+def launch_ple_tail(
+    hidden: Tensor,
+    per_layer_input: Tensor,
+    gate_weight: Tensor,
+    projection_weight: Tensor,
+    norm_weight: Tensor,
+    layer_scalar: Tensor | None,
+    eps: float,
+) -> Tensor:
+    _check("ple_tail", hidden, per_layer_input, gate_weight, projection_weight, norm_weight)
+    return _launch(hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, None, eps)[0]
+
+
+def launch_ple_tail_norm(
+    hidden: Tensor,
+    per_layer_input: Tensor,
+    gate_weight: Tensor,
+    projection_weight: Tensor,
+    norm_weight: Tensor,
+    layer_scalar: Tensor | None,
+    next_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    _check("ple_tail_norm", hidden, per_layer_input, gate_weight, projection_weight, norm_weight, next_weight)
+    return _launch(hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, next_weight, eps)
+
+
+def _launch(
+    hidden: Tensor,
+    per_layer_input: Tensor,
+    gate_weight: Tensor,
+    projection_weight: Tensor,
+    norm_weight: Tensor,
+    layer_scalar: Tensor | None,
+    next_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    if not hidden.numel():
+        return fresh(hidden), None if next_weight is None else fresh(hidden)
+    hiddens, inputs = as_rows(hidden), as_rows(per_layer_input)
+    plan = ple_plan(*hiddens.shape)
+    if plan is None:
+        projected = _project_many(hiddens, inputs, gate_weight, projection_weight)
+    else:
+        projected = _project_few(hiddens, inputs, gate_weight.contiguous(), projection_weight.contiguous(), plan)
+    chained = plan is not None and can_chain()
+    hidden = hiddens.view(hidden.shape)  # a copy of strided rows was made before the products; the tail must not make another
+    return launch_tail(projected.view(hidden.shape), hidden, norm_weight, layer_scalar, next_weight, eps, chained=chained)
+
+
+def _project_many(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor) -> Tensor:
+    """Both matrix products by cuBLAS."""
+    gate = product(hidden, gate_weight)
+    gated = fresh(gate)
+    _gelu_times_kernel[(-(-gate.numel() // 1024),)](
+        gate, inputs, gated, gate.numel(), inputs.stride(0), inputs.shape[1], 1024, num_warps=4
+    )
+    return product(gated, projection_weight)
+
+
+def _project_few(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor, plan: PlePlan) -> Tensor:
+    """Both matrix products here: cuBLAS has too few programs for a handful of tokens, and a launch more."""
+    (rows, width), p = hidden.shape, inputs.shape[1]
+    gated, projected = hidden.new_empty((rows, p)), hidden.new_empty((rows, width))
+    groups, chained = -(-rows // plan.tokens), can_chain()
+    _gate_kernel[(-(-p // plan.gate_outputs), groups)](
+        hidden, inputs, gate_weight, gated, rows, hidden.stride(0), inputs.stride(0),
+        width, p, plan.gate_block, plan.gate_outputs, plan.tokens, chained, num_warps=plan.gate_warps,
+    )  # fmt: skip
+    _projection_kernel[(-(-width // plan.outputs), groups)](
+        gated, projection_weight, projected, rows, width, p, power_of_two(p), plan.outputs, plan.tokens, chained,
+        num_warps=plan.warps, **({"launch_pdl": True} if chained else {}),
+    )  # fmt: skip
+    return projected
+
+
+def _ple_tail_fake(
+    hidden: Tensor,
+    per_layer_input: Tensor,
+    gate_weight: Tensor,
+    projection_weight: Tensor,
+    norm_weight: Tensor,
+    layer_scalar: Tensor | None,
+    eps: float,
+) -> Tensor:
+    _check("ple_tail", hidden, per_layer_input, gate_weight, projection_weight, norm_weight)
+    return fresh(hidden)
+
+
+def _ple_tail_norm_fake(
+    hidden: Tensor,
+    per_layer_input: Tensor,
+    gate_weight: Tensor,
+    projection_weight: Tensor,
+    norm_weight: Tensor,
+    layer_scalar: Tensor | None,
+    next_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    _check("ple_tail_norm", hidden, per_layer_input, gate_weight, projection_weight, norm_weight, next_weight)
+    return fresh(hidden), fresh(hidden)
+
+
+register(
+    "ple_tail(Tensor hidden, Tensor per_layer_input, Tensor gate_weight, Tensor projection_weight, Tensor norm_weight,"
+    " Tensor? layer_scalar, float eps) -> Tensor",
+    reference=ple_tail_reference,
+    launch=launch_ple_tail,
+    fake=_ple_tail_fake,
+)
+register(
+    "ple_tail_norm(Tensor hidden, Tensor per_layer_input, Tensor gate_weight, Tensor projection_weight,"
+    " Tensor norm_weight, Tensor? layer_scalar, Tensor next_weight, float eps) -> (Tensor hidden, Tensor normed)",
+    reference=ple_tail_norm_reference,
+    launch=launch_ple_tail_norm,
+    fake=_ple_tail_norm_fake,
+)
+
+
+def ple_tail(
+    hidden: Tensor,
+    per_layer_input: Tensor,
+    gate_weight: Tensor,
+    projection_weight: Tensor,
+    norm_weight: Tensor,
+    layer_scalar: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """(hidden + norm(linear(gelu_tanh(linear(hidden, gate)) * per_layer_input, projection), norm)) [* layer_scalar].
+
+    hidden             [..., H]  fp32, fp16 or bf16
+    per_layer_input    [..., P]  any strides: a slice [:, :, i, :] is read in place
+    gate_weight        [P, H]
+    projection_weight  [H, P]
+    norm_weight        [H]
+    layer_scalar       [1] or None
+    returns            [..., H], contiguous
+    """
+    return torch.ops.gemma4.ple_tail(hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, eps)
+
+
+def ple_tail_norm(
+    hidden: Tensor,
+    per_layer_input: Tensor,
+    gate_weight: Tensor,
+    projection_weight: Tensor,
+    norm_weight: Tensor,
+    layer_scalar: Tensor | None,
+    next_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """hidden as ple_tail gives it, and normed = norm(hidden, next_weight).
+
+    next_weight  [H], the norm that reads hidden next
+    returns      hidden, normed  [..., H], contiguous
+    """
+    return torch.ops.gemma4.ple_tail_norm(
+        hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, next_weight, eps
+    )

@@ -1,0 +1,240 @@
+"""qkv_norm_rope, q_norm_rope: the norms of Q, K and V, and the rotation of Q and K, in one launch.
+
+Source: Gemma4TextAttention.forward (transformers). q_norm and k_norm have weights, v_norm has none and v is not
+rotated. Layers that reuse another layer's keys and values have only q. q [B, T, Hq, D]; k and v [B, T, Hk, D]; v may be
+the very tensor k (attention_k_eq_v).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemma4_compile.ops.library import UNFUSED, expect, fresh, jit, pinned, power_of_two, register, rounded, tl, unit_stride
+from gemma4_compile.ops.plans import head_plan
+from gemma4_compile.ops.rms_norm import normalize
+from gemma4_compile.ops.rope import aligned, check_rope, rotate, rotated
+
+
+def q_norm_rope_reference(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    check_rope("q_norm_rope", q, cos, sin)
+    _check_weights("q_norm_rope", q, q_weight)
+    return rotate(normalize(q, q_weight, eps), cos, sin)
+
+
+def qkv_norm_rope_reference(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_qkv(q, k, v, q_weight, k_weight, cos, sin)
+    return (
+        rotate(normalize(q, q_weight, eps), cos, sin),
+        rotate(normalize(k, k_weight, eps), cos, sin),
+        normalize(v, None, eps),
+    )
+
+
+def _check_weights(op: str, q: Tensor, *weights: Tensor) -> None:
+    for weight in weights:
+        expect(op, "each weight must be [D] for heads of D", weight.shape, q.shape[-1:], "pass this layer's norms")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_rope("qkv_norm_rope", q, cos, sin)
+    _check_weights("qkv_norm_rope", q, q_weight, k_weight)
+    b, t, _, d = q.shape
+    expect("qkv_norm_rope", "k must be [B, T, Hk, D]", k.shape, (b, t, k.shape[2], d), "view the projection as heads")
+    expect("qkv_norm_rope", "k and v must have q's dtype", (k.dtype, v.dtype), (q.dtype, q.dtype), "cast them")
+    expect("qkv_norm_rope", "v must have k's shape", v.shape, k.shape, "pass keys and values of one layer")
+
+
+@jit
+def _norm_heads(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, slots_ptr, first, rows, tokens,
+    x_batch_stride, x_token_stride, x_head_stride, cos_batch_stride, cos_token_stride,
+    page_stride, page_row_stride, page_head_stride, eps,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Norm of ROWS heads from row `first` on; times weight and rotated unless weight_ptr is None.
+
+    PAGE 0: out is x's shape, contiguous. Else out is pages of so many tokens, each token's heads go to its slot, and those of a
+    token with a negative slot go nowhere.
+    """
+    row = first + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < HALF)
+    token = row // HEADS
+    batch = (token // tokens).to(tl.int64)
+    step = token % tokens
+    x_ptr += batch * x_batch_stride + step * x_token_stride + (row % HEADS) * x_head_stride
+    dtype = x_ptr.dtype.element_ty
+
+    low = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+    high = tl.load(x_ptr + HALF + column, inside, other=0.0).to(tl.float32)
+
+    scale = tl.rsqrt((tl.sum(low * low + high * high, axis=1)[:, None]) / (2 * HALF) + eps)
+    low *= scale
+    high *= scale
+    if weight_ptr is not None:
+        low = rounded(low * tl.load(weight_ptr + column, column < HALF, other=0.0).to(tl.float32), dtype)
+        high = rounded(high * tl.load(weight_ptr + HALF + column, column < HALF, other=0.0).to(tl.float32), dtype)
+        angle = batch * cos_batch_stride + step * cos_token_stride
+        low, high = rotated(low, high, cos_ptr + angle, sin_ptr + angle, column, inside, HALF, dtype)
+
+    if PAGE:
+        slot = tl.load(slots_ptr + token, row < rows, other=-1).to(tl.int64)
+        inside &= slot >= 0
+        out_ptr += (slot // PAGE) * page_stride + (slot % PAGE) * page_row_stride
+        out_ptr += (row % HEADS).to(tl.int64) * page_head_stride
+    else:
+        out_ptr += row.to(tl.int64) * (2 * HALF)
+    # Pages have a dtype of their own: rounded to x's first, as what is handed to a separate write would be.
+    tl.store(out_ptr + column, low.to(dtype).to(out_ptr.dtype.element_ty), inside)
+    tl.store(out_ptr + HALF + column, high.to(dtype).to(out_ptr.dtype.element_ty), inside)
+
+
+# Row counts stay specialized (multiples of 16 apart): without that, 8192 tokens took 6 to 13% longer at head size 512.
+@jit
+def _qkv_norm_rope_kernel(
+    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, slots_ptr,
+    q_rows, k_rows, tokens,
+    q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
+    v_batch_stride, v_token_stride, v_head_stride, cos_batch_stride, cos_token_stride,
+    key_page_stride, key_row_stride, key_head_stride, value_page_stride, value_row_stride, value_head_stride, eps,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    PAGE: tl.constexpr,
+):  # fmt: skip
+    eps = pinned(eps)
+    q_programs = tl.cdiv(q_rows, ROWS)
+    k_programs = tl.cdiv(k_rows, ROWS)
+    program = tl.program_id(0)
+    if program < q_programs:
+        _norm_heads(
+            q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, slots_ptr, program * ROWS, q_rows, tokens,
+            q_batch_stride, q_token_stride, q_head_stride, cos_batch_stride, cos_token_stride, 0, 0, 0, eps,
+            Q_HEADS, HALF, BLOCK, ROWS, 0,
+        )  # fmt: skip
+    elif program < q_programs + k_programs:
+        _norm_heads(
+            k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr, slots_ptr, (program - q_programs) * ROWS, k_rows, tokens,
+            k_batch_stride, k_token_stride, k_head_stride, cos_batch_stride, cos_token_stride,
+            key_page_stride, key_row_stride, key_head_stride, eps, K_HEADS, HALF, BLOCK, ROWS, PAGE,
+        )  # fmt: skip
+    else:
+        _norm_heads(
+            v_ptr, None, cos_ptr, sin_ptr, v_out_ptr, slots_ptr, (program - q_programs - k_programs) * ROWS, k_rows, tokens,
+            v_batch_stride, v_token_stride, v_head_stride, cos_batch_stride, cos_token_stride,
+            value_page_stride, value_row_stride, value_head_stride, eps, K_HEADS, HALF, BLOCK, ROWS, PAGE,
+        )  # fmt: skip
+
+
+def launch_q_norm_rope(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    check_rope("q_norm_rope", q, cos, sin)
+    _check_weights("q_norm_rope", q, q_weight)
+    out = fresh(q)
+    _launch(out, q, q_weight, cos, sin, eps)
+    return out
+
+
+def launch_qkv_norm_rope(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    check_qkv(q, k, v, q_weight, k_weight, cos, sin)
+    outputs = fresh(q), fresh(k), fresh(v)
+    _launch(outputs[0], q, q_weight, cos, sin, eps, _KV(k, v, k_weight, *outputs[1:]))
+    return outputs
+
+
+def launch_into_pages(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
+    keys: Tensor, values: Tensor, slots: Tensor,
+) -> None:  # fmt: skip
+    """q to `out`, contiguous; row i of k and v to slot slots[i] of the pages, as attention.py has them. The caller checks."""
+    _launch(out, q, q_weight, cos, sin, eps, _KV(k, v, k_weight, keys, values, slots.contiguous()))
+
+
+class _KV(NamedTuple):
+    """k and v, and where they go: contiguous tensors of their shape, or pages with a slot for each token."""
+
+    k: Tensor
+    v: Tensor
+    k_weight: Tensor
+    k_out: Tensor
+    v_out: Tensor
+    slots: Tensor | None = None
+
+
+def _launch(
+    q_out: Tensor, q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, kv: _KV | None = None
+) -> None:  # fmt: skip
+    """Without k and v the kernel's second and third parts have no programs, and q stands in for their pointers."""
+    if not q_out.numel():
+        return
+    q, q_weight = unit_stride(q), q_weight.contiguous()
+    cos, sin, *angle_strides = aligned(cos, sin)
+    batch, tokens, q_heads, dim = q.shape
+    k, v, k_weight, k_out, v_out, slots = kv or _KV(q, q, q_weight, q_out, q_out)
+    k, v = unit_stride(k), unit_stride(v)
+    k_heads = k.shape[2]
+    q_rows, k_rows = batch * tokens * q_heads, batch * tokens * k_heads if kv else 0
+    rows, warps = head_plan(q_rows + 2 * k_rows, dim)
+    _qkv_norm_rope_kernel[(-(-q_rows // rows) + 2 * -(-k_rows // rows),)](
+        q, k, v, q_weight, k_weight.contiguous(), cos, sin, q_out, k_out, v_out, slots, q_rows, k_rows, tokens,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *angle_strides, *k_out.stride()[:3], *v_out.stride()[:3], eps,
+        q_heads, k_heads, dim // 2, power_of_two(dim // 2), rows, 0 if slots is None else k_out.shape[1],
+        num_warps=warps, **UNFUSED,
+    )  # fmt: skip
+
+
+def _q_norm_rope_fake(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    check_rope("q_norm_rope", q, cos, sin)
+    _check_weights("q_norm_rope", q, q_weight)
+    return fresh(q)
+
+
+def _qkv_norm_rope_fake(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_qkv(q, k, v, q_weight, k_weight, cos, sin)
+    return fresh(q), fresh(k), fresh(v)
+
+
+register(
+    "q_norm_rope(Tensor q, Tensor q_weight, Tensor cos, Tensor sin, float eps) -> Tensor",
+    reference=q_norm_rope_reference,
+    launch=launch_q_norm_rope,
+    fake=_q_norm_rope_fake,
+)
+register(
+    "qkv_norm_rope(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps)"
+    " -> (Tensor q_out, Tensor k_out, Tensor v_out)",
+    reference=qkv_norm_rope_reference,
+    launch=launch_qkv_norm_rope,
+    fake=_qkv_norm_rope_fake,
+)
+
+
+def q_norm_rope(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """Norm and rotation of the queries alone.
+
+    q         [B, T, Hq, D]    fp32, fp16 or bf16, any strides
+    q_weight  [D]
+    cos, sin  [B or 1, T, D]
+    returns   [B, T, Hq, D], contiguous
+    """
+    return torch.ops.gemma4.q_norm_rope(q, q_weight, cos, sin, eps)
+
+
+def qkv_norm_rope(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm and rotation of q and k, norm of v.
+
+    q                   [B, T, Hq, D]    fp32, fp16 or bf16, any strides
+    k, v                [B, T, Hk, D]    may be one tensor
+    q_weight, k_weight  [D]
+    cos, sin            [B or 1, T, D]
+    returns             q, k, v in their shapes, contiguous, none aliasing another
+    """
+    return torch.ops.gemma4.qkv_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps)

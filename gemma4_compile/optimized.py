@@ -1,0 +1,402 @@
+"""optimize(model): a Hugging Face Gemma-4 in, the same model out, compiled. restore(model) takes it back.
+
+The model is not edited: a compiled callable is put where nn.Module.compile() puts its own, and taken away again.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.models.gemma4 import modeling_gemma4 as hf
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from . import ops  # noqa: F401  (registers the ops)
+from .backend import Backend
+from .calls.cache_views import release_cache
+from .calls.kv_memory import Unfit
+from .calls.masks import masks
+from .calls.route import PACKED, UNCOMPILED, WHOLE, MultimodalCalls, PackedRoute, Ways, arguments, uses_cache
+from .config import OptimizeConfig
+from .dynamo import dense, first_line, own_code, switched_off
+from .geometry import Geometry, geometry
+from .hf.experts import fused_experts
+from .hf.parallel import check_kv_heads, division_of, local_parts
+from .hf.step_cache import CACHE, GROW, Step, StepCache, UnsupportedCache, commit, plan, take_cache
+from .packed.program import FIRST_CALL, FirstCall, Program, fingerprint, open_program, program_folder, weights_of
+from .passes import prepare
+from .progress import compiling
+
+_HOOKED = "_output_capturing_hooks_installed"
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Module:
+    """Compile a Gemma-4 in place and return it; `model(...)` and `model.generate(...)` work as before, faster.
+
+    model     Gemma4ForCausalLM, Gemma4TextModel, or Gemma4ForConditionalGeneration (then its text part is compiled);
+              in eval mode, fp32, fp16 or bf16
+    config    OptimizeConfig; the default enables each fusion that was measured to pay
+
+    Compilation happens at the first call: one packed step for prompts and decode, of any length and batch, which a second
+    process loads. A call that does not fit one runs as a graph of the whole model, what this cannot trace runs uncompiled;
+    `report` says which and why. Optimizing twice is harmless, with another config it starts anew. Gradients are refused when
+    the model is called, not here: parameters as from_pretrained leaves them are fine under torch.no_grad() or inference_mode().
+
+    Raises TypeError for another model, ValueError for training mode, experts that cannot be traced, or a device other than
+    config.device. The model is then as it was.
+    """
+    config = config or OptimizeConfig()
+    target = compiled_part(model)
+    check_model(target, config)
+    enabled = config.enabled()
+    previous = existing_state(target)
+    if previous is not None and (previous.backend.config, previous.backend.enabled) == (config, enabled):
+        return model
+    prepare()
+    if reason := switched_off():
+        warnings.warn(f"gemma4_compile leaves the model plain: {reason}", stacklevel=2)
+    restore(model)
+    CompiledModel(target, Backend(config, enabled)).install(model)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `optimize`; harmless for a model that was not optimized. Returns the model."""
+    state = existing_state(compiled_part(model))
+    if state is not None:
+        state.uninstall()
+    return model
+
+
+def state_of(model: nn.Module) -> "CompiledModel":
+    """What `optimize` keeps for a model. Raises ValueError for a model that was not optimized."""
+    state = existing_state(compiled_part(model))
+    if state is None:
+        raise ValueError(f"the model must be optimized first, got a plain {type(model).__name__}; call optimize(model)")
+    return state
+
+
+def existing_state(target: nn.Module) -> "CompiledModel | None":
+    """What `optimize` keeps for a module, or None. It lives where the compiled callable does, and goes when the module goes."""
+    installed = target.__dict__.get("_compiled_call_impl")
+    return installed if isinstance(installed, CompiledModel) else None
+
+
+def compiled_part(model: nn.Module) -> Any:
+    """The module that is compiled: the model itself, or the text part of a multimodal one."""
+    if isinstance(model, (hf.Gemma4ForCausalLM, hf.Gemma4TextModel)):
+        return model
+    if isinstance(model, hf.Gemma4ForConditionalGeneration):
+        return model.model.language_model
+    raise TypeError(
+        "optimize() takes Gemma4ForCausalLM, Gemma4TextModel or Gemma4ForConditionalGeneration, "
+        f"got {type(model).__name__}; load a Gemma-4 checkpoint with AutoModelForCausalLM"
+    )
+
+
+def check_model(target: Any, config: OptimizeConfig) -> None:
+    """Raises ValueError for training mode, experts that cannot be traced, a device other than config.device, or parts of KV
+    heads (tensor parallel)."""
+    if target.training:
+        raise ValueError("the model must be in eval mode, got training mode; call model.eval() first")
+    experts = getattr(target.config, "_experts_implementation", None)
+    if target.config.enable_moe_block and experts == "eager":
+        raise ValueError(
+            "the experts must be traceable as one graph, got experts_implementation='eager'; "
+            "call model.set_experts_implementation('grouped_mm')"
+        )
+    device = next(target.parameters()).device.type
+    if config.device not in (None, device):
+        raise ValueError(
+            f"the model must be on {config.device}, as the config asks, got {device}; call model.to({config.device!r})"
+        )
+    check_kv_heads(target)
+
+
+class CompiledModel:
+    """One optimized model: the compiled step, and what the host does around it."""
+
+    def __init__(self, module: Any, backend: Backend):
+        self.backend = backend
+        if backend.config.progress:
+            backend.progress = compiling
+        self.division = division_of(module)
+        self.geometry: Geometry = geometry(module.config, self.division.ranks)
+        self.signature = inspect.signature(module.forward)
+        self.ways = Ways()
+        self.why_whole = ""  # why the call at hand is no packed step
+        self.programs: list[Program] = []  # packed steps, of calls and of PackedModel
+        self._route: PackedRoute | None = None
+        self.falls_back = True  # run uncompiled what does not compile; else the error comes out
+        self._broken = ""  # why graphs of the whole model do not compile
+        self._step = torch.compile(own_code(_make_step(module)), backend=backend, fullgraph=True, dynamic=None)
+        self._module_ref: Any = module
+        self._outer: nn.Module | None = None
+        self._layer_types: list[tuple[Any, set[str]]] = []
+
+    def install(self, outer: nn.Module) -> None:
+        """Take the module's calls."""
+        self._module_ref._compiled_call_impl = self
+        # Hugging Face computes RoPE in the order of a set of strings, which differs between processes: half of them would not
+        # find their graph in Inductor's cache. The same names in one order give one graph.
+        for part in self._module_ref.modules():
+            if isinstance(kinds := part.__dict__.get("unique_layer_types"), set):
+                self._layer_types.append((part, kinds))
+                part.unique_layer_types = dict.fromkeys(sorted(kinds))
+        self._outer = outer
+        if not self.backend.config.packed:
+            self.why_whole = "OptimizeConfig(packed=False)"
+        elif self.division.ranks > 1:
+            self.why_whole = "the model is divided between ranks"
+        elif isinstance(outer, hf.Gemma4ForCausalLM):
+            self._route = PackedRoute(self, outer)
+        elif isinstance(outer, hf.Gemma4ForConditionalGeneration):
+            self._route = PackedRoute(self, outer)
+            outer._compiled_call_impl = MultimodalCalls(outer, self, self._route)  # type: ignore[assignment]
+        else:
+            self.why_whole = "a model without a head"
+        _compile_no_more(type(outer))
+
+    def uninstall(self) -> None:
+        """Give the calls back."""
+        for part, kinds in self._layer_types:
+            part.unique_layer_types = kinds
+        # The class has the default. A copy or an unpickled model has lost ours already.
+        self._module_ref.__dict__.pop("_compiled_call_impl", None)
+        if self._outer is not None:
+            self._outer.__dict__.pop("_compiled_call_impl", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module_ref
+        if torch.compiler.is_compiling():  # the user compiles something around us: let it see the plain model
+            return module._call_impl(*args, **kwargs)
+        if reason := switched_off():  # optimize() has said so
+            self.ways.note(UNCOMPILED, reason, quiet=True)
+            return module._call_impl(*args, **kwargs)
+        inputs = arguments(self.signature, args, kwargs)
+        self.check_call(module)
+        tokens = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
+        if not isinstance(tokens, Tensor):  # Hugging Face says what is wrong
+            return module._call_impl(*args, **kwargs)
+        cache = None
+        try:
+            cache = take_cache(inputs, self.signature.parameters)
+            if cache is None and uses_cache(inputs, module.config):
+                cache = DynamicCache(config=module.config)
+            if self._route is not None and self._outer is module:
+                try:
+                    output = self._route(inputs, cache)
+                    self.ways.note(PACKED)
+                    return output if self._returns_dict(inputs) else output.to_tuple()
+                except Unfit as reason:
+                    self.why_whole = str(reason)
+            release_cache(cache)
+            if self._asked(inputs, "output_attentions") and module.config._attn_implementation == "sdpa":
+                raise _Uncompiled("SDPA gives no attentions; call model.set_attn_implementation('eager') to get them")
+            if self._broken:
+                raise _Uncompiled(self._broken)
+            steps = self._plan(cache, tokens)
+        except (UnsupportedCache, _Uncompiled) as error:
+            unknown = "it does not know " if isinstance(error, UnsupportedCache) else ""
+            self.ways.note(UNCOMPILED, f"{unknown}{error}")
+            return module._call_impl(*args, **kwargs)
+        return self._run(inputs, tokens, cache, steps)
+
+    def packed_program(self, model: Any, first: FirstCall = FIRST_CALL) -> Program:
+        """The packed step of the model, or of its text part, over the weights that it has now; compiled or loaded once."""
+        with local_parts(model):
+            weights, known = weights_of(model), fingerprint(model)
+            for index, program in enumerate(self.programs):
+                if known and program.plan.model == known:
+                    self.programs[index] = program.with_weights(weights)
+                    return self.programs[index]
+            folder = program_folder(model, self.backend, self.division, model.device)
+            self.programs.append(open_program(model, self.backend, self.geometry, folder, first))
+        return self.programs[-1]
+
+    @property
+    def eager_reason(self) -> str:
+        """Why a call ran uncompiled, empty if none did."""
+        return next(reversed(self.ways.reasons[UNCOMPILED]), "")
+
+    @property
+    def cache_memory(self) -> int:
+        """Bytes that are kept for the caches of packed calls, in use or not."""
+        return 0 if self._route is None else self._route.cache_memory
+
+    def _returns_dict(self, inputs: dict[str, Any]) -> bool:
+        given = inputs.get("return_dict")
+        return self._module_ref.config.return_dict if given is None else given
+
+    def _run(self, inputs: dict[str, Any], tokens: Tensor, cache: Any, steps: list[Step] | None) -> Any:
+        given = dict(inputs)
+        self._prepare(inputs, tokens, cache)
+        return_dict = self._returns_dict(inputs)
+        inputs |= {"return_dict": True, "use_cache": cache is not None}
+        _normalize(inputs, steps)
+        if any(self._asked(inputs, name) for name in _RECORDED):
+            _install_capturing_hooks(self._module_ref)
+        self.backend.cuda_graph = graphed = self._is_graphed(tokens, steps)
+        if graphed:
+            torch.compiler.cudagraph_mark_step_begin()
+        limits: dict[str, Any] = {"recompile_limit": self.backend.config.max_graphs, "accumulated_recompile_limit": 2**16}
+        with torch.no_grad(), torch._dynamo.config.patch(**limits):
+            try:
+                with fused_experts(self._module_ref.config, "experts" in self.backend.enabled):
+                    output, new = self._step(inputs, steps)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                # Before anything ran: the user's cache is as it was.
+                if not self.falls_back:
+                    raise
+                full = isinstance(error, FailOnRecompileLimitHit)
+                reason = f"max_graphs={self.backend.config.max_graphs} are in use; raise it, or call with fewer kinds of inputs"
+                if not full:
+                    reason = f"a graph of the whole model does not compile: {first_line(error)}"
+                output = self._module_ref._call_impl(**given, **({} if cache is None else {CACHE: cache}))
+                if not full:  # else the call was wrong, and Hugging Face has said so
+                    self._broken = reason
+                self.ways.note(UNCOMPILED, reason)
+                return output
+        self.ways.note(WHOLE, self.why_whole, quiet=self._route is None)
+        if graphed:  # the next replay writes to the same memory, and the caller may hold this step's logits
+            for name in list(output):
+                output[name] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output[name])
+        if cache is not None:
+            assert steps is not None
+            commit(cache, steps, new, tokens.shape[1])
+            setattr(output, CACHE, cache)
+        return output if return_dict else output.to_tuple()
+
+    def _asked(self, inputs: dict[str, Any], output: str) -> bool:
+        return bool(inputs.get(output, getattr(self._module_ref.config, output, False)))
+
+    def _is_graphed(self, tokens: Tensor, steps: list[Step] | None) -> bool:
+        if tokens.device.type != "cuda" or self.backend.config.cuda_graphs is False:
+            return False
+        static = steps is not None and tokens.shape[1] == 1 and all(step.mode != GROW for step in steps)
+        return static or self.backend.config.cuda_graphs is True
+
+    def _prepare(self, inputs: dict[str, Any], tokens: Tensor, cache: Any) -> None:
+        """Positions and masks, as the model's own forward would make them: both come from the cache's lengths.
+
+        Masks are always built, also where SDPA could do without: otherwise a prompt longer than the window, a padded one
+        and a decode step would each need a graph of its own, and asking whether a mask hides anything waits for the GPU."""
+        batch, length = tokens.shape[:2]
+        seen = 0 if cache is None else cache.get_seq_length()
+        if inputs.get("position_ids") is None:
+            inputs["position_ids"] = (torch.arange(length, device=tokens.device) + seen).unsqueeze(0)
+        mask = inputs.get("attention_mask")
+        given = mask if isinstance(mask, dict) else None  # generate() makes those of static caches, None for a plain causal one
+        padding = None if given is not None else mask
+        config = self._module_ref.config
+        inputs["attention_mask"] = masks(
+            config, (batch, length), self._dtype, tokens.device, cache, inputs["position_ids"], padding, given
+        )
+
+    def _plan(self, cache: Any, tokens: Tensor) -> list[Step] | None:
+        if cache is None:
+            return None
+        return plan(cache, self.geometry, tokens.shape[1], tokens.shape[0], self._dtype, tokens.device)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self._module_ref.parameters()).dtype
+
+    def check_call(self, module: nn.Module) -> None:
+        if module.training:
+            raise ValueError(
+                "an optimized model is for inference, got training mode; call model.eval(), or restore(model) to train"
+            )
+        if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                "an optimized model computes no gradients, got enabled gradients and parameters that require them; "
+                "call it under torch.inference_mode(), or model.requires_grad_(False)"
+            )
+
+
+def _compile_no_more(kind: Any) -> None:
+    """Have generate() of a class of models not compile those that are optimized, as it does for static caches. It asks a
+    method; a switch in generation_config would be saved with the model, and go where another config is set or passed."""
+    asks = getattr(kind, "_valid_auto_compile_criteria", None)
+    if asks is None or getattr(asks, "asks_for_optimized", False):
+        return
+
+    @wraps(asks)
+    def criteria(self: Any, *args: Any, **kwargs: Any) -> bool:
+        return existing_state(compiled_part(self)) is None and asks(self, *args, **kwargs)
+
+    criteria.asks_for_optimized = True  # type: ignore[attr-defined]
+    kind._valid_auto_compile_criteria = criteria
+
+
+def _install_capturing_hooks(module: nn.Module) -> None:
+    """Hugging Face does this at the first call that asks for hidden states or the like, under a lock that Dynamo cannot trace.
+    It marks each model that has them, but goes down from one without to all that are in it, marked or not: each state would
+    be there twice."""
+    for part in module.modules():
+        inner = (each for each in part.modules() if isinstance(each, PreTrainedModel))
+        if isinstance(part, PreTrainedModel) and not any(getattr(each, _HOOKED, False) for each in inner):
+            maybe_install_capturing_hooks(part)
+
+
+class _Uncompiled(Exception):
+    """Why a call is left to Hugging Face."""
+
+
+def _make_step(module: nn.Module) -> Callable[..., Any]:
+    def step(inputs: dict[str, Any], steps: list[Step] | None) -> Any:
+        """What Dynamo traces: the model's own call, with tensors in the place of its cache."""
+        if steps is None:
+            return module._call_impl(**inputs), []
+        cache = StepCache(steps)
+        output = module._call_impl(**inputs, **{CACHE: cache})
+        setattr(output, CACHE, None)
+        return output, cache.new
+
+    return step
+
+
+# Inputs whose sizes vary, and in which dimensions: batch, tokens, cached tokens.
+_VARYING = {
+    "input_ids": (0, 1),
+    "inputs_embeds": (0, 1),
+    "position_ids": (0, 1),
+    "per_layer_inputs": (0, 1),
+    "labels": (0, 1),
+    "logits_to_keep": (0,),
+}
+
+
+def _normalize(inputs: dict[str, Any], steps: list[Step] | None) -> None:
+    """Strides that follow from the shapes, and sizes that may vary: what else would make Dynamo compile again. Sizes 0 and 1
+    are graphs of their own always."""
+    for name, dims in _VARYING.items():
+        if isinstance(inputs.get(name), Tensor):
+            inputs[name] = _varying(dense(inputs[name]), dims)
+    inputs["attention_mask"] = {
+        kind: _varying(dense(mask), (0, 2, 3)) if isinstance(mask, Tensor) else mask
+        for kind, mask in inputs["attention_mask"].items()
+    }
+    for step in steps or ():
+        for rows in (step.keys, step.values):
+            if rows is not None:
+                _varying(rows, (0, 2))
+
+
+def _varying(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    for dim in dims:
+        if dim < tensor.dim() and tensor.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor
+
+
+assert tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 17), "pyproject.toml asks for 5.17"

@@ -1,0 +1,259 @@
+"""Which tokens of which requests the next step computes: continuous batching, chunked prefill, preemption. Knows no tensor.
+
+    decodes first    a request that writes waits for no prompt; what is left of the token budget goes to prompts, oldest first
+    admission        in order of arrival, nobody is passed over; only with pages for all the tokens that the request has
+    preemption       where a page is missing the youngest gives up its pages, and computes its tokens anew when it is its turn
+
+So the oldest request always gets on, and each request is the oldest one day: nobody waits forever.
+
+Steps overlap: a step is planned while the one before runs. A token that was sampled but has not reached the host is `pending`:
+the plan counts it, the GPU reads it where it was written.
+
+Drafts of a sequence are verified with its last token, as many as there is room for: no other waits or loses a page for them.
+`computed` counts those that the host knows to be accepted. The next step is planned without knowing: it has pages for the case
+that all were (`ahead`), and the device, which knows, says where it begins. Places of rejected drafts are written again.
+"""
+
+from bisect import insort
+from collections.abc import Sequence as Tokens
+
+import numpy as np
+
+from .pages import KVPages
+from .sequence import Decodes, Sequence, Work
+
+
+class Scheduler:
+    """Plans steps over the pages of one engine.
+
+    max_tokens  of a step
+    max_rows    logits of prompts in a step, for requests that ask for them
+    reuse       whether prompts begin with pages that earlier ones left
+    drafts      of each sequence that a step makes, and the next one verifies; may be set anew before any step
+    """
+
+    def __init__(self, pages: KVPages, max_tokens: int, max_rows: int = 256, reuse: bool = True, drafts: int = 0):
+        self.pages, self.max_tokens, self.max_rows, self.reuse = pages, max_tokens, max_rows, reuse
+        self.drafts = drafts
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.preemptions = 0
+        self._steady: Decodes | None = None  # the step before, if the next one may be the same, a token further
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_number)
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """It needs nothing any more, wherever it was. Kernels that still write its pages run before any that reuse them."""
+        sequence.finish_reason = reason
+        if sequence.holding is not None:
+            self._steady = None
+            self.pages.close(sequence.holding)
+            sequence.holding = None
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> Tokens[Work]:
+        """The next step, and at once its effect on all that is planned after it. Empty if nothing can be computed now."""
+        again = self._again()
+        if again is not None:
+            self._steady = again
+            return again
+        work = self._plan_step()
+        self._steady = Decodes.of(work) if len(work) == len(self.running) else None
+        return self._steady or work
+
+    def _again(self) -> Decodes | None:
+        """The step before a token further, if nothing but pages has to be seen to: most steps, so no sequence is planned."""
+        steady = self._steady
+        if steady is None or self.waiting and self.pages.free_rows:
+            return None
+        work = steady.advanced()
+        if (work.starts + 1 >= work.ends).any() or not all(s.pending for s in work.sequences):
+            return None  # one has all its tokens, or the host knows what is to be computed
+        for index in np.flatnonzero(work.starts >= work.capacities).tolist():
+            holding, start = work.sequences[index].holding, int(work.starts[index])
+            if holding is None or self.pages.room(holding, start) < 1:
+                return None
+            self.pages.extend(holding, start + 1)
+            work.capacities[index] = holding.capacity
+        for sequence in work.sequences:
+            sequence.computed += 1
+            sequence.pending += 1
+        return work
+
+    def _plan_step(self) -> list[Work]:
+        work: list[Work] = []
+        budget, rows, preempted = self.max_tokens, self.max_rows, self.preemptions
+        prompts: list[Sequence] = []
+        for sequence in list(self.running):
+            holding, todo = sequence.holding, sequence.todo
+            if todo != 1:
+                prompts += [sequence] if todo else []
+            elif holding is not None and _reach(sequence) < holding.capacity and sequence.params.prompt_logprobs is None:
+                # Most steps of most requests, so written out: one token more, in a page that it has.
+                ahead = sequence.ahead if sequence.placed else -1
+                work.append(Work(sequence, sequence.computed, 1, holding.row, True, 0, 0, False, 0, ahead))
+                sequence.computed += 1
+                sequence.pending += 1
+                sequence.placed = sequence.speculates
+            elif more := self._continue(sequence, 1, rows, work):
+                rows -= more.prompt
+        budget -= len(work)
+        budget -= self._add_drafts(work, budget)
+        for sequence in prompts:
+            if more := self._continue(sequence, budget, rows, work):
+                budget, rows = budget - more.length, rows - more.prompt
+        while self.waiting and budget and self.preemptions == preempted:
+            sequence = self.waiting[0]
+            if sequence.wants_prompt_rows and rows < 1 or not self._admit(sequence):
+                break
+            todo = self._fit(sequence, min(sequence.todo, budget), rows, work)
+            assert todo, "who is admitted has room for a page"
+            work.append(self._plan(sequence, todo, begins=True))
+            budget, rows = budget - todo, rows - work[-1].prompt
+        if self.drafts or any(w.drafts for w in work):
+            for w in work:
+                w.sequence.drafted = self.drafts if w.samples and w.sequence.speculates else 0
+        return work
+
+    def _add_drafts(self, work: list[Work], budget: int) -> int:
+        """Let those who write verify drafts, as many as budget, limits and free pages allow; how many in all."""
+        left = budget
+        for index, w in enumerate(work):
+            sequence, holding = w.sequence, w.sequence.holding
+            if w.ahead < 0 or holding is None:
+                continue
+            # One token more than is accepted is sampled: the last that it may have is drafted for nothing.
+            count = min(sequence.drafted, left, sequence.end - len(sequence.tokens) - sequence.pending)
+            if (wanted := min(w.start + w.ahead + 1 + count, sequence.end)) > holding.capacity:
+                count = min(count, self.pages.room(holding, w.start) - w.ahead - 1)
+                wanted = min(wanted, w.start + w.ahead + 1 + count)
+                self.pages.extend(holding, wanted)
+            if count:
+                work[index] = w._replace(length=1 + count, drafts=count)
+                sequence.ahead += count
+                left -= count
+        return budget - left
+
+    def _continue(self, sequence: Sequence, budget: int, rows: int, work: list[Work]) -> Work | None:
+        """Plan what fits of a running sequence, at the end of `work`; None if nothing does."""
+        todo = min(sequence.todo, budget)
+        if todo and sequence.holding is not None:
+            todo = self._fit(sequence, todo, rows, work)
+        if not todo or sequence.holding is None:
+            return None
+        work.append(self._plan(sequence, todo, begins=False))
+        return work[-1]
+
+    def _fit(self, sequence: Sequence, todo: int, rows: int, work: list[Work]) -> int:
+        """Pages for as many of the tokens as can be had; preempts younger ones, and in the end the sequence itself, for the
+        first. 0 if this step can do nothing for it."""
+        holding = sequence.holding
+        assert holding is not None
+        if sequence.wants_prompt_rows:
+            todo = min(todo, max(rows, 0))
+        reach = _reach(sequence)
+        if reach + todo <= holding.capacity:
+            return todo
+        while (room := self.pages.room(holding, sequence.computed)) < 1:
+            planned = {w.sequence for w in work}
+            victims = [s for s in self.running if s not in planned and s.number >= sequence.number]
+            if victims[-1] is sequence and any(s.number > sequence.number for s in planned):
+                return 0  # younger ones run in this step already: their pages come back when they end
+            self._preempt(victims[-1])
+            if victims[-1] is sequence:
+                return 0
+        todo = min(todo, room - (reach - sequence.computed))
+        if todo < 1:
+            return 0  # what it needs for sure is there: the rest once it is known how far it has come
+        self.pages.extend(holding, reach + todo)
+        return todo
+
+    def _plan(self, sequence: Sequence, count: int, begins: bool) -> Work:
+        start, holding = sequence.computed, sequence.holding
+        assert holding is not None
+        end = start + count
+        prompt, prompt_from = 0, max(start, sequence.prompt_rows)
+        if sequence.wants_prompt_rows:
+            prompt = max(0, min(end, sequence.prompt_length - 1) - prompt_from)
+            sequence.prompt_rows += prompt
+        samples = end == len(sequence.tokens) + sequence.pending
+        ahead = sequence.ahead if sequence.placed else -1
+        sequence.computed = end
+        sequence.pending += samples
+        sequence.placed = samples and sequence.speculates
+        if self.reuse and count > 1:
+            self.pages.remember(holding, sequence.tokens, end)
+        return Work(sequence, start, count, holding.row, samples, prompt, prompt_from, begins, 0, ahead)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give it a row, and the pages of a prefix that is there already; if all its tokens have room."""
+        if sequence.pending or not self.pages.free_rows:
+            return False
+        reused = 0
+        if self.reuse and not sequence.wants_prompt_rows:
+            sequence.keys = self.pages.keys(sequence.tokens[:-1], sequence.keys)  # one token must be computed
+            reused = self.pages.match(sequence.keys)
+        free = self.pages.free_for(sequence.keys, reused)
+        size = self.pages.page_size
+        for kind, window in self.pages.windows.items():
+            needed = -(-(len(sequence.tokens) + 1) // size) - reused
+            if window:
+                needed = min(needed, -(-window // size) + 1)
+            if needed + len(self.running) > free[kind] and (self.running or needed > free[kind]):
+                return False  # those that run need a page each before long
+        sequence.holding = self.pages.open(sequence.keys, reused)
+        sequence.computed = reused * size
+        if sequence.cached is None:
+            sequence.cached = sequence.computed
+        self.waiting.pop(0)
+        insort(self.running, sequence, key=_number)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert sequence.holding is not None
+        self._steady = None
+        self.pages.close(sequence.holding)
+        sequence.holding, sequence.computed, sequence.ahead, sequence.placed = None, 0, 0, False
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self.add(sequence)
+
+    def arrived(self, sequence: Sequence, tokens: Tokens[int], verified: int = 0) -> None:
+        """The host has read what a step sampled for it: those of its `verified` drafts that were accepted, and a token more."""
+        sequence.pending -= 1
+        if sequence.holding is not None:  # preempted meanwhile, it computes them all anew
+            sequence.computed += len(tokens) - 1
+            sequence.ahead -= verified
+        sequence.tokens.extend(tokens)
+        holding = sequence.holding
+        if holding is not None and self.reuse and len(sequence.tokens) // self.pages.page_size > holding.remembered:
+            self.pages.remember(holding, sequence.tokens, sequence.computed)
+
+    def check(self) -> None:
+        """Raises AssertionError if an invariant of the scheduler or of its pages is broken."""
+        self.pages.check()
+        held = {id(holding) for holding in self.pages.holdings.values()}
+        assert {id(s.holding) for s in self.running} == held, "rows are of running ones"
+        assert all(s.holding is None and not s.placed and not s.ahead for s in self.waiting), "who waits holds nothing"
+        for queue in (self.running, self.waiting):
+            assert queue == sorted(queue, key=_number), "first come, first served"
+        for s in self.running:
+            known = len(s.tokens) + s.pending
+            assert s.computed <= known, f"sequence {s.number} has computed {s.computed} of {known} tokens"
+            assert not s.placed or s.speculates, f"sequence {s.number} has drafts, which nobody made for it"
+            assert s.ahead >= 0 and (s.pending or not s.ahead), f"sequence {s.number}: {s.ahead} drafts in {s.pending} steps"
+            reach = min(s.computed + s.ahead, s.end)
+            assert s.holding is not None and reach <= s.holding.capacity, f"sequence {s.number} lacks a page"
+
+
+def _reach(sequence: Sequence) -> int:
+    """The furthest position that its next token may have; tokens behind its end are nobody's, and are stored nowhere."""
+    return min(sequence.computed + sequence.ahead, sequence.end - 1) if sequence.ahead else sequence.computed
+
+
+def _number(sequence: Sequence) -> int:
+    return sequence.number

@@ -1,0 +1,1 @@
+"""Multi-token prediction: drafts, their verification, and how many."""
