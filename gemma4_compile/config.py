@@ -90,7 +90,7 @@ class EngineConfig:
     kv_bytes              memory of the KV pools; None: what memory_fraction leaves on a GPU, 1 GiB on a CPU
     memory_fraction       share of the GPU's memory that the engine may take
     prefix_reuse          prompts begin with pages that earlier requests left
-    overlap               plan a step while the one before runs. None: on a GPU, unless there is an assistant
+    overlap               plan a step while the one before runs. None: on a GPU
     cuda_graphs           None: on a GPU
     capture_at_start      capture all graphs when the engine is made, not at first use
     text_only             load the text part of a checkpoint alone, not its vision and audio towers

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- table: scripts/train_demo.py -->", "<!-- end of table -->"
+BEGIN, END = "<!-- table: demo -->", "<!-- end -->"
 
 
 def read_records(folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
