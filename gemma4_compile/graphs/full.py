@@ -6,6 +6,7 @@ Where a state of the rows is given, the graph ends with the greedy tokens, put w
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,22 +16,25 @@ from torch import Tensor
 from gemma4_compile.ops.library import jit, power_of_two, tl
 from gemma4_compile.packed.inputs import KINDS
 from gemma4_compile.packed.program import StepResult
-from gemma4_compile.packed.row_state import PLACED, ROUND, RowState
+from gemma4_compile.packed.row_state import RowState
+from gemma4_compile.packed.step_inputs import Placement, Speculation, StepInputs, leaves
 
+# Fields of StepInputs as long as there are tokens, by their paths; `starts` and the tables have places of their own.
 _TOKENS = ("input_ids", "positions", "rows", *(f"slots.{kind}" for kind in KINDS), "sources", "targets")
-_DRAFTED = (*PLACED, *ROUND)  # where requests are drafted for
+_PLACEMENT = tuple(f"placement.{field.name}" for field in fields(Placement))
+_SPECULATION = tuple(f"speculation.{field.name}" for field in fields(Speculation))
 _HEAD = 2  # int64 before the tokens: width of the tables, unused
 _DEPTH = 3  # copies that may be under way before their pinned memory is used again
 
 
 class FullResult(NamedTuple):
     """logits [1, N, vocabulary], greedy tokens [N] (None without a state of the rows), final-normed states [N, H], and the
-    step's inputs as the model saw them; valid until the next step."""
+    step's inputs as the model saw them, without its sampling; valid until the next step."""
 
     logits: Tensor
     tokens: Tensor | None
     hidden: Tensor
-    inputs: dict[str, Tensor]
+    inputs: StepInputs[Tensor]
 
 
 @jit
@@ -104,10 +108,16 @@ class _Bucket:
         tokens = packed.tokens
         self.packed, self.buffer = packed, torch.zeros(packed.size, dtype=torch.int64, device=device)
         self.ids = torch.zeros((1, tokens), dtype=torch.int64, device=device)
-        self.views = {name: self.buffer[at : at + tokens] for name, at in packed.at.items()}
-        self.views["input_ids"] = self.ids
+        at = {name: self.buffer[at : at + tokens] for name, at in packed.at.items()}
+        self.given = at["input_ids"]  # as the host sent them: `ids` takes those of the state too
         starts = self.buffer[packed.starts : packed.tables].view(torch.int32)
-        self.views |= {"starts": starts[: tokens + 1]} | {f"table.{kind}": tables[kind][:tokens] for kind in KINDS}
+        drafted = _PLACEMENT[0] in at
+        self.views: StepInputs[Tensor] = StepInputs(
+            self.ids, at["positions"], at["rows"], starts[: tokens + 1], {kind: at[f"slots.{kind}"] for kind in KINDS},
+            {kind: tables[kind][:tokens] for kind in KINDS}, at["targets"], at["sources"],
+            Placement(*(at[name] for name in _PLACEMENT)) if drafted else None,
+            Speculation(*(at[name] for name in _SPECULATION)) if drafted else None,
+        )  # fmt: skip
         self.host: list[Tensor] = []
         self.events: list[Any] = []
         self.turn = 0
@@ -152,7 +162,7 @@ class FullGraphs:
         self.argmax = argmax
         self.last = None if state is None else state.last
         self._drafts = 0 if state is None else state.drafts.shape[1]
-        self._names = _TOKENS + (_DRAFTED if self._drafts else ())
+        self._names = _TOKENS + (_PLACEMENT + _SPECULATION if self._drafts else ())
         self._page_size = next(iter(memory.values())).shape[1]
         most = max(sizes, default=1)
         self._tables = {kind: torch.zeros((most, width), dtype=torch.int32, device=device) for kind in KINDS}
@@ -174,7 +184,7 @@ class FullGraphs:
         sampled = None if self.last is None else self.last.clone()
         self.restore()
         self._unpack(bucket)
-        expected = self.program(bucket.views | self.memory)
+        expected = self.program(bucket.views.model() | self.memory)
         if self.last is not None and sampled is not None:
             self.last.copy_(sampled)
         return actual, expected
@@ -184,15 +194,15 @@ class FullGraphs:
         if self.last is not None and self._before is not None:
             self.last.copy_(self._before)
 
-    def send(self, tokens: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """One copy of a step's arrays, by StepArrays' names, to the bucket of so many tokens, padded. {} is padding alone."""
+    def send(self, tokens: int, step: StepInputs[np.ndarray] | None) -> None:
+        """One copy of a step to the bucket of so many tokens, padded. None is padding alone."""
         bucket = self.bucket(tokens)
         packed = bucket.packed
         pinned, event = bucket.pinned()
         host = pinned.numpy()
-        count = arrays["positions"].shape[0] if arrays else 0
-        padding = {"rows": tokens - 1, "sources": -1, "targets": -1 if self.last is None else len(self.last) - 1, "places": -1}
-        padding |= {f"slots.{kind}": -1 for kind in KINDS}
+        arrays = {} if step is None else dict(leaves(step))
+        padding = {"rows": tokens - 1, "sources": -1, "targets": -1 if self.last is None else len(self.last) - 1}
+        padding |= {"placement.places": -1} | {f"slots.{kind}": -1 for kind in KINDS}
         for name, at in packed.at.items():
             given = arrays.get(name)
             length = 0
@@ -201,17 +211,16 @@ class FullGraphs:
                 host[at : at + length] = given
             host[at + length : at + tokens] = padding.get(name, 0)
         starts = host[packed.starts : packed.tables].view(np.int32)
-        requests = arrays["starts"].shape[0] - 1 if arrays else 0
-        starts[: requests + 1] = arrays["starts"] if arrays else 0
-        starts[requests + 1 : tokens + 1] = count
-        width = max(arrays[f"table.{kind}"].shape[1] for kind in KINDS) if arrays else 1
+        requests = 0 if step is None else step.starts.shape[0] - 1
+        starts[: requests + 1] = 0 if step is None else step.starts
+        starts[requests + 1 : tokens + 1] = 0 if step is None else step.positions.shape[0]
+        width = 1 if step is None else max(table.shape[1] for table in step.tables.values())
         for index, kind in enumerate(KINDS):
             table = host.view(np.int32)[packed.table(index, width)].reshape(tokens, width)
-            if arrays:
-                given = arrays[f"table.{kind}"]
-                table[:requests, : given.shape[1]] = given
-            else:
+            if step is None:
                 table[:] = 0
+            else:
+                table[:requests, : step.tables[kind].shape[1]] = step.tables[kind]
         host[0] = width
         used = packed.used(width)
         bucket.buffer[:used].copy_(pinned[:used], non_blocking=True)
@@ -237,11 +246,11 @@ class FullGraphs:
 
     def _step(self, bucket: _Bucket) -> list[Tensor]:
         self._unpack(bucket)
-        logits, hidden = self.program(bucket.views | self.memory)
+        logits, hidden = self.program(bucket.views.model() | self.memory)
         if self.last is None:
             return [logits, hidden]
         tokens = self.argmax(logits[0])
-        self.last.index_copy_(0, bucket.views["targets"], tokens)
+        self.last.index_copy_(0, bucket.views.targets, tokens)
         return [logits, hidden, tokens]
 
     def _unpack(self, bucket: _Bucket) -> None:
@@ -254,18 +263,18 @@ class FullGraphs:
         for index, table in enumerate(tables):
             compact = buffer.view(torch.int32)[packed.table(index, width)]
             table[: packed.tokens, :width] = compact.view(packed.tokens, width)
-        ids = buffer[_HEAD : _HEAD + packed.tokens]
+        step = replace(views, input_ids=bucket.given[None])
         if self.state is not None:
-            ids = self.state.tokens(ids, views["sources"], views.get("places"))
-        if self.state is not None and self._drafts:
-            for name, tensor in self.state.place(views, self._page_size).items():
-                views[name].copy_(tensor)
-        bucket.ids[0] = ids
+            step = self.state.resolve(step, self._page_size)
+        bucket.ids.copy_(step.input_ids)
+        views.positions.copy_(step.positions)
+        for kind in KINDS:
+            views.slots[kind].copy_(step.slots[kind])
 
     def _launch_unpack(self, bucket: _Bucket) -> None:
         packed, buffer = bucket.packed, bucket.buffer
         state = RowState(buffer, buffer, buffer) if self.state is None else self.state
-        names = ("positions", *(f"slots.{kind}" for kind in KINDS), "sources", *PLACED)
+        names = ("positions", *(f"slots.{kind}" for kind in KINDS), "sources", *_PLACEMENT)
         _unpack_kernel[(packed.tokens, len(KINDS) + 1)](
             buffer, state.last, state.positions, state.drafts, bucket.ids, *(self._tables[kind] for kind in KINDS),
             *(packed.at.get(name, 0) for name in names), packed.tables, self.width, packed.tokens,

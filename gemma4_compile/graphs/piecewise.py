@@ -15,7 +15,7 @@ placed on it; afterwards the pool may reuse it, as each graph is replayed behind
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from gemma4_compile.packed.inputs import KINDS, STEP_INPUTS, check_inputs, step_
 from gemma4_compile.packed.program import Program, Step, StepResult
 from gemma4_compile.packed.row_state import RowState
 from gemma4_compile.packed.split import SPLIT_POINTS
+from gemma4_compile.packed.step_inputs import StepInputs, leaves, rebuilt
 
 from .full import FullGraphs, FullResult, greedy
 from .recorder import CudaRecorder, Recorder
@@ -153,7 +154,8 @@ class GraphRunner:
         if bucket is None or bucket.name in self.refused:
             return self.program.run(inputs)
         if bucket.full:
-            found = self._full_step(bucket, {name: inputs[name].cpu().numpy() for name in STEP_INPUTS})
+            step = StepInputs.of_model({name: inputs[name].cpu().numpy() for name in STEP_INPUTS})
+            found = self._full_step(bucket, step)
             return self.program.run(inputs) if found is None else StepResult(found.logits, found.hidden)
         try:
             if bucket not in self._checked:
@@ -168,30 +170,25 @@ class GraphRunner:
         self.replays += 1
         return _cut(result, wanted)
 
-    def decode(self, arrays: Mapping[str, np.ndarray]) -> FullResult | None:
-        """A FULL step from the host's own arrays, by StepArrays' names, in one copy; None if no graph holds it.
-
-        `sources` are rows of the state that tokens come from, -1 for those in input_ids; `targets` rows that greedy tokens go
-        to. The result's inputs are as long as they were given.
-        """
-        tokens = arrays["positions"].shape[0]
-        bucket = self._bucket(tokens, arrays["rows"].shape[0], arrays["starts"].shape[0] - 1)
+    def decode(self, step: StepInputs[np.ndarray]) -> FullResult | None:
+        """A FULL step from the host's own arrays, in one copy; None if no graph holds it. Greedy tokens go to `targets`. The
+        result's inputs are as long as they were given."""
+        bucket = self._bucket(step.positions.shape[0], step.rows.shape[0], step.starts.shape[0] - 1)
         if bucket is None or not bucket.full or bucket.name in self.refused:
             return None
-        return self._full_step(bucket, arrays)
+        return self._full_step(bucket, step)
 
-    def _full_step(self, bucket: _Bucket, arrays: Mapping[str, np.ndarray]) -> FullResult | None:
+    def _full_step(self, bucket: _Bucket, step: StepInputs[np.ndarray]) -> FullResult | None:
         """None where the bucket turns out to run without graphs; nothing was sampled then."""
-        wanted = arrays["positions"].shape[0]
+        wanted, step = step.positions.shape[0], replace(step, sampling=None)
         try:
             if bucket not in self._checked:
-                fill = partial(self._send, arrays)
-                self._first(bucket, fill, wanted, arrays["starts"].shape[0] - 1)
+                self._first(bucket, partial(self._send, step), wanted, step.starts.shape[0] - 1)
                 if bucket.name in self.refused:
                     self.full.restore()
                     return None
             else:
-                self.full.send(bucket.tokens, arrays)
+                self.full.send(bucket.tokens, step)
                 self.replays += 1
                 self.full.run(bucket.tokens)
         except (RuntimeError, CaptureRefused) as error:
@@ -200,12 +197,13 @@ class GraphRunner:
             self._give_up(bucket, f"its capture failed: {error}")
             return None
         logits, tokens, hidden, views = self.full.result(bucket.tokens)
-        inputs = {name: views[name][: given.shape[0]] if given.ndim == 1 else views[name]
-                  for name, given in arrays.items() if name in views}  # fmt: skip
+        given, whole = dict(leaves(step)), dict(leaves(views))
+        cut = {name: whole[name][: array.shape[0]] if array.ndim == 1 else whole[name] for name, array in given.items()}
+        inputs = rebuilt(step, cut)
         return FullResult(logits[:, :wanted], None if tokens is None else tokens[:wanted], hidden[:wanted], inputs)
 
-    def _send(self, arrays: Mapping[str, np.ndarray], bucket: _Bucket, empty: bool = False) -> None:
-        self.full.send(bucket.tokens, {} if empty else arrays)
+    def _send(self, step: StepInputs[np.ndarray], bucket: _Bucket, empty: bool = False) -> None:
+        self.full.send(bucket.tokens, None if empty else step)
 
     def _bucket(self, tokens: int, wanted: int, requests: int) -> _Bucket | None:
         size = fitting(self.buckets.decode, tokens)

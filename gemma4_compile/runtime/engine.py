@@ -28,8 +28,8 @@ from .outputs import Chunk, RequestOutput, Sample, TokenLogprob
 from .sampling_params import SamplingParams
 from .scheduling.scheduler import Scheduler
 from .scheduling.sequence import Decodes, Sequence, Work
-from .speculative.length import DraftLength, SpeculativeTokens
-from .speculative.verification import VERIFICATIONS
+from .speculative.config import SpeculativeConfig
+from .speculative.length import DraftLength
 from .step import invariants
 from .text import Prompt, TextStream, encode, prompts_of
 from .worker.model import PackedModel
@@ -64,14 +64,7 @@ class Engine:
                is not optimized yet is, in place
     config     EngineConfig
     tokenizer  of text prompts; None: the checkpoint's, if there is one
-    assistant  drafts for it (multi-token prediction): Gemma4AssistantForCausalLM, a folder or hub id. The same tokens in fewer
-               steps
-    speculative_tokens   K, the drafts of a request that a step verifies; or {requests: K}, which depends on how many run; or
-                         "adaptive", the K up to 6 that gives most tokens a second by measured acceptance and times
-    draft_rope_offset    RoPE position of drafts less that of the last token whose key is stored: 0, as in vLLM and SGLang, or
-                         1, as in transformers. Which gets more drafts accepted: scripts/acceptance.py
-    draft_verification   of sampled requests: "block" or "token", rejection sampling, which keeps the distribution; or "match",
-                         which accepts fewer drafts and keeps the very tokens of each seed. Greedy requests have theirs anyway
+    speculative   SpeculativeConfig: an assistant drafts tokens for it; None: nothing is drafted
 
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
 
@@ -84,22 +77,17 @@ class Engine:
 
     def __init__(
         self, model: nn.Module | str | Path, config: EngineConfig | None = None, tokenizer: Any = None, *,
-        assistant: nn.Module | str | Path | None = None, speculative_tokens: SpeculativeTokens = 3, draft_rope_offset: int = 0,
-        draft_verification: str = "block",
+        speculative: SpeculativeConfig | None = None,
     ):  # fmt: skip
         self.config = config = config or EngineConfig()
-        self._draft_length = None if assistant is None else DraftLength(speculative_tokens)
+        self._draft_length = None if speculative is None else DraftLength(speculative.tokens)
         self._adaptive = self._draft_length if self._draft_length is not None and self._draft_length.adaptive else None
-        most = self._draft_length.most if self._draft_length else 0
-        if draft_verification not in VERIFICATIONS:
-            known = ", ".join(VERIFICATIONS)
-            raise ValueError(f"draft_verification must be one of {known}, got {draft_verification!r}; choose one")
         self.model, self.tokenizer = model_of(model, config, tokenizer)
-        self.assistant = assistant_of(assistant, self.model)
+        if speculative is not None:
+            speculative = replace(speculative, assistant=assistant_of(speculative.assistant, self.model))
+        self.assistant: Any = None if speculative is None else speculative.assistant
         self._stop_tokens = frozenset(i for i in stop_tokens(self.model) if i < self.model.config.vocab_size)
-        self.runner = ModelRunner(
-            PackedModel(self.model), config, self._stop_tokens, self.assistant, most, draft_rope_offset, draft_verification
-        )
+        self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens, speculative)
         self.scheduler = Scheduler(
             self.runner.pages, config.max_batched_tokens, reuse=config.prefix_reuse, drafts=self.runner.speculative_tokens
         )

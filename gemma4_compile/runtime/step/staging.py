@@ -2,10 +2,13 @@
 
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gemma4_compile.packed.step_inputs import leaves, rebuilt
 
 _ALIGN = 16  # bytes; what the widest loads of kernels ask for
 _DEPTH = 3  # copies that may be under way before their pinned memory is used again
@@ -18,8 +21,11 @@ class Staging:
         self.device = device
         self._ring: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
-    def send(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        """Tensors on the device, by name. On a GPU they are copied in stream order."""
+    def send(self, step: Any) -> Any:
+        """A StepInputs, or a part of one, of tensors on the device. On a GPU they are copied in stream order."""
+        return rebuilt(step, self._copied(dict(leaves(step))))
+
+    def _copied(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         if self.device.type != "cuda":
             return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         offsets, total = {}, 0
