@@ -12,7 +12,8 @@ from torch import Tensor
 from gemma4_compile import demo_checkpoint, optimize
 from gemma4_compile.demo.evaluate import final_states
 from gemma4_compile.geometry import geometry
-from gemma4_compile.graphs.piecewise import Buckets, GraphRunner
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.hf.assistant import load_assistant
 from gemma4_compile.packed.inputs import KINDS, PlainKV, Request
 from gemma4_compile.runtime.speculative.drafter import Drafter

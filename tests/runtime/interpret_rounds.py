@@ -10,9 +10,8 @@ from tests.ops.interpret import run  # isort: skip  (before all that imports Tri
 import numpy as np
 import torch
 
-from gemma4_compile.graphs.full import FullGraphs
+from gemma4_compile.graphs.step_buffer import StepBuffer
 from gemma4_compile.packed.inputs import KINDS
-from gemma4_compile.packed.program import StepResult
 from gemma4_compile.packed.row_state import RowState
 from gemma4_compile.packed.step_inputs import Placement, Speculation, StepInputs
 from gemma4_compile.runtime.speculative.verification import _advance_into, _launch_advance
@@ -53,18 +52,16 @@ def step(drafts: int) -> StepInputs[np.ndarray]:
 def unpacks(drafts: int) -> None:
     """The kernel's ids, positions, slots and tables are those of plain torch; 16 tokens in a bucket, part of them padding."""
     torch.manual_seed(drafts)
-    memory = {"keys.0": torch.zeros(60, PAGE, 1, 2)}
-    nothing = StepResult(torch.zeros(1), torch.zeros(1))
-    full = FullGraphs(lambda inputs: nothing, memory, (16,), WIDTH, None, torch.device("cpu"), state(drafts))
+    tables = {kind: torch.zeros(16, WIDTH, dtype=torch.int32) for kind in KINDS}
+    buffer = StepBuffer(16, tables, state(drafts), PAGE)
     found: list[dict[str, Any]] = []
-    for unpack in (full._unpack, full._launch_unpack):
-        full.send(16, step(drafts))
-        for table in full._tables.values():
+    for unpack in (buffer.unpack, buffer._launch_unpack):
+        buffer.send(step(drafts))
+        for table in tables.values():
             table.zero_()
-        bucket = full.bucket(16)
-        unpack(bucket)
+        unpack()
         names = ("input_ids", "positions", *(f"{name}.{kind}" for kind in KINDS for name in ("slots", "table")))
-        found.append({name: bucket.views.model()[name].clone() for name in names})
+        found.append({name: buffer.views.model()[name].clone() for name in names})
     for name, wanted in found[0].items():
         assert torch.equal(found[1][name], wanted), name
 

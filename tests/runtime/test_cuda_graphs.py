@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.garbage import without_collection
-from gemma4_compile.graphs.piecewise import Buckets, CaptureRefused, GraphRunner
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.checks import CaptureRefused
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.packed.inputs import STEP_INPUTS, PlainKV, Request
 from gemma4_compile.packed.program import Program
 from gemma4_compile.packed.row_state import RowState

@@ -15,7 +15,8 @@ from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4Tex
 from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams, report
 from gemma4_compile.demo import DEMO_NAMES
 from gemma4_compile.geometry import geometry
-from gemma4_compile.graphs.piecewise import Buckets, GraphRunner
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.optimized import state_of
 from gemma4_compile.runtime.outputs import Chunk
 from gemma4_compile.runtime.step import invariants

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gemma4_compile import AsyncEngine, Engine, EngineConfig, SamplingParams, SpeculativeConfig, demo_checkpoint
 from gemma4_compile.demo import DEMO_NAMES
-from gemma4_compile.graphs.piecewise import Buckets, GraphRunner
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.hf.assistant import load_assistant
 from gemma4_compile.runtime.outputs import RequestOutput
 from gemma4_compile.runtime.speculative.drafter import Drafter

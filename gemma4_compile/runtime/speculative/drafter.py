@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import Gemma4AssistantForCausalLM, Gemma4ForCausalLM
 
 from gemma4_compile.geometry import Geometry, geometry
-from gemma4_compile.graphs.piecewise import Buckets, check_host, fitting
+from gemma4_compile.graphs.buckets import Buckets, fitting
+from gemma4_compile.graphs.checks import check_host, difference
 from gemma4_compile.graphs.recorder import CudaRecorder, Recorder
 from gemma4_compile.hf.assistant import load_assistant
 from gemma4_compile.hf.parallel import local_parts
@@ -46,7 +47,7 @@ class Drafter:
     speculative_tokens  K, the drafts of a round: 1 or more
     kv                  keys.N and values.N, [pages, page size, Hk, D], of the target's layers that own them; graphs keep them
     draws               whether drafts can be drawn from the assistant's distribution too, for rejection sampling
-    recorder            captures the K steps of a bucket of requests as one graph, see cuda_graphs.py. Unless given, CUDA graphs
+    recorder            captures the K steps of a bucket of requests as one graph. Unless given, CUDA graphs
                         on a GPU, in a memory pool of their own, and none on a CPU
     width               pages that a request may have at most; as many as the model's context needs unless given
     sizes               buckets, in requests, ascending; a larger batch runs without graphs
@@ -202,11 +203,9 @@ class Drafter:
         replay()
         if first:
             states, *expected = self._steps(views, drafts, draws)
-            difference = (passed[:count].float() - states[:count].float()).square().mean().sqrt()
-            scale = states[:count].float().square().mean().sqrt()
-            differs = bool(not difference <= 1e-2 * scale)  # also if either is not a number
-            if differs if self._agree is None else self._agree(differs):
-                self._give_up(size, f"a replay gave other states than the program (rms {difference:.3g} of {scale:.3g})")
+            wrong = difference(passed[:count], states[:count])
+            if wrong if self._agree is None else self._agree(bool(wrong)):
+                self._give_up(size, f"a replay gave other states than the program ({wrong or 'on another rank'})")
                 return Drafted(*(each[:count] for each in expected))
         return Drafted(*(each[:count] for each in found))
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.config import EngineConfig
-from gemma4_compile.graphs.piecewise import Buckets, GraphRunner
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.graphs.recorder import CudaRecorder
 from gemma4_compile.hf.parallel import local_part
 from gemma4_compile.packed.inputs import KINDS
