@@ -34,8 +34,8 @@ class GraphRunner:
     inputs      those of any step: the keys and values in it are the ones that all steps must use, and the width of its tables
                 is the most pages that a request may have
     requests    the most requests of a step; FULL steps have no limit of their own
-    state       of the rows, see row_state.py; without, `decode` gives logits only
-    argmax      see full_graphs.py
+    state       of the rows, see packed/row_state.py; without, `decode` gives logits only
+    argmax      see full.py
     own_memory  whether all steps use the keys and values in `inputs`. Without, a step's own are read, as pieces never see them:
                 attention, which runs between graphs, is given those of the step at hand. There are no FULL graphs then
     agree       whether a bucket is given up on any rank, told whether it should be on this one; for ranks that run one model.

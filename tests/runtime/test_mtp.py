@@ -366,7 +366,7 @@ def test_aborts_and_failed_steps_leave_no_draft(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(engine.runner, "launch", failing)
     for _ in range(6):
         names = [engine.add_request(p, params, stream=False) for p in models.prompts(8, 80)]
-        sequences = [s for name in names for s in engine._requests[name].samples]
+        sequences = [s for name in names for s in engine.outputs.requests[name].samples]
         while engine.has_work:
             if chooser.random() < 0.1:
                 engine.abort(chooser.choice(names))

@@ -1,6 +1,6 @@
 """The device's side of an engine: memory of the pools, the compiled model, the sampler. Planned steps in, tokens out."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,18 +27,18 @@ from gemma4_compile.runtime.step import invariants
 from gemma4_compile.runtime.step.arrays import build
 from gemma4_compile.runtime.step.staging import Fetched, Staging
 
-from .memory import MemoryReport, PoolSizes, allocate, divide, naive_token_bytes, token_bytes
+from .capture import buckets_of, capture, capture_drafts, within
+from .memory import MemoryReport, allocate, naive_token_bytes, token_bytes
 from .model import PackedModel
 from .ranks import Ranks
 from .sampler import Counted, Sampled, Sampler, named_logprobs
+from .sizing import Sizing, padding_step
 
 # Fields of EngineConfig that decide what a rank runs.
 _ALIKE = (
     "max_model_len", "max_requests", "max_batched_tokens", "page_size", "expected_tokens", "kv_dtype", "kv_bytes",
     "memory_fraction", "cuda_graphs", "capture_at_start",
 )  # fmt: skip
-_CPU_KV_BYTES = 2**30
-_EXPECTED_TOKENS = 4096
 _KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 
 
@@ -141,8 +141,9 @@ class ModelRunner:
         # Before what is left is divided: scores of drafts can be as wide as the vocabulary.
         candidates, whole = candidates_of(self._assistant) if self._by_block else (0, False)
         self.state = RowState.empty(config.max_requests, self.speculative_tokens, self.device, candidates, whole)
-        steps = self._measure_step(graphs) if self.on_gpu else 0
-        sizes = self._divide(self._kv_bytes(steps))
+        self.sizing = Sizing(packed, config, self.ranks, self.windows, self.kv_dtype, self._rows)
+        steps = self.sizing.measure_step(graphs) if self.on_gpu else 0
+        sizes = self.sizing.divide(self.sizing.kv_bytes(steps))
         self.max_model_len = sizes.longest
         self.pages = KVPages(
             sizes.pages, self.windows, config.page_size, config.max_requests, -(-sizes.longest // config.page_size)
@@ -165,20 +166,25 @@ class ModelRunner:
         self.drafter: Drafts | None = None
         agree = self._agree if self.ranks.several else None
         if graphs:
-            inputs = self._padding_step(1, 1, self.pages.tables[next(iter(self.windows))].shape[1])
+            inputs = self._padding_step(1, 1, self._width)
+            buckets = buckets_of(self._rows, config.max_batched_tokens, self.speculative_tokens)
             self.graphs = GraphRunner(
-                packed.program, inputs | self.kv, config.max_requests, self._buckets(), state=self.state,
+                packed.program, inputs | self.kv, config.max_requests, buckets, state=self.state,
                 argmax=self.vocabulary.argmax, agree=agree,
             )  # fmt: skip
         if self._assistant is not None:
-            width = self.pages.tables[next(iter(self.windows))].shape[1]
-            buckets = self._within(Buckets().decode, config.max_requests) if graphs else ()
+            drafted = within(Buckets().decode, config.max_requests) if graphs else ()
             self.drafter = Drafter(
-                packed.model, self._assistant, self.speculative_tokens, self.kv, width=width, sizes=buckets,
+                packed.model, self._assistant, self.speculative_tokens, self.kv, width=self._width, sizes=drafted,
                 draws=self._by_block, agree=agree,
             )  # fmt: skip
             if self.ranks.several:
                 self.drafter = _Agreed(self.drafter, self.ranks)
+
+    @property
+    def _width(self) -> int:
+        """Pages of a request at most."""
+        return self.pages.tables[next(iter(self.windows))].shape[1]
 
     def refresh(self) -> None:
         """Take in the models as they are now, while nothing runs; what earlier requests left in pages is forgotten.
@@ -195,130 +201,22 @@ class ModelRunner:
             self._compile()
         self.pages.forget()
 
-    # Memory
-
-    def _kv_bytes(self, steps: int) -> int:
-        """Of each rank: pages have the same numbers on all of them."""
-        if self.config.kv_bytes is not None:
-            return self.config.kv_bytes
-        if not self.on_gpu:
-            return _CPU_KV_BYTES
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.device)
-        return self.ranks.least(int(free - (1 - self.config.memory_fraction) * total - steps))
-
-    def _divide(self, memory: int) -> PoolSizes:
-        config = self.config
-        context = int(self.packed.model.config.max_position_embeddings)
-        if config.max_model_len is not None and config.max_model_len > context:
-            raise ValueError(
-                f"max_model_len must be at most the model's context, {context}, got {config.max_model_len}; lower it"
-            )
-        longest = config.max_model_len or context
-        while True:
-            try:
-                return divide(
-                    self.packed.geometry, self.windows, memory, config.page_size, self.kv_dtype.itemsize,
-                    min(config.expected_tokens or _EXPECTED_TOKENS, longest), longest, config.max_requests,
-                    config.max_batched_tokens,
-                )  # fmt: skip
-            except ValueError:
-                if config.max_model_len is not None or longest < 2 * config.page_size:
-                    raise
-                longest //= 2  # nobody asked for the whole context
-
-    def _measure_step(self, graphs: bool) -> int:
-        """Bytes of activations and logits of the largest step; twice that where graphs keep a pool of their own beside.
-
-        Raises ValueError if it does not fit."""
-        config = self.config
-        tokens, fitting = config.max_batched_tokens, 0
-        while tokens >= 16 and not fitting:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            try:
-                kv = allocate(
-                    self.packed.geometry, dict.fromkeys(self.windows, 1), config.page_size, self.kv_dtype, self.device
-                )
-                self.packed(self._padding_step(tokens, min(tokens, self._rows), -(-tokens // config.page_size)) | kv)
-                fitting = tokens
-            except torch.cuda.OutOfMemoryError:
-                if self.ranks.several:  # the others are in the middle of the step
-                    break
-                tokens //= 2
-        if fitting < config.max_batched_tokens:
-            # Half of what fits, as the pools want memory too.
-            unknown = "lower it, free memory or take more GPUs" if self.ranks.several else "free memory or take a larger GPU"
-            remedy = f"lower max_batched_tokens to {fitting // 2}" if fitting else unknown
-            raise ValueError(
-                f"a step of max_batched_tokens={config.max_batched_tokens} must fit into the GPU's memory beside the weights, "
-                f"got out of memory; {remedy}"
-            )
-        used = torch.cuda.max_memory_allocated(self.device) - before
-        return used * (2 if graphs else 1)
-
-    # CUDA graphs
-
-    def _buckets(self) -> Buckets:
-        """The sizes that steps of this engine can have."""
-        usual, within = Buckets(), self._within
-        most = min(self._rows, 256 * (1 + self.speculative_tokens))
-        return Buckets(
-            within((*usual.decode, *range(320, most, 64)), self._rows),
-            within(usual.tokens, min(self.config.max_batched_tokens, 8192)), within(usual.rows, most),
-        )  # fmt: skip
-
-    @staticmethod
-    def _within(sizes: Iterable[int], most: int) -> tuple[int, ...]:
-        return tuple(sorted({*(size for size in sizes if size < most), most}))
-
-    def capture(self) -> Iterable[str]:
+    def capture(self) -> Iterator[str]:
         """Capture all graphs; yields the name of each before it begins. Nothing to do without graphs."""
         if self.graphs is None:
             return
-        buckets = self.graphs.buckets
-        sizes = [(tokens, tokens) for tokens in reversed(buckets.decode)]
-        largest = buckets.tokens[-1]
-        sizes += [(largest, rows) for rows in reversed(buckets.rows) if rows < largest]
-        sizes += [(tokens, buckets.rows[0]) for tokens in reversed(buckets.tokens[:-1]) if tokens > buckets.rows[0]]
-        for tokens, rows in sizes:
-            yield f"{tokens} tokens" if tokens != rows else f"decode {tokens}"
-            width = -(-tokens // self.config.page_size) if tokens != rows else 1
-            step = self._padding_step(tokens, rows, min(width, self.pages.tables[next(iter(self.windows))].shape[1]))
-            self.graphs(step | self.kv)
+        yield from capture(self.graphs, lambda *sizes: self._padding_step(*sizes) | self.kv, self._width, self.config.page_size)
         if (drafter := self._own_drafter()) is not None:
-            for count in reversed(self._within(buckets.decode, self.config.max_requests)):
-                yield f"draft {count}"
-                self._draft_padding(drafter, count)
+            sizes = reversed(within(self.graphs.buckets.decode, self.config.max_requests))
+            yield from capture_drafts(drafter, sizes, self.packed.geometry.hidden, self._dtype, self.device)
 
     def _own_drafter(self) -> Drafter | None:
         """What drafts on this rank."""
         drafter = self.drafter.drafter if isinstance(self.drafter, _Agreed) else self.drafter
         return drafter if isinstance(drafter, Drafter) else None
 
-    def _draft_padding(self, drafter: Drafter, count: int) -> None:
-        places = torch.zeros(count, dtype=torch.int64, device=self.device)
-        hidden = torch.ones((count, self.packed.geometry.hidden), dtype=self.packed.model.dtype, device=self.device)
-        drafter.draft(places, hidden, places, {kind: places[:, None].to(torch.int32) for kind in KINDS})
-
     def _padding_step(self, tokens: int, rows: int, width: int) -> dict[str, Tensor]:
-        """A step whose tokens are stored nowhere: of one request, or of `tokens` ones if all want logits."""
-        decode = tokens == rows
-        requests = tokens if decode else 1
-        device = self.device
-        step = {
-            "input_ids": torch.zeros((1, tokens), dtype=torch.int64, device=device),
-            "positions": (torch.zeros if decode else torch.arange)(tokens, dtype=torch.int64, device=device) % (
-                width * self.config.page_size
-            ),
-            "rows": torch.arange(rows, device=device),
-            "starts": torch.linspace(0, tokens, requests + 1, device=device).to(torch.int32),
-        }  # fmt: skip
-        for kind in KINDS:
-            step[f"slots.{kind}"] = torch.full((tokens,), -1, dtype=torch.int64, device=device)
-            step[f"table.{kind}"] = torch.zeros((requests, width), dtype=torch.int32, device=device)
-        return step
+        return padding_step(tokens, rows, width, self.config.page_size, self.device)
 
     # Steps
 
