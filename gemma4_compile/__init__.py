@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from .runtime.engine import Engine
     from .runtime.outputs import Chunk, RequestOutput
     from .runtime.sampling_params import SamplingParams
+    from .runtime.speculative.config import SpeculativeConfig
 
 __version__ = "0.1.0"
 __all__ = [
     "AsyncEngine", "Chunk", "Engine", "EngineConfig", "Inspection", "OptimizeConfig", "RequestOutput", "SamplingParams",
-    "demo_checkpoint", "inductor_options", "inspect", "optimize", "report", "restore",
+    "SpeculativeConfig", "demo_checkpoint", "inductor_options", "inspect", "optimize", "report", "restore",
 ]  # fmt: skip
 
 # Where each name lives. It is imported when it is first asked for: Inductor and transformers take seconds, which neither the
@@ -26,7 +27,8 @@ __all__ = [
 _HOMES = {
     "AsyncEngine": "runtime.async_engine", "Chunk": "runtime.outputs", "Engine": "runtime.engine", "EngineConfig": "config",
     "Inspection": "inspection", "OptimizeConfig": "config", "RequestOutput": "runtime.outputs",
-    "SamplingParams": "runtime.sampling_params", "demo_checkpoint": "demo", "inductor_options": "inductor",
+    "SamplingParams": "runtime.sampling_params", "SpeculativeConfig": "runtime.speculative.config",
+    "demo_checkpoint": "demo", "inductor_options": "inductor",
     "inspect": "inspection", "optimize": "optimized", "report": "reporting", "restore": "optimized",
 }  # fmt: skip
 

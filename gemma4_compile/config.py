@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .fusions import SWITCHES
+from .passes import SWITCHES
 
 DISABLE_VARIABLE = "GEMMA4_COMPILE_DISABLE"
 

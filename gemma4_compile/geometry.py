@@ -1,4 +1,4 @@
-"""What a checkpoint's config means: layer kinds, head dims, who owns which KV, and which sites each fusion should find."""
+"""What a checkpoint's config means: layer kinds, head dims, and who owns which KV."""
 
 from dataclasses import dataclass
 
@@ -45,30 +45,6 @@ class Geometry:
     def kv_owners(self, kind: str) -> list[LayerGeometry]:
         """Layers of a kind that have keys and values of their own."""
         return [layer for layer in self.layers if layer.kind == kind and not layer.shares_kv]
-
-    def expected_sites(self) -> dict[str, tuple[str, ...]]:
-        """fusion or transform -> the sites where it should match in any graph, `layers.N` or `model`."""
-        every = tuple(layer.site for layer in self.layers)
-        ple = self.per_layer_input > 0
-        shared = [layer.site for layer in self.layers if layer.shares_kv]
-        return {
-            "qkv_norm_rope": every,
-            "post_attention_norms": every,
-            "gate_up": every,
-            "geglu": every,
-            "route": every if self.experts else (),
-            "experts": every if self.experts else (),
-            "feed_forward_tail": every,
-            "ple_inputs": (WHOLE_MODEL,) if ple else (),
-            "ple_tail": every if ple else (),
-            "linear": every,
-            "all_reduce_norm": every if self.ranks > 1 else (),
-            "yoco": tuple(shared[:1]),
-        }
-
-    def packed_sites(self) -> dict[str, tuple[str, ...]]:
-        """Those of the fusions that only the graph of a packed step has sites for."""
-        return {"attention_qkv": tuple(layer.site for layer in self.layers if not layer.shares_kv)}
 
 
 def geometry(config: Gemma4TextConfig, ranks: int = 1) -> Geometry:

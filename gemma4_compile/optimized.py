@@ -31,7 +31,8 @@ from .geometry import Geometry, geometry
 from .hf.experts import fused_experts
 from .hf.parallel import check_kv_heads, division_of, local_parts
 from .hf.step_cache import CACHE, GROW, Step, StepCache, UnsupportedCache, commit, plan, take_cache
-from .packed.program import FIRST_CALL, FirstCall, Program, fingerprint, open_program, program_folder, weights_of
+from .packed.compile import FIRST_CALL, FirstCall, open_program, program_folder
+from .packed.program import Program, fingerprint, weights_of
 from .passes import prepare
 from .progress import compiling
 

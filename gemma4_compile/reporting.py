@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .fusions import LAUNCHES_SAVED, SWITCHES
 from .geometry import WHOLE_MODEL
 from .optimized import state_of
-from .passes import Record
+from .passes import SWITCHES, Record
 
 _LAYER = re.compile(r"layers\.\d+")
 
@@ -99,11 +98,10 @@ def report(model: nn.Module) -> Report:
     state = state_of(model)
     programs = state.programs
     records = state.backend.records + [program.plan.record for program in programs]
-    packed = state.geometry.packed_sites()
-    expected = state.geometry.expected_sites() | (packed if programs else dict.fromkeys(packed, ()))
     fusions = {}
-    for name, sites in expected.items():
-        first = len(state.backend.records) if name in packed else 0  # the records of packed steps are the last
+    for name, fusion in SWITCHES.items():
+        sites = fusion.sites(state.geometry) if programs or not fusion.packed else ()
+        first = len(state.backend.records) if fusion.packed else 0  # the records of packed steps are the last
         enabled = name in state.backend.enabled
         if not enabled:
             fusions[name] = FusionReport(name, False, len(sites), 0, note=state.backend.config.why_off(name))
@@ -117,8 +115,8 @@ def report(model: nn.Module) -> Report:
             len(sites) - len(missing),
             tuple(unmatched),
             tuple(line for i, record in enumerate(records, 1) for line in _left(record, name, i)),
-            sum(LAUNCHES_SAVED.get(site.rewrite, 0) for site in records[-1].matched(name) if not site.left) if records else 0,
-            SWITCHES[name].replaces,
+            sum(fusion.launches_saved.get(s.rewrite, 0) for s in records[-1].matched(name) if not s.left) if records else 0,
+            fusion.replaces,
         )
     seconds = sum(sum(record.seconds.values()) for record in records)
     loaded = sum(program.compiled == 0 for program in programs)
@@ -132,19 +130,13 @@ def report(model: nn.Module) -> Report:
 
 def unmatched_sites(record: Record, fusion: str, sites: tuple[str, ...], graph: int = 1) -> list[Unmatched]:
     """The expected sites of one fusion that one graph lacks, with the nearest pattern's reason."""
-    matched = {site_of(site.path) for site in record.matched(fusion) if is_promised(fusion, site.path)}
+    matched = {site_of(site.path) for site in record.matched(fusion) if SWITCHES[fusion].promised(site.path)}
     return [Unmatched(site, graph, *_reason(record, fusion, site)) for site in sites if site not in matched]
 
 
 def _left(record: Record, fusion: str, graph: int) -> list[str]:
     reasons = Counter(site.left for site in record.matched(fusion) if site.left)
     return [f"graph {graph}: {count} sites left as they are, {reason}" for reason, count in reasons.items()]
-
-
-def is_promised(fusion: str, path: str) -> bool:
-    """Whether a matched site is one of those that the config promises."""
-    # gelu(gate) * up also occurs in the PLE gate and in the experts; the sites promised are the dense MLPs.
-    return fusion != "geglu" or path.endswith("mlp")
 
 
 def _reason(record: Record, fusion: str, site: str) -> tuple[str, str]:

@@ -10,44 +10,49 @@ from collections.abc import Collection
 
 from gemma4_compile.dynamo import own_state
 from gemma4_compile.ops.library import register_fallbacks
+from gemma4_compile.patterns import (
+    all_reduce_norm,
+    attention_qkv,
+    feed_forward_tail,
+    gate_up,
+    geglu,
+    linear,
+    ple_inputs,
+    ple_tail,
+    post_attention_norms,
+    qkv_norm_rope,
+    route,
+)
+from gemma4_compile.patterns.fusion import Fusion
 
+from . import experts, yoco
 from .base import Miss, Pass, PatternPass, Record, Site, run
 from .drop_unread import DropUnread
 from .experts import Experts
-from .fuse import (
-    FUSE_ALL_REDUCE_NORM,
-    FUSE_ATTENTION_QKV,
-    FUSE_FEED_FORWARD_TAIL,
-    FUSE_GATE_UP,
-    FUSE_LINEAR,
-    FUSE_PLE_INPUTS,
-    FUSE_PLE_TAIL,
-    FUSE_POST_ATTENTION_NORMS,
-    FUSE_QKV_NORM_ROPE,
-)
 from .lower import Lower
 from .raise_ops import RAISE_GEGLU, RAISE_RMS_NORM, RAISE_ROPE, RAISE_ROUTE, Functionalize
 from .shards import Shards
 from .yoco import Yoco
 
-__all__ = ["Miss", "Pass", "PatternPass", "Record", "Site", "pipeline", "prepare", "run"]
+__all__ = ["FUSIONS", "SWITCHES", "Fusion", "Miss", "Pass", "PatternPass", "Record", "Site", "pipeline", "prepare", "run"]
 
-_FUSE = (
-    FUSE_QKV_NORM_ROPE,
-    FUSE_ATTENTION_QKV,  # behind qkv_norm_rope, whose op it takes into attention; YOCO is done with attention by now
-    FUSE_POST_ATTENTION_NORMS,
-    FUSE_PLE_INPUTS,
-    FUSE_PLE_TAIL,  # before feed_forward_tail, whose scalar form it contains; takes the gate's geglu with it
-    FUSE_FEED_FORWARD_TAIL,
-    FUSE_ALL_REDUCE_NORM,  # behind the fusions of norms, whose ops it takes into the sum over the ranks
-    FUSE_GATE_UP,
-    FUSE_LINEAR,  # last: the products inside other patterns are theirs
-)
-YOCO = Yoco()
-EXPERTS = Experts()
-FUSED = frozenset(step.name for step in (*_FUSE, EXPERTS))
 # Fusions that are one raised op: switched off, the op is lowered again.
-RAISED_FUSIONS = ("route", "geglu")
+_RAISED = (geglu.FUSION, route.FUSION)
+# Compositions of raised ops that become one op with a kernel, in the order in which they are looked for.
+_FUSED = (
+    qkv_norm_rope.FUSION,
+    attention_qkv.FUSION,  # behind qkv_norm_rope, whose op it takes into attention; YOCO is done with attention by now
+    post_attention_norms.FUSION,
+    ple_inputs.FUSION,
+    ple_tail.FUSION,  # before feed_forward_tail, whose scalar form it contains; takes the gate's geglu with it
+    feed_forward_tail.FUSION,
+    all_reduce_norm.FUSION,  # behind the fusions of norms, whose ops it takes into the sum over the ranks
+    gate_up.FUSION,
+    linear.FUSION,  # last: the products inside other patterns are theirs
+)
+FUSIONS: dict[str, Fusion] = {fusion.name: fusion for fusion in (*_RAISED, experts.FUSION, *_FUSED)}
+# Rewrites of the whole graph have a switch too.
+SWITCHES: dict[str, Fusion] = FUSIONS | {yoco.FUSION.name: yoco.FUSION}
 
 
 def prepare() -> None:
@@ -55,7 +60,7 @@ def prepare() -> None:
     there."""
     register_fallbacks()
     with own_state():
-        for step in pipeline(FUSED):
+        for step in pipeline(FUSIONS):
             if isinstance(step, PatternPass):
                 for rewrite in step.rewrites():
                     _ = rewrite.searched, rewrite.replacement
@@ -72,9 +77,11 @@ def pipeline(enabled: Collection[str]) -> tuple[Pass, ...]:
         RAISE_GEGLU,
         RAISE_ROUTE,
         # Before anything else looks at the experts: what is not fused carries a marker, which is no operation of the model.
-        *((EXPERTS,) if EXPERTS.name in enabled else ()),
+        *((Experts(),) if experts.FUSION.name in enabled else ()),
         # Behind raise, so that it knows each operation; before fuse, as a norm cannot join the layer before across a gather.
-        *((YOCO,) if YOCO.name in enabled else ()),
-        *(step for step in _FUSE if step.name in enabled),
-        Lower(keep=frozenset(name for name in RAISED_FUSIONS if name in enabled)),  # last: no raised op is left as a wall
+        *((Yoco(),) if yoco.FUSION.name in enabled else ()),
+        *(PatternPass(fusion.name, fusion.rewrites) for fusion in _FUSED if fusion.name in enabled),
+        Lower(
+            keep=frozenset(fusion.name for fusion in _RAISED if fusion.name in enabled)
+        ),  # last: no raised op is left as a wall
     )

@@ -19,7 +19,6 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from gemma4_compile.dynamo import first_line
-from gemma4_compile.ops.measured import pays
 from gemma4_compile.patterns.functionalize import memory_of, writes
 from gemma4_compile.patterns.rewrite import Rewrite, module_path
 from gemma4_compile.patterns.template import Match, Mismatch, find, instantiate, value_of
@@ -140,8 +139,8 @@ class PatternPass:
         objection = rewrite.guard(match)
         if objection is not None:
             return Mismatch(objection, -1)
-        if rewrite.op and (tokens := _tokens(match)) and not pays(rewrite.op, tokens):
-            return Done(_origins(match.nodes.values()), f"at {tokens} tokens {rewrite.op} is no faster than Inductor")
+        if rewrite.pays_from > 1 and (tokens := _tokens(match)) and tokens < rewrite.pays_from:
+            return Done(_origins(match.nodes.values()), f"at {tokens} tokens {rewrite.name} is no faster than Inductor")
         if (reason := _unplain(match) or around.objection(match)) is not None:
             return Mismatch(reason, -1)
         return replace(graph, match, rewrite, check=not self.lowered)

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from gemma4_compile.hf.experts import PREFIX, REPLACED, SOURCE
+from gemma4_compile.patterns.fusion import Fusion, layers_with_experts
 from gemma4_compile.patterns.rewrite import module_path
 
 from .base import Miss, Record, Site, origins_of
@@ -19,10 +20,16 @@ _OTHER = (
 )
 
 
+# With more tokens than pay (plans.experts_plan), the op's products are torch's grouped ones, as Inductor's are.
+FUSION = Fusion(
+    "experts", "the routed experts: both products, gelu_tanh(gate) * up, weighted sum", layers_with_experts, ops=("experts",)
+)
+
+
 class Experts:
     """The routed experts of each layer with experts: a site, or a miss with its reason."""
 
-    name = "experts"
+    name = FUSION.name
 
     def __call__(self, graph: Graph, record: Record) -> None:
         seen: set[str] = set()

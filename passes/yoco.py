@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import SymInt, Tensor
 from torch.fx import Graph, Node
 
+from gemma4_compile.patterns.fusion import Fusion
 from gemma4_compile.patterns.rewrite import module_path
 from gemma4_compile.patterns.template import value_of
 
@@ -47,6 +48,12 @@ _WHOLE = (slice(None), slice(0, None))
 _ROW_WISE_MODULES = ("Gemma4TextRouter", "Gemma4TextExperts")
 
 
+FUSION = Fusion(
+    "yoco", "behind the last layer that owns KV, only the rows whose logits are wanted",
+    lambda geometry: tuple(layer.site for layer in geometry.layers if layer.shares_kv)[:1],
+)  # fmt: skip
+
+
 class Objection(Exception):
     """Why the rows stay; `done` if there is nothing left to leave out."""
 
@@ -59,7 +66,7 @@ class Objection(Exception):
 class Yoco:
     """Move the gather of the wanted rows up to the first layer that shares KV."""
 
-    name: str = "yoco"
+    name: str = FUSION.name
 
     def __call__(self, graph: Graph, record: Record) -> None:
         boundary = _first_that_shares(graph)

@@ -15,6 +15,7 @@ import gemma4_compile.ops  # noqa: F401  (the schemas that the templates are mad
 from gemma4_compile.ops.distributed.all_reduce_norm import FORMS, PREFIX
 from gemma4_compile.ops.examples import SMALL, example
 
+from .fusion import Fusion, every_layer
 from .rewrite import Guard, Rewrite, all_guards, same_dtype, vectors_of_last_dim
 from .template import Match, Template, from_graph, source_of
 
@@ -88,3 +89,10 @@ def rewrites() -> tuple[Rewrite, ...]:
         )
         for op in FORMS
     )  # fmt: skip
+
+
+# The op chooses between its own kernel and NCCL by the size of the message (plans.one_shot_pays).
+FUSION = Fusion(
+    "all_reduce_norm", "the sum over the ranks in front of the norms; tensor parallel",
+    lambda geometry: every_layer(geometry) if geometry.ranks > 1 else (), rewrites,
+)  # fmt: skip

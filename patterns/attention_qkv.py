@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fusion import Fusion
 from .rewrite import Rewrite
 
 ops = torch.ops.gemma4
@@ -80,3 +81,10 @@ def rewrites() -> tuple[Rewrite, ...]:
         Rewrite("attention_qkv", search_masked, replace_masked, inputs_masked),  # what packed steps of models have
         Rewrite("attention_qkv_unmasked", search, replace, inputs),
     )
+
+
+FUSION = Fusion(
+    "attention_qkv", "qkv_norm_rope + attention's write of K and V into pages; in packed steps",
+    lambda geometry: tuple(layer.site for layer in geometry.layers if not layer.shares_kv), rewrites, packed=True,
+    launches_saved={"attention_qkv": 1, "attention_qkv_unmasked": 1},  # beside those of qkv_norm_rope
+)  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fusion import Fusion, every_layer
 from .rewrite import Rewrite, all_guards, one_element, same_dtype, same_shape, vectors_of_last_dim
 from .template import Match
 
@@ -112,3 +113,9 @@ def rewrites() -> tuple[Rewrite, ...]:
         rewrite("feed_forward_tail_scalar", search_scalar, replace_scalar, dense, ("weight",), True),
         rewrite("feed_forward_tail", search, replace, dense, ("weight",), False),
     )
+
+
+FUSION = Fusion(
+    "feed_forward_tail", "post-FF norms + residual [* scalar] [+ the next layer's norm]", every_layer, rewrites,
+    ops=("feed_forward_tail", "feed_forward_tail_norm", "moe_feed_forward_tail", "moe_feed_forward_tail_norm"),
+)  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fusion import Fusion, every_layer
 from .linear import matrices
 from .rewrite import Rewrite, all_guards, same_dtype, same_shape
 
@@ -30,3 +31,10 @@ def rewrites() -> tuple[Rewrite, ...]:
     weights = ("gate_weight", "up_weight")
     guard = all_guards(same_dtype("x", *weights), matrices(*weights), same_shape(*weights))
     return (Rewrite("gate_up", search, replace, inputs, guard),)
+
+
+# With more rows than pay (plans.product_plan), the op's products are cuBLAS's, as Inductor's are.
+FUSION = Fusion(
+    "gate_up", "gate and up projections + gelu_tanh(gate) * up", every_layer, rewrites, ops=("gate_up",),
+    launches_saved={"gate_up": 2},  # of up to 32 rows
+)  # fmt: skip

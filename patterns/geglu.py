@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextMLP
 
 from .capture import capture
+from .fusion import Fusion, every_layer
 from .rewrite import Rewrite, all_guards, same_dtype, same_shape
 from .template import Template
 
@@ -31,3 +32,11 @@ def captured() -> Template:
 def rewrites() -> tuple[Rewrite, ...]:
     guard = all_guards(same_dtype("gate", "up"), same_shape("gate", "up"))
     return (Rewrite("geglu", captured(), replace, inputs, guard),)
+
+
+FUSION = Fusion(
+    "geglu", "gelu_tanh(gate) * up", every_layer, rewrites, ops=("geglu",),
+    promised=lambda path: path.endswith("mlp"),  # it also occurs in the PLE gate and in the experts
+    # Inductor's kernel is at the copy bandwidth: ours gains a little up to 128 tokens and loses 3 to 6% in prefills.
+    on_by_default=False,
+)  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fusion import Fusion, every_layer
 from .rewrite import Guard, Rewrite, all_guards, same_dtype
 from .template import Match, value_of
 
@@ -69,3 +70,10 @@ def rewrites() -> tuple[Rewrite, ...]:
         Rewrite("linear_pair", search_pair, replace_pair, lambda: inputs(*two), _guard(*two)),
         Rewrite("linear", search, replace, lambda: inputs("first"), _guard("first")),
     )
+
+
+# With more rows than pay (plans.product_plan), the op's products are cuBLAS's, as Inductor's are.
+FUSION = Fusion(
+    "linear", "projections of few tokens, those of one input in one launch", every_layer, rewrites,
+    ops=("linear", "linear_pair", "linear_triple"), launches_saved={"linear_triple": 2, "linear_pair": 1},  # of up to 32 rows
+)  # fmt: skip

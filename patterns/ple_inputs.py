@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma4_compile.geometry import WHOLE_MODEL
+
+from .fusion import Fusion
 from .rewrite import Rewrite, all_guards, one_element, same_dtype, same_shape, vectors_of_last_dim
 from .template import Match, value_of
 
@@ -80,3 +83,9 @@ def rewrites() -> tuple[Rewrite, ...]:
         Rewrite("ple_inputs", search_gather, replace_gather, lambda: inputs(True), gather),
         Rewrite("ple_combine", search, replace, lambda: inputs(False), combine),
     )
+
+
+FUSION = Fusion(
+    "ple_inputs", "per-layer embedding gather + projection norm + combine",
+    lambda geometry: (WHOLE_MODEL,) if geometry.per_layer_input else (), rewrites, ops=("ple_inputs", "ple_combine"),
+)  # fmt: skip

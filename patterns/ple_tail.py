@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fusion import Fusion, layers_with_ple
 from .rewrite import Guard, Rewrite, all_guards, one_element, same_dtype, vectors_of_last_dim
 from .template import Match, value_of
 
@@ -77,3 +78,9 @@ def rewrites() -> tuple[Rewrite, ...]:
         Rewrite("ple_tail_norm", search_norm, replace_norm, lambda: inputs(True), _guard("norm_weight", "next_weight")),
         Rewrite("ple_tail", search, replace, lambda: inputs(False), _guard("norm_weight")),
     )
+
+
+FUSION = Fusion(
+    "ple_tail", "PLE gate, projection, norm, residual, scalar [+ the next layer's norm]", layers_with_ple, rewrites,
+    ops=("ple_tail", "ple_tail_norm"), launches_saved={"ple_tail": 1, "ple_tail_norm": 1},
+)  # fmt: skip

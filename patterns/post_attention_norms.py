@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fusion import Fusion, every_layer
 from .rewrite import Rewrite, all_guards, same_dtype, same_shape, vectors_of_last_dim
 from .template import Match
 
@@ -78,3 +79,9 @@ def rewrites() -> tuple[Rewrite, ...]:
             "post_attention_norm", search, replace, inputs, all_guards(guard("weight", "next_weight"), residual_stream),
         ),
     )  # fmt: skip
+
+
+FUSION = Fusion(
+    "post_attention_norms", "post-attention norm + residual + the norms that read it", every_layer, rewrites,
+    ops=("post_attention_norm", "post_attention_norms"),
+)  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fusion import Fusion, every_layer
 from .rewrite import Rewrite, all_guards, same_dtype, vectors_of_last_dim
 from .template import Match, value_of
 
@@ -91,6 +92,13 @@ def rewrites() -> tuple[Rewrite, ...]:
     return (
         Rewrite("qkv_norm_rope", search_qkv, replace_qkv, lambda: inputs("qkv"), both),
         Rewrite("kv_norm_rope", search_k_eq_v, replace_k_eq_v, lambda: inputs("k_eq_v"), both),
-        # Last: the q of the forms above looks like this too, and so does their k.
-        Rewrite("q_norm_rope", search_q, replace_q, lambda: inputs("q"), alone, op="q_norm_rope"),
+        # Last: the q of the forms above looks like this too, and so does their k. Inductor has one kernel for it as well: up to
+        # 64 tokens ours is no faster.
+        Rewrite("q_norm_rope", search_q, replace_q, lambda: inputs("q"), alone, pays_from=128),
     )
+
+
+FUSION = Fusion(
+    "qkv_norm_rope", "Q, K and V head norms + RoPE", every_layer, rewrites, ops=("qkv_norm_rope", "q_norm_rope"),
+    launches_saved={"qkv_norm_rope": 2, "kv_norm_rope": 1},
+)  # fmt: skip

@@ -12,6 +12,7 @@ from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRouter
 
 from .capture import capture
+from .fusion import Fusion, layers_with_experts
 from .rewrite import Rewrite, vectors_of_last_dim
 from .template import Match, Template, value_of
 
@@ -53,3 +54,9 @@ def captured() -> Template:
 @cache
 def rewrites() -> tuple[Rewrite, ...]:
     return (Rewrite("route", captured(), replace, inputs, guard),)
+
+
+FUSION = Fusion(
+    "route", "softmax, top-k, renormalize, per-expert scale", layers_with_experts, rewrites, ops=("route",),
+    launches_saved={"route": 3},
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Drafts accepted on held-out text: the Engine with RoPE position p and p + 1, beside transformers' assisted generation.
+"""Draft tokens accepted on held-out text: the Engine beside transformers' assisted generation.
 
     python scripts/acceptance.py [--names e,moe] [--prompts 32] [--out FILE]
 
@@ -18,12 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
-from gemma4_compile import Engine, EngineConfig, SamplingParams, demo_checkpoint
+from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig, demo_checkpoint
 from gemma4_compile.demo import held_out_prompts
 from gemma4_compile.demo.evaluate import accepted_drafts_hf
 from gemma4_compile.hf.assistant import load_assistant
 from gemma4_compile.hf.loading import load
-from gemma4_compile.runtime.speculative.verification import VERIFICATIONS
+from gemma4_compile.runtime.speculative.config import VERIFICATIONS
 
 DRAFTS = 3
 
@@ -33,19 +33,15 @@ def served(
     prompts: list[list[int]],
     new_tokens: int,
     device: str,
-    offset: int,
     verification: str = "block",
     **params: Any,
 ) -> dict[str, float]:
-    """Tokens a round less one, and rounds, of an engine that drafts at this position."""
+    """Tokens a round less one, and rounds, of an engine that verifies so."""
     config = EngineConfig(max_requests=16, dtype="float32", device=device, progress=False, capture_at_start=False)
     engine = Engine(
         folder / "target",
         config,
-        assistant=folder / "assistant",
-        speculative_tokens=DRAFTS,
-        draft_rope_offset=offset,
-        draft_verification=verification,
+        speculative=SpeculativeConfig(folder / "assistant", DRAFTS, verification),
     )
     outputs = engine.generate(prompts, SamplingParams(max_tokens=new_tokens, ignore_eos=True, **params))
     tokens = sum(len(output.token_ids) - 1 for output in outputs)  # a prompt's first token needs no round
@@ -71,12 +67,11 @@ def main() -> None:
         row: dict[str, Any] = {"name": name, "hugging_face": accepted_drafts_hf(
             target, assistant.to(arguments.device).eval(), prompts, arguments.new_tokens, DRAFTS
         )}  # fmt: skip
-        for offset in (0, 1):
-            row[f"offset_{offset}"] = served(folder, prompts, arguments.new_tokens, arguments.device, offset)
+        row["engine"] = served(folder, prompts, arguments.new_tokens, arguments.device)
         for temperature in (0.7, 1.0):
             for verification in VERIFICATIONS:
                 row[f"{temperature}_{verification}"] = served(
-                    folder, prompts, arguments.new_tokens, arguments.device, 0, verification, temperature=temperature, seed=0
+                    folder, prompts, arguments.new_tokens, arguments.device, verification, temperature=temperature, seed=0
                 )
         rows.append(row)
         print(name, *(f"{key} {value['mean']:.3f}" for key, value in row.items() if key != "name"), sep="  ", flush=True)

@@ -31,7 +31,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
-from gemma4_compile import Engine, EngineConfig, SamplingParams
+from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig
 from gemma4_compile.hf.loading import random_assistant, random_model
 from gemma4_compile.runtime.speculative import verification as mtp
 from gemma4_compile.torchrun import launched_ranks
@@ -132,7 +132,7 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
         max_batched_tokens=arguments.max_batched_tokens, kv_dtype=arguments.kv_dtype, prefix_reuse=not arguments.no_reuse,
         capture_at_start=arguments.capture, page_size=arguments.page_size,
     )  # fmt: skip
-    speculation: dict[str, Any] = {}
+    speculative = None
     if arguments.mtp:
         force_acceptance(arguments.mtp, arguments.speculative_tokens)
         vocabulary = small.get("vocab_size")
@@ -140,9 +140,9 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
             assistant = divided_assistant(name, model, vocabulary)
         else:
             assistant = random_assistant(name, arguments.device, vocab_size=vocabulary)
-        speculation = {"assistant": assistant, "speculative_tokens": arguments.speculative_tokens}
+        speculative = SpeculativeConfig(assistant, arguments.speculative_tokens)
     start = time.perf_counter()
-    engine = Engine(model, config, **speculation)
+    engine = Engine(model, config, speculative=speculative)
     ready = time.perf_counter() - start
     if not engine.leads:
         engine.follow()

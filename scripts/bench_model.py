@@ -46,12 +46,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 
 from gemma4_compile import OptimizeConfig, optimize, report
 from gemma4_compile.dynamo import own_code
-from gemma4_compile.fusions import FUSIONS
 from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
 from gemma4_compile.hf.loading import random_model
 from gemma4_compile.hf.step_cache import CACHE
 from gemma4_compile.optimized import state_of
-from gemma4_compile.passes import pipeline, prepare, run
+from gemma4_compile.passes import FUSIONS, pipeline, prepare, run
 from scripts._bandwidth import copy_bandwidth, gpu_events
 
 _whole = partial(OptimizeConfig, packed=False)  # graphs of the whole model, which the variants are about

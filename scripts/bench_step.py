@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 
 from gemma4_compile import OptimizeConfig, optimize, report
 from gemma4_compile.geometry import Geometry
-from gemma4_compile.graphs.piecewise import GraphRunner
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.hf.loading import random_model
 from gemma4_compile.packed.inputs import PlainKV, Request
 from gemma4_compile.runtime.worker.model import PackedModel

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
-from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams, optimize, report
+from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams, SpeculativeConfig, optimize, report
 from gemma4_compile.hf.parallel import load
 from gemma4_compile.ops import OPS, Vocabulary, all_reduce_norm
 from gemma4_compile.ops.distributed.all_reduce_norm import FORMS
@@ -105,7 +105,8 @@ def serve(folder: str, verification: str) -> dict[str, Any]:
     config = EngineConfig(
         dtype=torch.float32, max_requests=8, max_batched_tokens=32, max_model_len=128, page_size=16, kv_bytes=2**24
     )
-    with Engine(f"{folder}/target", config, assistant=f"{folder}/assistant", draft_verification=verification) as engine:
+    speculative = SpeculativeConfig(f"{folder}/assistant", verification=verification)
+    with Engine(f"{folder}/target", config, speculative=speculative) as engine:
         told: list[Any] = []
         # By block rank 0 works as if it were alone, by match all ranks do the same.
         if engine.leads or verification == "match":

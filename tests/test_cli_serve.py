@@ -64,7 +64,7 @@ def test_the_demo_with_its_assistant(capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         (["some/model", "text", "--mtp"], "--mtp knows the assistants of the demo checkpoints, got some/model; give"),
-        (["--demo", "--mtp", "--speculative-tokens", "0"], "speculative_tokens must be 1 or more, got 0; leave"),
+        (["--demo", "--mtp", "--speculative-tokens", "0"], "speculative tokens must be 1 or more, got 0; leave"),
         (["--demo", "--mtp", "--speculative-tokens", "1:4,x"], "or 'adaptive', got '1:4,x'; leave"),
     ],
 )

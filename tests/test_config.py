@@ -8,14 +8,14 @@ import pytest
 from gemma4_compile import OptimizeConfig, inductor_options
 from gemma4_compile import backend as backend_module
 from gemma4_compile.backend import uuid
-from gemma4_compile.fusions import SWITCHES
+from gemma4_compile.passes import SWITCHES
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"disable": ("rout",)}, "disable must name fusions, got 'rout'; did you mean 'route'?"),
-        ({"enable": ("xyzzy",)}, "enable must name fusions, got 'xyzzy'; known are qkv_norm_rope"),
+        ({"enable": ("xyzzy",)}, "enable must name fusions, got 'xyzzy'; known are geglu"),
         ({"disable": "route"}, "disable must be a sequence of fusion names, got the string 'route'; write ('route',)"),
         ({"disable": ("route",), "enable": ("route",)}, "got both for route"),
         ({"device": "tpu"}, 'device must be "cpu", "cuda" or None, got \'tpu\''),

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from gemma4_compile import Engine, EngineConfig, SamplingParams, optimize, report, restore
 from gemma4_compile.calls.route import PACKED, UNCOMPILED, WHOLE
 from gemma4_compile.passes import pipeline
-from gemma4_compile.passes.fuse import FUSE_LINEAR
 from tests.models import prompt, tiny
 from tests.passes.harness import compile_passes, passes_only
 
@@ -50,7 +49,7 @@ CONTEXTS: dict[str, Any] = {
 
 
 def forget_patterns() -> None:
-    for step in pipeline(("ple_inputs", FUSE_LINEAR.name)):
+    for step in pipeline(("ple_inputs", "linear")):
         rewrites = getattr(step, "rewrites", None)
         if rewrites is not None and hasattr(rewrites, "cache_clear"):
             rewrites.cache_clear()

@@ -7,6 +7,7 @@ from transformers import Gemma4TextConfig
 from gemma4_compile.geometry import geometry
 from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
 from gemma4_compile.hf.loading import cut, random_model
+from gemma4_compile.passes import SWITCHES
 from tests.models import CONFIGS, tiny
 
 
@@ -17,10 +18,10 @@ def test_e2b() -> None:
     assert found.layers[34].kv_from == 14 and found.layers[33].kv_from == 13
     assert (found.layers[0].head_dim, found.layers[4].head_dim) == (256, 512)
     assert (found.layers[14].intermediate, found.layers[15].intermediate) == (6144, 12288)
-    assert {name: len(sites) for name, sites in found.expected_sites().items()} == {
+    assert {name: len(fusion.sites(found)) for name, fusion in SWITCHES.items()} == {
         "qkv_norm_rope": 35, "post_attention_norms": 35, "geglu": 35, "route": 0, "experts": 0, "feed_forward_tail": 35,
         "ple_inputs": 1, "ple_tail": 35, "gate_up": 35, "linear": 35, "yoco": 1,
-        "all_reduce_norm": 0,
+        "all_reduce_norm": 0, "attention_qkv": 15,
     }  # fmt: skip
 
 

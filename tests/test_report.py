@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gemma4_compile import OptimizeConfig, optimize, report
-from gemma4_compile.fusions import FUSIONS
 from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
 from gemma4_compile.hf.loading import random_model
+from gemma4_compile.passes import FUSIONS
 from gemma4_compile.patterns import rms_norm
 from tests.models import prompt, tiny
 from tests.test_optimize import generate, passes_only

@@ -14,14 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gemma4_compile.graphs.piecewise import fitting
+from gemma4_compile.graphs.buckets import Buckets, fitting
+from gemma4_compile.graphs.checks import difference
 from gemma4_compile.graphs.recorder import Recorder
 from gemma4_compile.packed.inputs import KINDS
 from gemma4_compile.packed.program import Program
 
 from .kv_memory import PAGE, Lease, Slab
 
-BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256)
+BATCHES = Buckets().decode
 _NOWHERE = -(2**40)  # a base that no length makes a slot of
 
 
@@ -76,10 +77,8 @@ class _Graph:
             self._replay, (logits,) = self._recorder.record(self._step)
             self._logits = self._recorder.borrow(logits)
             self._replay()
-            difference = (self._logits.float() - expected.float()).square().mean().sqrt()
-            scale = expected.float().square().mean().sqrt()
-            if not difference <= 1e-2 * scale:
-                raise RuntimeError(f"a replay gave other logits than the program (rms {difference:.3g} of {scale:.3g})")
+            if wrong := difference(self._logits, expected):
+                raise RuntimeError(f"a replay gave other logits than the program ({wrong})")
             return self._logits
         assert self._logits is not None
         self._replay()

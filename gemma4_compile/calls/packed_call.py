@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma4_compile.graphs.piecewise import Buckets, CaptureRefused, GraphRunner, check_host, fitting
+from gemma4_compile.graphs.buckets import Buckets, fitting
+from gemma4_compile.graphs.checks import CaptureRefused, check_host
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.graphs.recorder import CudaRecorder, Recorder
 from gemma4_compile.hf.watch import Watch, has_hooks, is_foreign
 from gemma4_compile.packed.inputs import KINDS

@@ -12,7 +12,7 @@ from transformers.models.gemma4 import modeling_gemma4 as hf
 from gemma4_compile.dynamo import first_line, switched_off
 from gemma4_compile.hf.loading import text_part
 from gemma4_compile.hf.step_cache import CACHE, UnsupportedCache, take_cache
-from gemma4_compile.packed.program import FirstCall
+from gemma4_compile.packed.compile import FirstCall
 
 from .cache_views import release_cache
 from .kv_memory import KVMemory, Unfit

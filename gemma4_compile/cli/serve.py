@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gemma4_compile.runtime.engine import Engine
     from gemma4_compile.runtime.outputs import RequestOutput
     from gemma4_compile.runtime.sampling_params import SamplingParams
+    from gemma4_compile.runtime.speculative.config import SpeculativeConfig
     from gemma4_compile.runtime.speculative.length import SpeculativeTokens
 
 
@@ -74,9 +75,9 @@ def _engine(options: argparse.Namespace) -> "Engine":
         max_model_len=options.max_model_len, kv_dtype=options.kv_dtype, progress=sys.stderr.isatty(),
         optimize=config_of(options), max_requests=16, capture_at_start=False,
     )  # fmt: skip
-    assistant = _assistant(options)
+    speculative = _speculative(options)
     model, tokenizer = load_model(options, None, text_only=True)
-    engine = Engine(model, config, tokenizer, assistant=assistant, speculative_tokens=_drafts(options))
+    engine = Engine(model, config, tokenizer, speculative=speculative)
     if engine.tokenizer is None:
         raise ValueError(f"text needs a tokenizer, got none in {options.model}; use a checkpoint folder with one")
     return engine
@@ -92,18 +93,17 @@ def _drafts(options: argparse.Namespace) -> "SpeculativeTokens":
         return given  # "adaptive", or what an engine refuses
 
 
-def _assistant(options: argparse.Namespace) -> str | Path | None:
-    """The assistant that is asked for, or None."""
-    from gemma4_compile import demo_checkpoint
+def _speculative(options: argparse.Namespace) -> "SpeculativeConfig | None":
+    """With the assistant that is asked for, if one is."""
+    from gemma4_compile import SpeculativeConfig, demo_checkpoint
     from gemma4_compile.demo import DEMO_NAMES
-    from gemma4_compile.runtime.speculative.length import DraftLength
 
-    DraftLength(_drafts(options))
+    found = SpeculativeConfig(options.assistant or "", _drafts(options))
     if options.assistant or not options.mtp:
-        return options.assistant
+        return found if options.assistant else None
     if options.model not in DEMO_NAMES:
         raise ValueError(f"--mtp knows the assistants of the demo checkpoints, got {options.model}; give --assistant PATH")
-    return demo_checkpoint(options.model) / "assistant"
+    return dataclasses.replace(found, assistant=demo_checkpoint(options.model) / "assistant")
 
 
 def _generate(options: argparse.Namespace) -> int:

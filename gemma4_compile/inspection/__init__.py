@@ -16,10 +16,9 @@ import transformers
 from torch import nn
 
 from gemma4_compile.config import OptimizeConfig
-from gemma4_compile.fusions import FUSIONS
 from gemma4_compile.optimized import check_model, compiled_part, existing_state
-from gemma4_compile.passes import Record, pipeline, prepare
-from gemma4_compile.reporting import is_promised, unmatched_sites
+from gemma4_compile.passes import FUSIONS, SWITCHES, Record, Site, pipeline, prepare
+from gemma4_compile.reporting import unmatched_sites
 
 from .capture import CompiledGraph
 from .catalogue import layers_of
@@ -97,7 +96,9 @@ def inspect(
             device=torch.cuda.get_device_name(device) if on_gpu else device.type,
             versions={"torch": torch.__version__, "transformers": transformers.__version__},
             layers=layers_of(ours.geometry),
-            passes=_passes(ours.graph, {name: s for name, s in ours.geometry.expected_sites().items() if name in enabled}),
+            passes=_passes(
+                ours.graph, {name: SWITCHES[name].sites(ours.geometry) for name in enabled if not SWITCHES[name].packed}
+            ),
             ours=ours.variant,
             plain=plain.variant if plain else None,
             fusions=fusions(ours.graph.record, _in_order(enabled), plain.variant.kernels, ours.variant.kernels)
@@ -122,13 +123,17 @@ def _passes(graph: CompiledGraph, expected: dict[str, tuple[str, ...]]) -> tuple
             name=name,
             milliseconds=seconds * 1e3,
             expected=len(expected[name]) if name in expected else None,
-            matched=len(sites := [site for site in graph.record.matched(name) if is_promised(name, site.path)]),
+            matched=len(sites := [site for site in graph.record.matched(name) if _is_promised(site)]),
             left=sum(bool(site.left) for site in sites),
             changed_lines=changed_lines(stages[names[names.index(name) - 1]], stages[name]),
             unmatched=_unmatched(graph.record, name, expected.get(name)),
         )
         for name, seconds in graph.record.seconds.items()
     )
+
+
+def _is_promised(site: Site) -> bool:
+    return site.fusion not in SWITCHES or SWITCHES[site.fusion].promised(site.path)
 
 
 def _unmatched(record: Record, name: str, sites: tuple[str, ...] | None) -> tuple[Unmatched, ...]:

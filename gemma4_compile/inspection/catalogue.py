@@ -16,8 +16,8 @@ from torch.fx import Node
 
 from gemma4_compile.geometry import Geometry, LayerGeometry
 from gemma4_compile.ops.library import OPS
-from gemma4_compile.ops.measured import FUSIONS
 from gemma4_compile.packed.split import SPLIT_POINTS
+from gemma4_compile.passes import FUSIONS
 from gemma4_compile.patterns.rewrite import module_path
 
 from .capture import CompiledGraph, short_path
@@ -28,7 +28,7 @@ from .wrapper_code import Call, WrapperCode, op_of, read
 
 _CACHE = re.compile(r"steps\.(\d+)\.")
 _LAYER = re.compile(r"layers\.(\d+)")
-_FUSION_OF = {op: name for name, fusion in FUSIONS.items() for op in fusion.pays}
+_FUSION_OF = {op: name for name, fusion in FUSIONS.items() for op in fusion.ops}
 # grouped_mm_fallback is transformers' own, on a CPU.
 _GEMMS = {"mm", "addmm", "bmm", "baddbmm", "_mm_plus_mm", "bias_addmm", "_int_mm", "_scaled_mm", "_grouped_mm"}
 _GEMMS |= {"mkl_linear", "_mkl_linear", "_linear_pointwise", "grouped_mm_fallback"}

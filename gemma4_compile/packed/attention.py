@@ -21,7 +21,7 @@ def attention_forward(
     """One layer's attention, as Gemma4TextAttention calls it; Dynamo traces through it.
 
     query       [1, Hq, T, D]; key and value [1, Hk, T, D]
-    packed      a step's inputs by name, see batch.py
+    packed      a step's inputs by name, see inputs.py
     owners      for each layer the layer whose pages it reads
     returns     [1, T, Hq, D], and no weights
 

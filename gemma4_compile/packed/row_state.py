@@ -1,17 +1,11 @@
 """What the device knows of running requests before the host does, by row of the page tables; and a step's inputs from it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .inputs import KINDS
-
-# Of each token that is placed by the state; beside the inputs of batch.py.
-PLACED = ("places", "owners", "capacities")
-# Of each request that gets drafts, see runtime/speculative/verification.py.
-ROUND = ("round_rows", "requests", "first", "counts", "states", "room")
+from .step_inputs import Placement, StepInputs
 
 
 @dataclass(frozen=True)
@@ -46,34 +40,29 @@ class RowState:
             None if drawn is None or whole else zeros(*drawn),
         )  # fmt: skip
 
-    def tokens(self, ids: Tensor, sources: Tensor, places: Tensor | None = None) -> Tensor:
-        """Tokens [T]: those of the rows named in `sources`, and of `ids` where that is negative.
+    def resolve(self, step: StepInputs[Tensor], page_size: int) -> StepInputs[Tensor]:
+        """The step with what the device knows of it: tokens that come from here, and, where there is a placement, positions and
+        slots."""
+        if step.sources is None:
+            return step
+        rows = step.sources.clamp(min=0)
+        tokens, placement = self.last[rows], step.placement
+        if placement is not None:
+            drafted = self.drafts[rows, (placement.places - 1).clamp(min=0)]
+            tokens = torch.where(placement.places > 0, drafted, tokens)
+        step = replace(step, input_ids=torch.where(step.sources >= 0, tokens, step.input_ids[0])[None])
+        return step if placement is None else self._placed(step, placement, rows, page_size)
 
-        places  [T] int64: i above 0 is the row's i-th draft; any other its last token
-        """
-        rows = sources.clamp(min=0)
-        found = self.last[rows]
-        if places is not None and self.drafts.shape[1]:
-            drafted = self.drafts[rows, (places - 1).clamp(min=0)]
-            found = torch.where(places > 0, drafted, found)
-        return torch.where(sources >= 0, found, ids)
-
-    def place(self, step: Mapping[str, Tensor], page_size: int) -> dict[str, Tensor]:
-        """Positions and slots of a step, where `places` is not negative from the state: the row's position, so many further.
-
-        step   inputs of batch.py, `sources`, and those of PLACED, each [T] int64: request of the token in the page tables, and
-               tokens that this has pages for. What lies behind those is nobody's token, and is stored nowhere
-        """
-        places, capacities = step["places"], step["capacities"]
-        placed = places >= 0
-        reached = self.positions[step["sources"].clamp(min=0)] + places
-        stored = reached < capacities
-        reached = torch.minimum(reached, capacities - 1)
-        found = {"positions": torch.where(placed, reached, step["positions"])}
-        for kind in KINDS:
-            table = step[f"table.{kind}"]
+    def _placed(
+        self, step: StepInputs[Tensor], placement: Placement[Tensor], rows: Tensor, page_size: int
+    ) -> StepInputs[Tensor]:  # fmt: skip
+        placed = placement.places >= 0
+        reached = self.positions[rows] + placement.places
+        stored = reached < placement.capacities
+        reached = torch.minimum(reached, placement.capacities - 1)
+        slots = {}
+        for kind, table in step.tables.items():
             page = (reached // page_size).clamp(0, table.shape[1] - 1)
-            slots = table[step["owners"], page].long() * page_size + reached % page_size
-            slots = torch.where(stored, slots, -1)
-            found[f"slots.{kind}"] = torch.where(placed, slots, step[f"slots.{kind}"])
-        return found
+            found = table[placement.requests, page].long() * page_size + reached % page_size
+            slots[kind] = torch.where(placed, torch.where(stored, found, -1), step.slots[kind])
+        return replace(step, positions=torch.where(placed, reached, step.positions), slots=slots)

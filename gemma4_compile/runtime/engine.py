@@ -6,13 +6,12 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -24,37 +23,17 @@ from gemma4_compile.torchrun import RanksError
 
 from .metrics import EngineMetrics, RequestMetrics
 from .opening import assistant_of, model_of, stop_tokens
-from .outputs import Chunk, RequestOutput, Sample, TokenLogprob
+from .output_processor import OnChunk, OutputProcessor, Request
+from .outputs import Chunk, RequestOutput, Sample
 from .sampling_params import SamplingParams
 from .scheduling.scheduler import Scheduler
 from .scheduling.sequence import Decodes, Sequence, Work
-from .speculative.length import DraftLength, SpeculativeTokens
-from .speculative.verification import VERIFICATIONS
+from .speculative.config import SpeculativeConfig
+from .speculative.length import DraftLength
 from .step import invariants
 from .text import Prompt, TextStream, encode, prompts_of
 from .worker.model import PackedModel
 from .worker.model_runner import Launched, ModelRunner
-
-OnChunk = Callable[[Chunk], None]
-
-
-@dataclass(eq=False)
-class _Request:
-    """A prompt and its n samples."""
-
-    request_id: str
-    prompt: list[int]
-    params: SamplingParams
-    metrics: RequestMetrics
-    on_chunk: OnChunk | None
-    stream: bool
-    samples: list[Sequence] = field(default_factory=list)
-    texts: list[TextStream | None] = field(default_factory=list)
-    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    stop_reasons: list[int | str | None] = field(default_factory=list)
-    error: str = ""
-    outputs: dict[str, RequestOutput] | None = None  # where its output goes when it ends, in whatever way
 
 
 class Engine:
@@ -64,14 +43,7 @@ class Engine:
                is not optimized yet is, in place
     config     EngineConfig
     tokenizer  of text prompts; None: the checkpoint's, if there is one
-    assistant  drafts for it (multi-token prediction): Gemma4AssistantForCausalLM, a folder or hub id. The same tokens in fewer
-               steps
-    speculative_tokens   K, the drafts of a request that a step verifies; or {requests: K}, which depends on how many run; or
-                         "adaptive", the K up to 6 that gives most tokens a second by measured acceptance and times
-    draft_rope_offset    RoPE position of drafts less that of the last token whose key is stored: 0, as in vLLM and SGLang, or
-                         1, as in transformers. Which gets more drafts accepted: scripts/acceptance.py
-    draft_verification   of sampled requests: "block" or "token", rejection sampling, which keeps the distribution; or "match",
-                         which accepts fewer drafts and keeps the very tokens of each seed. Greedy requests have theirs anyway
+    speculative   SpeculativeConfig: an assistant drafts tokens for it; None: nothing is drafted
 
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
 
@@ -84,33 +56,27 @@ class Engine:
 
     def __init__(
         self, model: nn.Module | str | Path, config: EngineConfig | None = None, tokenizer: Any = None, *,
-        assistant: nn.Module | str | Path | None = None, speculative_tokens: SpeculativeTokens = 3, draft_rope_offset: int = 0,
-        draft_verification: str = "block",
+        speculative: SpeculativeConfig | None = None,
     ):  # fmt: skip
         self.config = config = config or EngineConfig()
-        self._draft_length = None if assistant is None else DraftLength(speculative_tokens)
-        self._adaptive = self._draft_length if self._draft_length is not None and self._draft_length.adaptive else None
-        most = self._draft_length.most if self._draft_length else 0
-        if draft_verification not in VERIFICATIONS:
-            known = ", ".join(VERIFICATIONS)
-            raise ValueError(f"draft_verification must be one of {known}, got {draft_verification!r}; choose one")
+        self._draft_length = None if speculative is None else DraftLength(speculative.tokens)
+        adaptive = self._draft_length if self._draft_length is not None and self._draft_length.adaptive else None
         self.model, self.tokenizer = model_of(model, config, tokenizer)
-        self.assistant = assistant_of(assistant, self.model)
+        if speculative is not None:
+            speculative = replace(speculative, assistant=assistant_of(speculative.assistant, self.model))
+        self.assistant: Any = None if speculative is None else speculative.assistant
         self._stop_tokens = frozenset(i for i in stop_tokens(self.model) if i < self.model.config.vocab_size)
-        self.runner = ModelRunner(
-            PackedModel(self.model), config, self._stop_tokens, self.assistant, most, draft_rope_offset, draft_verification
-        )
+        self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens, speculative)
         self.scheduler = Scheduler(
             self.runner.pages, config.max_batched_tokens, reuse=config.prefix_reuse, drafts=self.runner.speculative_tokens
         )
         self.max_model_len = self.runner.max_model_len
         self._overlap = self.runner.on_gpu if config.overlap is None else config.overlap
-        self._requests: dict[str, _Request] = {}
         self._numbers = itertools.count()
         self._seeds = random.Random(config.seed)
         self._running: Launched | None = None
-        self._last_round: tuple[tuple[int, int] | None, float] = None, 0.0
         self._metrics = EngineMetrics()
+        self.outputs = OutputProcessor(self.scheduler, self.tokenizer, self._metrics, adaptive)
         self._ranks = self.runner.ranks
         self._watch = self._watched()
         weakref.finalize(self, self.runner.close)
@@ -208,7 +174,7 @@ class Engine:
             for index, (request_id, prompt, param) in enumerate(zip(ids, several, chosen, strict=True)):
                 try:
                     self.add_request(prompt, param, request_id, stream=False)
-                    self._requests[request_id].outputs = outputs
+                    self.outputs.requests[request_id].outputs = outputs
                 except ValueError as error:
                     warnings.warn(f"prompt {index} is not served: {error}", stacklevel=3)
                     outputs[request_id] = _refused(request_id, prompt, str(error))
@@ -245,7 +211,7 @@ class Engine:
             raise RuntimeError("requests must be given to rank 0, got one on another; call follow() there")
         params = params or SamplingParams()
         request_id = self._new_id() if request_id is None else request_id
-        if request_id in self._requests:
+        if request_id in self.outputs.requests:
             raise ValueError(f"a request_id must be new, got {request_id!r}, which runs; choose another")
         if torch.is_autocast_enabled(self.runner.device.type):
             raise ValueError(
@@ -257,7 +223,7 @@ class Engine:
             self._look_at_model()
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
         metrics = RequestMetrics(arrived=time.perf_counter(), prompt_tokens=len(ids))
-        request = _Request(request_id, ids, params, metrics, on_chunk, stream)
+        request = Request(request_id, ids, params, metrics, on_chunk, stream)
         limit = min(params.max_tokens or self.max_model_len, self.max_model_len - len(ids))
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._stop_tokens)
         plain = not (stream or params.stop or on_chunk) and params.logprobs is None and params.prompt_logprobs is None
@@ -275,7 +241,7 @@ class Engine:
             request.texts.append(text)
             request.logprobs.append([])
             request.stop_reasons.append(None)
-        self._requests[request_id] = request
+        self.outputs.requests[request_id] = request
         for sequence in request.samples:
             self.scheduler.add(sequence)
         return request_id
@@ -289,7 +255,7 @@ class Engine:
         Raises RuntimeError while requests run, ValueError for a change that it cannot follow; no request is served until it is
         undone."""
         if self.has_work:
-            raise RuntimeError(f"requests must have ended, got {len(self._requests)} that run; abort them or step on")
+            raise RuntimeError(f"requests must have ended, got {len(self.outputs.requests)} that run; abort them or step on")
         self.runner.refresh()
         self._watch = self._watched()
 
@@ -312,14 +278,14 @@ class Engine:
         if work:
             for w in () if isinstance(work, Decodes) else work:
                 if w.begins and w.sequence.request.metrics.scheduled is None:
-                    self._begun(w.sequence, start)
+                    self.outputs.begun(w.sequence, start)
             try:
                 with own_dtypes():
                     launched = self.runner.launch(work, self.scheduler.drafts)
             except RanksError:
                 raise
             except Exception as error:
-                chunks = self._fail(work, error)
+                chunks = self._failed(work, error)
             self._metrics.steps += 1
         if self._overlap:
             self._running, launched = launched, self._running
@@ -331,11 +297,11 @@ class Engine:
             except RanksError:
                 raise
             except Exception as error:  # of a kernel: it shows only when the host waits
-                chunks += self._fail(launched.work, error)
+                chunks += self._failed(launched.work, error)
                 results = None
             waited = time.perf_counter() - before
             if results is not None:
-                chunks += self._arrived(launched.work, results)
+                chunks += self.outputs.arrived(launched.work, results)
         if invariants.enabled():
             self.scheduler.check()
         self._metrics.host_seconds += time.perf_counter() - start - waited
@@ -343,18 +309,18 @@ class Engine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, with what it has. None if it has ended already, or never was."""
-        request = self._requests.get(request_id)
+        request = self.outputs.requests.get(request_id)
         if request is None:
             return None
         for sequence in request.samples:
             if sequence.finish_reason is None:
                 self.scheduler.finish(sequence, "abort")
-        return self._ended(request)
+        return self.outputs.end(request)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._requests) or self._running is not None
+        return bool(self.outputs.requests) or self._running is not None
 
     @property
     def metrics(self) -> EngineMetrics:
@@ -373,8 +339,12 @@ class Engine:
 
     # Within
 
+    def _failed(self, work: Tokens[Work], error: Exception) -> list[Chunk]:
+        self.runner.fail()
+        return self.outputs.failed(work, error)
+
     def _new_id(self) -> str:
-        return next(name for number in self._numbers if (name := f"request-{number}") not in self._requests)
+        return next(name for number in self._numbers if (name := f"request-{number}") not in self.outputs.requests)
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:
         vocabulary = self.runner.vocabulary.size
@@ -396,197 +366,6 @@ class Engine:
         if params.n > self.config.max_requests:
             raise ValueError(f"n must be at most max_requests={self.config.max_requests}, got {params.n}; ask in parts")
 
-    def _fail(self, work: Tokens[Work], error: Exception) -> list[Chunk]:
-        """A step could not be computed: its requests end, the others never notice."""
-        self.runner.fail()
-        chunks: list[Chunk] = []
-        for request in dict.fromkeys(w.sequence.request for w in work):
-            for chunk in self._end_with_error(request, f"a step failed: {type(error).__name__}: {error}"):
-                self._tell(request, chunk)
-                chunks.append(chunk)
-        return chunks
-
-    def _end_with_error(self, request: _Request, message: str) -> list[Chunk]:
-        if request.request_id not in self._requests:
-            return []
-        request.error = message
-        for sequence in request.samples:
-            if sequence.finish_reason is None:
-                self.scheduler.finish(sequence, "error")
-        output = self._ended(request)
-        return [Chunk(request.request_id, len(request.samples) - 1, [], "", "error", output=output)]
-
-    def _arrived(self, work: Tokens[Work], results: dict[str, Any]) -> list[Chunk]:
-        """Tokens of a step that has run, given to their requests."""
-        now = time.perf_counter()
-        tokens = results["tokens"].tolist() if "tokens" in results else []
-        if isinstance(work, Decodes) and work.plain:
-            return self._decoded(work, tokens, results, now)
-        chunks: list[Chunk] = []
-        row = prompt_row = round_row = 0
-        accepted = results["accepted"].tolist() if "accepted" in results else []
-        for w in work:
-            sequence = w.sequence
-            request = sequence.request
-            if w.prompt:
-                if w.sequence is request.samples[0]:
-                    request.prompt_logprobs += _logprobs(
-                        results, "prompt_", range(prompt_row, prompt_row + w.prompt),
-                        request.prompt[w.prompt_from + 1 :], request.params.prompt_logprobs or 0,
-                    )  # fmt: skip
-                prompt_row += w.prompt
-            if not w.samples:
-                continue
-            count = 1
-            if sequence.speculates:
-                count += accepted[round_row]
-                round_row += 1
-            if sequence.finish_reason is None:
-                if w.drafts:
-                    self._metrics.observe_round(w.drafts, count - 1)
-                    if self._adaptive is not None:
-                        self._adaptive.observe(w.drafts, count - 1)
-                    request.metrics.drafted_tokens += w.drafts
-                    request.metrics.accepted_tokens += count - 1
-                chunk = self._add_tokens(request, sequence, tokens[row : row + count], results, row, now, w.drafts)
-                if chunk is not None:
-                    chunks += self._deliver(request, chunk)
-            row += w.sampled
-        if self._adaptive is not None:
-            self._time_round(self._adaptive, work, now)
-        return chunks
-
-    def _time_round(self, length: DraftLength, work: Tokens[Work], now: float) -> None:
-        """A round's time is that since the round before, if both are of as many requests with as many drafts each."""
-        drafts = work[0].drafts
-        this = (len(work), drafts) if all(w.ahead >= 0 and w.drafts == drafts for w in work) else None
-        before, at = self._last_round
-        if this is not None and this == before:
-            length.took(*this, now - at)
-        self._last_round = this, now
-
-    def _decoded(self, work: Decodes, tokens: list[int], results: dict[str, Any], now: float) -> list[Chunk]:
-        """Most tokens of a batch: one each, read by nobody yet. Those that end a sequence or fill a page go the long way."""
-        lengths = work.starts + 2  # with the new one
-        special = set(np.flatnonzero((lengths >= work.ends) | (lengths % self.config.page_size == 0)).tolist())
-        if not work.stops.isdisjoint(tokens):
-            special |= {row for row, token in enumerate(tokens) if token in work.stops}
-        chunks: list[Chunk] = []
-        for row, (sequence, token) in enumerate(zip(work.sequences, tokens, strict=True)):
-            if sequence.finish_reason is not None:
-                continue
-            if row not in special:
-                sequence.tokens.append(token)
-                sequence.pending -= 1
-                self._metrics.output_tokens += 1
-                continue
-            chunk = self._add_tokens(sequence.request, sequence, [token], results, row, now)
-            if chunk is not None:
-                chunks += self._deliver(sequence.request, chunk)
-        return chunks
-
-    def _begun(self, sequence: Sequence, now: float) -> None:
-        metrics = sequence.request.metrics
-        metrics.scheduled, metrics.cached_tokens = now, sequence.cached or 0
-        self._metrics.prompt_tokens += metrics.prompt_tokens
-        self._metrics.cached_tokens += metrics.cached_tokens
-
-    def _add_tokens(
-        self, request: _Request, sequence: Sequence, tokens: list[int], results: Any, row: int, now: float,
-        verified: int = 0,
-    ) -> Chunk | None:  # fmt: skip
-        """New tokens of a sample, from rows `row` on, up to one that ends it; None if nobody wants chunks and none does.
-
-        verified  drafts in its step, of which these tokens have been accepted, all but the last
-        """
-        params = request.params
-        index = sequence.number - request.samples[0].number if params.n > 1 else 0
-        text = request.texts[index]
-        length, reason = len(sequence.tokens) - sequence.prompt_length, None
-        for count, token in enumerate(tokens, 1):
-            length += 1
-            if text is not None:
-                text.push(token, may_stop=length > params.min_tokens)
-            if token in sequence.stops:
-                reason, request.stop_reasons[index] = "stop", token
-            elif text is not None and text.stopped:
-                reason, request.stop_reasons[index] = "stop", text.stopped
-            elif length >= sequence.limit:
-                reason = "length"
-            if reason is not None:
-                tokens = tokens[:count]  # the rest was accepted for nothing
-                break
-        self.scheduler.arrived(sequence, tokens, verified)
-        self._metrics.output_tokens += len(tokens)
-        if request.metrics.first_token is None:
-            request.metrics.first_token = now
-        logprobs = None
-        if params.logprobs is not None:
-            logprobs = _logprobs(results, "", range(row, row + len(tokens)), tokens, params.logprobs)
-            request.logprobs[index] += logprobs
-        if reason is not None:
-            self.scheduler.finish(sequence, reason)
-            if text is not None:
-                text.close()
-        elif not request.stream:
-            return None
-        piece = text.take(last=reason is not None) if text is not None else ""
-        return Chunk(request.request_id, index, tokens, piece, reason, logprobs)
-
-    def _deliver(self, request: _Request, chunk: Chunk) -> list[Chunk]:
-        if all(sequence.finish_reason is not None for sequence in request.samples):
-            chunk = replace(chunk, output=self._ended(request))
-        error = self._tell(request, chunk)
-        if not error:
-            return [chunk]
-        if chunk.output is None:
-            return self._end_with_error(request, error)
-        return [replace(chunk, finish_reason="error", output=replace(chunk.output, error=error))]  # it had ended anyway
-
-    @staticmethod
-    def _tell(request: _Request, chunk: Chunk) -> str:
-        """Call the request's on_chunk; what is wrong with it, if it raises."""
-        if request.on_chunk is None:
-            return ""
-        try:
-            request.on_chunk(chunk)
-        except Exception as error:
-            message = f"its on_chunk raised {type(error).__name__}: {error}"
-            warnings.warn(f"request {request.request_id} ends: {message}", stacklevel=2)
-            return message
-        return ""
-
-    def _ended(self, request: _Request) -> RequestOutput:
-        del self._requests[request.request_id]
-        metrics = request.metrics
-        metrics.finished = time.perf_counter()
-        metrics.preemptions = sum(s.preemptions for s in request.samples)
-        lengths = [len(s.tokens) - s.prompt_length for s in request.samples]
-        metrics.output_tokens, metrics.longest_output = sum(lengths), max(lengths)
-        self._metrics.requests += 1
-        self._metrics.errors += bool(request.error)
-        self._metrics.observe(metrics)
-        wants_prompt = request.params.prompt_logprobs is not None
-        output = RequestOutput(
-            request.request_id, request.prompt, [self._sample(request, i) for i in range(len(request.samples))], metrics,
-            list(request.prompt_logprobs) if wants_prompt else None, request.error,
-        )  # fmt: skip
-        if request.outputs is not None:
-            request.outputs[request.request_id] = output
-        return output
-
-    def _sample(self, request: _Request, index: int) -> Sample:
-        sequence, text = request.samples[index], request.texts[index]
-        assert sequence.finish_reason is not None
-        if text is not None:
-            said = text.text
-        elif self.tokenizer is not None:
-            said = self.tokenizer.decode(sequence.output, skip_special_tokens=request.params.skip_special_tokens)
-        else:
-            said = ""
-        logprobs = request.logprobs[index] if request.params.logprobs is not None else None
-        return Sample(sequence.output, said, sequence.finish_reason, request.stop_reasons[index], logprobs)
-
 
 class ChunkStream:
     """The chunks of one request, as an iterator. `close`, and the end of the last reference to it, abort the request."""
@@ -598,7 +377,7 @@ class ChunkStream:
         return self
 
     def __next__(self) -> Chunk:
-        while not self._chunks and self.request_id in self._engine._requests:
+        while not self._chunks and self.request_id in self._engine.outputs.requests:
             self._engine.step()
         if not self._chunks:
             raise StopIteration
@@ -611,16 +390,6 @@ class ChunkStream:
 
     def __del__(self) -> None:
         self.close()
-
-
-def _logprobs(results: dict[str, Any], prefix: str, rows: range, tokens: Tokens[int], top: int) -> list[TokenLogprob]:
-    chosen, ranks = results[f"{prefix}chosen"], results[f"{prefix}ranks"]
-    values, ids = results[f"{prefix}top"], results[f"{prefix}top_ids"]
-    return [
-        TokenLogprob(token, float(chosen[row]), int(ranks[row]), dict(zip(ids[row, :top].tolist(), values[row, :top].tolist(),
-                                                                          strict=True)))
-        for row, token in zip(rows, tokens, strict=False)
-    ]  # fmt: skip
 
 
 def _refused(request_id: str, prompt: Any, message: str) -> RequestOutput:

@@ -34,11 +34,11 @@ def model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: Any
     return text, found if tokenizer is None else tokenizer
 
 
-def assistant_of(assistant: nn.Module | str | Path | None, model: Any) -> nn.Module | None:
+def assistant_of(assistant: nn.Module | str | Path, model: Any) -> nn.Module:
     """An assistant beside its target, before memory is given to pools."""
     division = state_of(model).division
     if not isinstance(assistant, (str, Path)):
-        if assistant is not None and (got := parallel.division_of(assistant)) != division:
+        if (got := parallel.division_of(assistant)) != division:
             raise ValueError(
                 f"an assistant must be divided as its target, between {division.ranks} ranks, got {got.ranks}; give its folder"
             )

@@ -20,7 +20,7 @@ from tests.gpu.all_reduce_worker import run  # first: it keeps NVLink multicast 
 import torch  # isort: skip
 import torch.distributed as dist  # isort: skip
 
-from gemma4_compile import Engine, EngineConfig, SamplingParams, demo_checkpoint
+from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig, demo_checkpoint
 from gemma4_compile.demo import held_out_prompts
 from gemma4_compile.hf.loading import load
 
@@ -36,8 +36,8 @@ def tokens_of_one_gpu(kind: str, dtype: torch.dtype, mtp: bool, params: Sampling
     """The tokens of an engine of two GPUs are those of one; where they part in bf16, it is at a tie."""
     folder = demo_checkpoint(kind)
     config = EngineConfig(**SETTINGS, dtype=dtype, memory_fraction=0.3)
-    drafting: dict[str, Any] = {"assistant": folder / "assistant", "draft_verification": "match"} if mtp else {}
-    with Engine(folder / "target", config, **drafting) as engine:
+    speculative = SpeculativeConfig(folder / "assistant", verification="match") if mtp else None
+    with Engine(folder / "target", config, speculative=speculative) as engine:
         prompts = held_out_prompts(engine.tokenizer, count=PROMPTS, min_tokens=16, max_tokens=120)
         found = engine.generate(prompts, params)
     if engine.runner.graphs is not None:
@@ -70,7 +70,9 @@ def tokens_of_one_gpu(kind: str, dtype: torch.dtype, mtp: bool, params: Sampling
 def ended(how: str) -> None:
     """Rank 1 is killed or stopped amid a long answer; the others must say so and end."""
     folder = demo_checkpoint("e")
-    engine = Engine(folder / "target", EngineConfig(**SETTINGS, step_timeout=10.0), assistant=folder / "assistant")
+    engine = Engine(
+        folder / "target", EngineConfig(**SETTINGS, step_timeout=10.0), speculative=SpeculativeConfig(folder / "assistant")
+    )
     prompts = held_out_prompts(engine.tokenizer, count=4, min_tokens=16, max_tokens=120)
     engine.generate(prompts, SamplingParams(max_tokens=8))
     if dist.get_rank() == 1:

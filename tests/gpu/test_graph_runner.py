@@ -12,7 +12,9 @@ import torch
 
 from gemma4_compile import demo_checkpoint, optimize
 from gemma4_compile.demo import DEMO_NAMES, held_out_prompts
-from gemma4_compile.graphs.piecewise import Buckets, CaptureRefused, GraphRunner
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.checks import CaptureRefused
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.graphs.recorder import CudaRecorder
 from gemma4_compile.hf.loading import load
 from gemma4_compile.packed.inputs import PlainKV, Request

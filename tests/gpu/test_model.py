@@ -9,8 +9,8 @@ import torch
 
 from gemma4_compile import OptimizeConfig, optimize, report, restore
 from gemma4_compile.demo import DEMO_NAMES, demo_checkpoint, held_out_prompts
-from gemma4_compile.fusions import FUSIONS
 from gemma4_compile.hf.loading import load
+from gemma4_compile.passes import FUSIONS
 from tests.accuracy_of_model import Exact, divergences, greedy, logit_error, plain_logits
 
 # With `all`, the fusions that are off by default are tested too: off means no faster, not less right.

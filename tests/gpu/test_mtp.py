@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_compile import Engine, EngineConfig, SamplingParams, demo_checkpoint
+from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig, demo_checkpoint
 from gemma4_compile.demo import DEMO_NAMES
 from gemma4_compile.hf.assistant import load_assistant
 from gemma4_compile.runtime.step import invariants
@@ -34,8 +34,8 @@ def serve(
     torch.set_float32_matmul_precision("highest")
     models = demo(name, "cuda", dtype)
     given = EngineConfig(**{"max_requests": 32, **LIMITS, **config})
-    return Engine(models.served, given, models.tokenizer, assistant=assistant(name, dtype), speculative_tokens=drafts,
-                  draft_verification=verification)  # fmt: skip
+    speculative = SpeculativeConfig(assistant(name, dtype), drafts, verification)
+    return Engine(models.served, given, models.tokenizer, speculative=speculative)
 
 
 def accepted(engine: Engine) -> float:
@@ -102,7 +102,7 @@ def test_rejection_sampling_gives_the_tokens_of_the_cpu(name: str) -> None:
     prompts = models.prompts(16, 200)
     params = [SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.9, top_p=0.95, seed=i) for i in range(16)]
     on_cpu = load_assistant(demo_checkpoint(name) / "assistant", dtype=torch.float32).eval().requires_grad_(False)
-    cpu = Engine(models.served, config, models.tokenizer, assistant=on_cpu, speculative_tokens=3)
+    cpu = Engine(models.served, config, models.tokenizer, speculative=SpeculativeConfig(on_cpu))
     wanted = [o.token_ids for o in cpu.generate(prompts, params)]
     engine, match = serve(name, 3), serve(name, 3, verification="match")
     found = [o.token_ids for o in engine.generate(prompts, params)]
@@ -150,4 +150,4 @@ def test_a_round_waits_for_nothing(params: SamplingParams) -> None:
 def test_soak(name: str) -> None:
     torch.set_float32_matmul_precision("highest")
     models = demo(name, "cuda", torch.float32)
-    print(soak(models, 1000, 11, assistant=assistant(name), speculative_tokens=4))
+    print(soak(models, 1000, 11, speculative=SpeculativeConfig(assistant(name), 4)))

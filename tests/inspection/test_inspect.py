@@ -173,11 +173,11 @@ def broken_search(x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tens
 def test_a_broken_pattern_shows_up_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     form = post_attention_norms.rewrites()[1]
     broken = Rewrite(form.name, broken_search, form.replace, form.inputs, form.guard)
-    steps = [
-        dataclasses.replace(step, rewrites=lambda: (broken,)) if step.name == "post_attention_norms" else step
-        for step in passes._FUSE
+    fusions = [
+        dataclasses.replace(fusion, rewrites=lambda: (broken,)) if fusion.name == "post_attention_norms" else fusion
+        for fusion in passes._FUSED
     ]
-    monkeypatch.setattr(passes, "_FUSE", tuple(steps))
+    monkeypatch.setattr(passes, "_FUSED", tuple(fusions))
     found = inspect(tiny("dense"), context=6)
     row = next(row for row in found.passes if row.name == "post_attention_norms")
     assert (row.expected, row.matched) == (2, 0)

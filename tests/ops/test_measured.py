@@ -1,68 +1,66 @@
-"""measured.py says what the benchmark measured: no claim outlives its numbers."""
-
-from __future__ import annotations
+"""What is on by default is so because a benchmark measured it: no claim outlives its numbers."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gemma4_compile.ops import OPS
-from gemma4_compile.ops.measured import (
-    ATTENTION_QKV_BENCHMARK,
-    BENCHMARK,
-    EXPERTS_BENCHMARK,
-    FUSIONS,
-    PRODUCTS_BENCHMARK,
-    pays,
-)
+from gemma4_compile.passes import FUSIONS
 from scripts import bench_experts
 from scripts.bench_linear import chosen
 
-ROOT = Path(__file__).parents[2]
-ROWS = json.loads((ROOT / BENCHMARK).read_text())["rows"]
-PRODUCTS = json.loads((ROOT / PRODUCTS_BENCHMARK).read_text())["rows"]
-INTO_PAGES = json.loads((ROOT / ATTENTION_QKV_BENCHMARK).read_text())["rows"]
-EXPERTS = json.loads((ROOT / EXPERTS_BENCHMARK).read_text())["rows"]
-OF_FUSIONS = [op for fusion in FUSIONS.values() for op in fusion.pays]
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_each_op_belongs_to_one_fusion_and_was_measured():
-    assert len(OF_FUSIONS) == len(set(OF_FUSIONS))
-    assert set(OF_FUSIONS) <= set(OPS)
+def rows_of(name: str) -> list[dict[str, Any]]:
+    return json.loads((BENCHMARKS / name).read_text())["rows"]
+
+
+ROWS, PRODUCTS = rows_of("ops-h200.json"), rows_of("linear-h200.json")
+INTO_PAGES, EXPERTS = rows_of("attention-qkv-h100.json"), rows_of("experts-h100.json")
+OPS_OF_FUSIONS = [op for fusion in FUSIONS.values() for op in fusion.ops]
+# Ops of the fusions that are on, with the token count from which a site is fused.
+PAYS_FROM = {op: 1 for fusion in FUSIONS.values() if fusion.on_by_default for op in fusion.ops}
+PAYS_FROM |= {
+    rewrite.name: rewrite.pays_from for fusion in FUSIONS.values() for rewrite in fusion.rewrites() if rewrite.pays_from > 1
+}
+
+
+def test_each_op_belongs_to_one_fusion_and_was_measured() -> None:
+    assert len(OPS_OF_FUSIONS) == len(set(OPS_OF_FUSIONS))
+    assert set(OPS_OF_FUSIONS) <= set(OPS) and PAYS_FROM.keys() <= set(OPS_OF_FUSIONS)
     matrices = {
         "gate_up" if row["gated"] else ("linear", "linear_pair", "linear_triple")[len(row["matrices"]) - 1] for row in PRODUCTS
     }
-    assert set(OF_FUSIONS) <= {row["op"] for row in ROWS} | matrices | {"experts"}
+    assert set(OPS_OF_FUSIONS) <= {row["op"] for row in ROWS} | matrices | {"experts"}
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r["op"] in OF_FUSIONS], ids="{0[op]}-{0[model]}-{0[tokens]}".format)
-def test_where_it_is_said_to_pay_it_does(row: dict):
-    gain = row["inductor_us"] / row["ours_us"]
-    if pays(row["op"], row["tokens"]):
-        assert gain >= 0.97
+@pytest.mark.parametrize("row", [r for r in ROWS if r["op"] in OPS_OF_FUSIONS], ids="{0[op]}-{0[model]}-{0[tokens]}".format)
+def test_where_a_site_is_fused_it_pays(row: dict[str, Any]) -> None:
+    """No measured model is more than 3% slower than Inductor's own code for the same subgraph."""
+    if row["op"] in PAYS_FROM and row["tokens"] >= PAYS_FROM[row["op"]]:
+        assert row["inductor_us"] / row["ours_us"] >= 0.97
+
+
+def test_what_is_off_does_not_pay_everywhere() -> None:
+    for fusion in FUSIONS.values():
+        if not fusion.on_by_default:
+            assert min(row["inductor_us"] / row["ours_us"] for row in ROWS if row["op"] in fusion.ops) < 0.97
 
 
 @pytest.mark.parametrize("row", PRODUCTS, ids="{0[model]}-{0[product]}-{0[rows]}".format)
-def test_the_plan_of_a_product_was_measured_and_is_no_slower_than_cublas(row: dict):
+def test_the_plan_of_a_product_was_measured_and_is_no_slower_than_cublas(row: dict[str, Any]) -> None:
     assert row["cublas_us"] / chosen(row) >= 0.97
 
 
 @pytest.mark.parametrize("row", EXPERTS, ids="{0[tokens]}".format)
-def test_the_plan_of_the_experts_was_measured_and_is_no_slower_than_grouped_mm(row: dict):
+def test_the_plan_of_the_experts_was_measured_and_is_no_slower_than_grouped_mm(row: dict[str, Any]) -> None:
     assert row["grouped_mm_us"] / bench_experts.chosen(row) >= 0.97
 
 
 @pytest.mark.parametrize("row", INTO_PAGES, ids="{0[model]}-{0[tokens]}".format)
-def test_writing_into_pages_at_once_is_no_slower(row: dict):
+def test_writing_into_pages_at_once_is_no_slower(row: dict[str, Any]) -> None:
     assert row["norms_then_write_us"] / row["norms_with_write_us"] >= 0.97
     assert row["apart_us"] / row["fused_us"] >= 0.97
-
-
-@pytest.mark.parametrize("op", OF_FUSIONS)
-def test_ranges(op: str):
-    ranges = next(fusion.pays[op] for fusion in FUSIONS.values() if op in fusion.pays)
-    for low, high in ranges:
-        assert pays(op, low)
-        assert not pays(op, low - 1)
-        assert pays(op, 10**6) if high is None else not pays(op, high + 1)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.geometry import geometry
+from gemma4_compile.packed.compile import make_step, own_attention
 from gemma4_compile.packed.inputs import STEP_INPUTS, PlainKV, Request, varying_dim
-from gemma4_compile.packed.program import _attention, _make_step
 from tests.models import DEVICE, tiny
 from tests.passes.harness import Run, compile_passes
 
@@ -22,7 +22,7 @@ class PackedStep:
     def __init__(self, kind: str, enabled: Collection[str] | None, dtype: torch.dtype = torch.float32):
         self.model = tiny(kind, dtype).requires_grad_(False)
         self.geometry, self.dtype = geometry(self.model.config), dtype
-        step = _make_step(self.model, self.geometry)
+        step = make_step(self.model, self.geometry)
         self.run = Run(step, [], []) if enabled is None else compile_passes(step, enabled)
 
     def __call__(self, batch: Sequence[Request]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -31,6 +31,6 @@ class PackedStep:
         inputs = {name: tensor.clone() for name, tensor in kv.inputs(batch).items()}
         for name in STEP_INPUTS:
             torch._dynamo.mark_dynamic(inputs[name], varying_dim(name))
-        with _attention(self.model), torch.no_grad():
+        with own_attention(self.model), torch.no_grad():
             logits = self.run.call(inputs)
         return logits, {name: tensor for name, tensor in inputs.items() if name.startswith(("keys.", "values."))}

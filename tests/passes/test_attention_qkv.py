@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.packed.inputs import Request
+from gemma4_compile.passes import FUSIONS
 from tests.models import DEVICE
 from tests.passes.harness import assert_missed, assert_same, compile_passes, forms, rows
 from tests.passes.packed_step import PackedStep
@@ -23,7 +24,7 @@ def test_exact_count(kind: str) -> None:
     step = PackedStep(kind, BOTH)
     step(BATCH)
     (record,) = step.run.records
-    sites = step.geometry.packed_sites()[FUSION]
+    sites = FUSIONS[FUSION].sites(step.geometry)
     assert len(sites) == OWNERS[kind]
     assert [site.path.split(".self_attn")[0] for site in record.matched(FUSION)] == [f"model.{site}" for site in sites]
     assert step.run.ops[FUSION] == len(sites) and step.run.ops["qkv_norm_rope"] == 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 
 from gemma4_compile import OptimizeConfig, report
-from gemma4_compile.passes import FUSED
+from gemma4_compile.passes import FUSIONS
 from tests.models import prompt, tiny
 from tests.passes.harness import compile_passes, passes_only
 
@@ -87,7 +87,7 @@ EDITS: dict[str, Edit] = {
 
 def assert_eager(function: Callable[..., Any], *args: Tensor) -> Any:
     wanted = function(*(arg.clone() for arg in args))
-    compiled = compile_passes(function, FUSED)
+    compiled = compile_passes(function, FUSIONS)
     with torch.no_grad():
         actual = compiled.call(*(arg.clone() for arg in args))
     for mine, right in zip(actual, wanted, strict=True):
@@ -163,7 +163,7 @@ def test_per_layer_inputs_in_other_dtypes_and_shapes(scale: str, table: str, sha
 
     args = torch.randint(11, (2, 3)), torch.randn(11, 16).to(dtype), torch.randn(2, 3, 16).to(dtype)
     wanted = inputs(*args)[0]
-    compiled = compile_passes(inputs, FUSED)
+    compiled = compile_passes(inputs, FUSIONS)
     with torch.no_grad():
         (actual,) = compiled.call(*args)
     assert actual.dtype == wanted.dtype and actual.shape == wanted.shape

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma4_compile.fusions import FUSIONS
+from gemma4_compile.passes import FUSIONS
 from tests.models import prompt, tiny
 from tests.passes.harness import assert_dynamic, assert_equal_alone, assert_missed, assert_same, compile_passes, forms, rows
 

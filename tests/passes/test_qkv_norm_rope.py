@@ -85,7 +85,7 @@ def test_heads_first_is_not_raised() -> None:
 
 
 def test_queries_alone_are_fused_where_that_pays() -> None:
-    """ops/measured.py: from 128 tokens on; below, Inductor's one kernel is as fast, and the site is found and left to it."""
+    """From 128 tokens on; below, Inductor's one kernel is as fast, and the site is found and left to it."""
     cos = rows(2, 64, 8)
 
     def many(q: Tensor, cos: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from gemma4_compile import demo_checkpoint, optimize
 from gemma4_compile.demo.evaluate import final_states
 from gemma4_compile.geometry import geometry
-from gemma4_compile.graphs.piecewise import Buckets, GraphRunner
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.hf.assistant import load_assistant
 from gemma4_compile.packed.inputs import KINDS, PlainKV, Request
 from gemma4_compile.runtime.speculative.drafter import Drafter
@@ -77,13 +78,13 @@ def served(name: str, device: str = "cpu") -> Served:
 
 
 @torch.no_grad()
-def expected(name: str, drafts: int, shift: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def expected(name: str, drafts: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Drafts [R, K] and the states [R, K, H] that each step passes on, by Hugging Face, a request at a time."""
     given = served(name, device)
     chosen, passed = [], []
     for row in range(len(LENGTHS)):
         token, hidden = given.inputs[0][row].view(1, 1), given.hidden[row]
-        positions = given.inputs[2][row].view(1, 1) + shift
+        positions = given.inputs[2][row].view(1, 1)
         for _ in range(drafts):
             embedded = given.target.model.embed_tokens(token)
             out = given.assistant(

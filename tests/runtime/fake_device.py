@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from gemma4_compile.packed.row_state import RowState
+from gemma4_compile.packed.step_inputs import StepInputs
 from gemma4_compile.runtime.scheduling.pages import KVPages
 from gemma4_compile.runtime.scheduling.scheduler import Scheduler
 from gemma4_compile.runtime.scheduling.sequence import Sequence, Work
 from gemma4_compile.runtime.speculative.verification import advance, count_accepted, verified_drafts
 from gemma4_compile.runtime.step import invariants
 from gemma4_compile.runtime.step.arrays import build
+from gemma4_compile.runtime.step.staging import Staging
 
 VOCABULARY = 11
 
@@ -69,15 +71,12 @@ class FakeDevice:
         return work
 
     def _run(self, work: Tokens[Work]) -> tuple[list[int], list[int]]:
-        arrays = build(work, self.pages)
-        invariants.check_step(work, arrays, self.pages, VOCABULARY)
+        planned = build(work, self.pages)
+        invariants.check_step(work, planned, self.pages, VOCABULARY)
         size = self.pages.page_size
-        arrived = arrays.model | arrays.placed | arrays.rounds | {"sources": arrays.sources}
-        step = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrived.items()}
-        ids = self.state.tokens(step["input_ids"][0], step["sources"], step.get("places")).numpy()
-        if arrays.placed:
-            step |= self.state.place(step, size)
-        model = {name: tensor.numpy() for name, tensor in step.items()}
+        step = self.state.resolve(Staging(torch.device("cpu")).send(planned), size)
+        model = {name: tensor.numpy() for name, tensor in step.model().items()}
+        ids = model["input_ids"][0]
         digests = np.zeros(len(ids), np.int64)
         tables = {kind: model[f"table.{kind}"] for kind in self.pages.pools}
         # Pages that a request fills may be read by another one of the same step: all are written before any is read. The
@@ -95,31 +94,33 @@ class FakeDevice:
                         self.memory[kind][slot] = digests[token]
         for index in range(len(work)):
             self._check_windows(index, model, tables)
-        chosen = [choose(int(digests[model["rows"][i]])) for i in arrays.sampled]
-        self.state.last[arrays.targets] = torch.tensor(chosen, dtype=torch.int64)
-        return chosen, self._draft(chosen, digests[model["rows"]], step) if arrays.rounds else []
+        rows = model["rows"] if planned.prompts is None else model["rows"][planned.prompts.sampled]
+        chosen = [choose(int(digests[row])) for row in rows[: len(planned.targets)]]
+        self.state.last[planned.targets] = torch.tensor(chosen, dtype=torch.int64)
+        return chosen, self._draft(chosen, digests[model["rows"]], step) if planned.speculation else []
 
-    def _draft(self, chosen: list[int], digests: np.ndarray, step: dict[str, torch.Tensor]) -> list[int]:
+    def _draft(self, chosen: list[int], digests: np.ndarray, step: StepInputs[torch.Tensor]) -> list[int]:
         """How many drafts of each request are right. The next ones are the truth or a token at random."""
-        tokens = torch.tensor(chosen)
-        accepted = count_accepted(tokens, step["first"], verified_drafts(self.state, step))
+        tokens, speculation = torch.tensor(chosen), step.speculation
+        assert speculation is not None
+        accepted = count_accepted(tokens, speculation.first, verified_drafts(self.state, speculation))
         last, texts, reached = advance(self.state, tokens, torch.from_numpy(digests)[:, None], step, accepted)
-        stored = step["slots.full_attention"][step["rows"][step["states"] + accepted]] >= 0
-        for request, row in enumerate(step["round_rows"].tolist()):
+        stored = step.slots["full_attention"][step.rows[speculation.wanted + accepted]] >= 0
+        for request, row in enumerate(speculation.state_rows.tolist()):
             digest, token = int(texts[request]), int(last[request])
             if stored[request]:  # behind its room it has ended
-                self._check_drafter_reads(step, request, int(reached[request]), digest)
+                tables = {kind: table[speculation.requests[request]].numpy() for kind, table in step.tables.items()}
+                self._check_drafter_reads(tables, int(reached[request]), digest)
             for draft in range(self.speculative):
                 digest = follow(digest, token)
                 token = choose(digest) if self.chooser.random() < self.luck else self.chooser.randrange(VOCABULARY)
                 self.state.drafts[row, draft] = token
         return accepted.tolist()
 
-    def _check_drafter_reads(self, step: dict[str, torch.Tensor], request: int, end: int, digest: int) -> None:
+    def _check_drafter_reads(self, tables: dict[str, np.ndarray], end: int, digest: int) -> None:
         """A drafter reads up to the last token that is right: in full layers all keys, in sliding ones those of its window."""
-        size, index = self.pages.page_size, step["requests"][request]
+        size = self.pages.page_size
         places = np.arange(max(0, end - self.pages.windows["sliding_attention"] + 1), end + 1)
-        tables = {kind: step[f"table.{kind}"][index].numpy() for kind in self.pages.pools}
         read = {k: self.memory[k][t[places // size].astype(int) * size + places % size] for k, t in tables.items()}
         for kind, keys in read.items():
             assert keys[-1] == digest, f"the drafter's last key of {kind} is not that of the last token accepted"

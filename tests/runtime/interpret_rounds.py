@@ -10,10 +10,10 @@ from tests.ops.interpret import run  # isort: skip  (before all that imports Tri
 import numpy as np
 import torch
 
-from gemma4_compile.graphs.full import FullGraphs
+from gemma4_compile.graphs.step_buffer import StepBuffer
 from gemma4_compile.packed.inputs import KINDS
-from gemma4_compile.packed.program import StepResult
 from gemma4_compile.packed.row_state import RowState
+from gemma4_compile.packed.step_inputs import Placement, Speculation, StepInputs
 from gemma4_compile.runtime.speculative.verification import _advance_into, _launch_advance
 
 ROWS, DRAFTS, PAGE, WIDTH = 5, 3, 4, 6
@@ -26,7 +26,7 @@ def state(drafts: int) -> RowState:
     return found
 
 
-def step(drafts: int) -> dict[str, np.ndarray]:
+def step(drafts: int) -> StepInputs[np.ndarray]:
     """Requests of which some are placed by the state, up to behind their room; the others come with all that they are."""
     chooser = random.Random(drafts)
     arrays: dict[str, list[int]] = {name: [] for name in ("sources", "places", "owners", "capacities")}
@@ -41,29 +41,27 @@ def step(drafts: int) -> dict[str, np.ndarray]:
         starts.append(starts[-1] + length)
     tokens = starts[-1]
     given = {name: np.array(values) for name, values in arrays.items()}
-    given |= {"input_ids": np.arange(100, 100 + tokens)[None], "positions": np.arange(tokens), "rows": np.arange(tokens)}
-    given |= {"targets": np.arange(tokens) % ROWS, "starts": np.array(starts, np.int32)}
-    for kind in KINDS:
-        given[f"slots.{kind}"] = np.arange(tokens) + 7
-        given[f"table.{kind}"] = np.random.default_rng(len(kind)).integers(0, 50, (4, WIDTH - 1)).astype(np.int32)
-    return given
+    tables = {kind: np.random.default_rng(len(kind)).integers(0, 50, (4, WIDTH - 1)).astype(np.int32) for kind in KINDS}
+    return StepInputs(
+        np.arange(100, 100 + tokens)[None], np.arange(tokens), np.arange(tokens), np.array(starts, np.int32),
+        {kind: np.arange(tokens) + 7 for kind in KINDS}, tables, np.arange(tokens) % ROWS, given["sources"],
+        Placement(given["places"], given["owners"], given["capacities"]) if drafts else None,
+    )  # fmt: skip
 
 
 def unpacks(drafts: int) -> None:
     """The kernel's ids, positions, slots and tables are those of plain torch; 16 tokens in a bucket, part of them padding."""
     torch.manual_seed(drafts)
-    memory = {"keys.0": torch.zeros(60, PAGE, 1, 2)}
-    nothing = StepResult(torch.zeros(1), torch.zeros(1))
-    full = FullGraphs(lambda inputs: nothing, memory, (16,), WIDTH, None, torch.device("cpu"), state(drafts))
+    tables = {kind: torch.zeros(16, WIDTH, dtype=torch.int32) for kind in KINDS}
+    buffer = StepBuffer(16, tables, state(drafts), PAGE)
     found: list[dict[str, Any]] = []
-    for unpack in (full._unpack, full._launch_unpack):
-        full.send(16, step(drafts))
-        for table in full._tables.values():
+    for unpack in (buffer.unpack, buffer._launch_unpack):
+        buffer.send(step(drafts))
+        for table in tables.values():
             table.zero_()
-        bucket = full.bucket(16)
-        unpack(bucket)
+        unpack()
         names = ("input_ids", "positions", *(f"{name}.{kind}" for kind in KINDS for name in ("slots", "table")))
-        found.append({name: bucket.views[name].clone() for name in names})
+        found.append({name: buffer.views.model()[name].clone() for name in names})
     for name, wanted in found[0].items():
         assert torch.equal(found[1][name], wanted), name
 
@@ -73,12 +71,15 @@ def advances() -> None:
     torch.manual_seed(0)
     hidden, width = torch.randn(12, 40), 3
     tokens = torch.randint(0, 90, (12,))
-    given = {
-        "positions": torch.arange(12) + 5, "rows": torch.arange(12), "round_rows": torch.tensor([3, 0, 4]),
-        "requests": torch.tensor([2, 0, 1]), "first": torch.tensor([0, 4, 9]), "states": torch.tensor([0, 4, 9]),
-        "counts": torch.tensor([3, 3, 1]), "room": torch.tensor([6, 24, 24]),
-    }  # fmt: skip
-    given |= {f"table.{kind}": torch.randint(0, 50, (3, width), dtype=torch.int32) for kind in KINDS}
+    nothing = torch.zeros(0, dtype=torch.int64)
+    given = StepInputs(
+        nothing[None], torch.arange(12) + 5, torch.arange(12), nothing, {},
+        {kind: torch.randint(0, 50, (3, width), dtype=torch.int32) for kind in KINDS}, nothing,
+        speculation=Speculation(
+            state_rows=torch.tensor([3, 0, 4]), requests=torch.tensor([2, 0, 1]), first=torch.tensor([0, 4, 9]),
+            counts=torch.tensor([3, 3, 1]), wanted=torch.tensor([0, 4, 9]), capacities=torch.tensor([6, 24, 24]),
+        ),
+    )  # fmt: skip
     accepted = torch.tensor([3, 0, 1])
     results = []
     for function in (_advance_into, _launch_advance):

@@ -36,7 +36,7 @@ def random_params(chooser: random.Random, tokens: int) -> SamplingParams:
 def soak(models: Demo, requests: int, seed: int, tokens: int = 120, longest: int = 150, **speculation: Any) -> str:
     """Serve so many random requests; returns a line that says what happened. Raises AssertionError if anything is wrong.
 
-    speculation   of Engine: assistant and speculative_tokens
+    speculation   of Engine
     """
     chooser = random.Random(seed)
     before = os.environ.get(invariants.VARIABLE)

@@ -192,7 +192,7 @@ def test_a_fault_is_told_even_if_aborts_fail(
         patch.setattr(threading, "excepthook", lambda _: None)
         run(wait())
         served.close()
-    for request_id in list(engine._requests):
+    for request_id in list(engine.outputs.requests):
         engine.abort(request_id)
 
 

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.garbage import without_collection
-from gemma4_compile.graphs.piecewise import Buckets, CaptureRefused, GraphRunner
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.checks import CaptureRefused
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.packed.inputs import STEP_INPUTS, PlainKV, Request
 from gemma4_compile.packed.program import Program
 from gemma4_compile.packed.row_state import RowState
 from gemma4_compile.packed.split import SPLIT_POINTS
+from gemma4_compile.packed.step_inputs import StepInputs
 from tests.runtime.host_recorder import HostRecorder
 from tests.runtime.served import memory, packed, tokens_of
 
@@ -92,7 +95,7 @@ def test_decode_gives_logits_tokens_and_states() -> None:
     arrays = {name: tensor.numpy() for name, tensor in kv.inputs(batch).items() if name in STEP_INPUTS}
     rows = np.arange(3)
     for _ in range(2):
-        found = graphs.decode(arrays | {"sources": np.full(3, -1), "targets": rows})
+        found = graphs.decode(StepInputs.of_model(arrays, targets=rows))
         expected = program.run(other.inputs(batch))
         assert found is not None and found.tokens is not None
         torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-5)

@@ -51,5 +51,5 @@ def test_adaptive_follows_a_change_of_text() -> None:
 
 @pytest.mark.parametrize("wanted", [0, -1, True, 1.5, {}, {1: 0}, {1: -2}, {-1: 2}, {1: 1.5}, "often", None])
 def test_what_cannot_be(wanted: object) -> None:
-    with pytest.raises(ValueError, match="speculative_tokens must be 1 or more"):
+    with pytest.raises(ValueError, match="speculative tokens must be 1 or more"):
         DraftLength(wanted)  # type: ignore[arg-type]

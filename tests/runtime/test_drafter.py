@@ -37,13 +37,12 @@ def recorded(made: Drafter, monkeypatch: pytest.MonkeyPatch) -> list[StepResult]
     return results
 
 
-@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("name", DEMO_NAMES)
-def test_drafts_are_hugging_faces(name: str, shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_are_hugging_faces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All requests in one batch, below and beyond the window: each step's tokens, and the states that it passes on."""
-    made = drafter(name, rope_offset=shift)
+    made = drafter(name)
     steps = recorded(made, monkeypatch)
-    tokens, passed = expected(name, DRAFTS, shift)
+    tokens, passed = expected(name, DRAFTS)
     drafts = made.draft(*served(name).inputs)
     assert drafts.dtype == torch.int64 and drafts.tolist() == tokens.tolist()
     torch.testing.assert_close(torch.stack([step.hidden for step in steps], 1), passed, rtol=1e-4, atol=1e-4)
@@ -57,7 +56,7 @@ def test_one_table_for_all_layers_is_noticed(name: str, kind: str, monkeypatch: 
     made = drafter(name, 1)
     steps = recorded(made, monkeypatch)
     tokens, hidden, positions, tables = served(name).inputs
-    _, passed = expected(name, 1, 0)
+    _, passed = expected(name, 1)
     made.draft(tokens, hidden, positions, dict.fromkeys(KINDS, tables[kind]))
     made.draft(tokens, hidden, positions, tables)
     wrong, right = ((step.hidden - passed[:, 0]).abs().amax(-1) for step in steps)
@@ -71,7 +70,7 @@ def test_graphs_of_every_bucket(name: str) -> None:
     recorder = HostRecorder()
     made = drafter(name, 3, recorder=recorder, sizes=(1, 3, 6))
     tokens, hidden, positions, tables = served(name).inputs
-    wanted, _ = expected(name, 3, 0)
+    wanted, _ = expected(name, 3)
     for turn in range(2):
         for count in (*range(8, 0, -1), *range(1, 9)):
             rows = torch.randperm(8, generator=torch.Generator().manual_seed(10 * turn + count))[:count]
@@ -83,8 +82,8 @@ def test_graphs_of_every_bucket(name: str) -> None:
 @pytest.mark.parametrize("drafts", range(1, DRAFTS + 1))
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_any_number_of_drafts(name: str, drafts: int) -> None:
-    made = drafter(name, drafts, rope_offset=1, recorder=HostRecorder())
-    assert made.draft(*served(name).inputs).tolist() == expected(name, drafts, 1)[0].tolist()
+    made = drafter(name, drafts, recorder=HostRecorder())
+    assert made.draft(*served(name).inputs).tolist() == expected(name, drafts)[0].tolist()
 
 
 def test_padding_reads_pages_that_exist_and_nothing_is_written() -> None:
@@ -95,7 +94,7 @@ def test_padding_reads_pages_that_exist_and_nothing_is_written() -> None:
     tokens, hidden, positions, tables = given.inputs
     before = {key: tensor.clone() for key, tensor in given.kv.items()}
     short = {kind: table[:2, :1] for kind, table in tables.items()}
-    assert made.draft(tokens[:2], hidden[:2], positions[:2], short).tolist() == expected("e", 2, 0)[0][:2].tolist()
+    assert made.draft(tokens[:2], hidden[:2], positions[:2], short).tolist() == expected("e", 2)[0][:2].tolist()
     assert all((made._static[f"table.{kind}"][2:] == 0).all() for kind in KINDS) and not made._static["positions"][2:].any()
     assert all(torch.equal(given.kv[key], tensor) for key, tensor in before.items())
 
@@ -103,7 +102,7 @@ def test_padding_reads_pages_that_exist_and_nothing_is_written() -> None:
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_drafts_in_bf16(name: str) -> None:
     """Rounding moves some; a fault here once lost them all: a score that one use rounded and another did not equalled none."""
-    given, tokens = served(name), expected(name, 1, 0)[0]
+    given, tokens = served(name), expected(name, 1)[0]
     target = copy.deepcopy(demo(name).plain).bfloat16().requires_grad_(False)
     kv = {key: tensor.bfloat16() for key, tensor in given.kv.items()}
     made = Drafter(optimize(target), copy.deepcopy(given.assistant).bfloat16(), 1, kv)
@@ -142,17 +141,16 @@ def test_a_graph_that_is_wrong_is_given_up(recorder: type[HostRecorder], reason:
     """A warning, the right drafts, and no graph for this bucket any more."""
     made = drafter("e", 2, recorder=recorder(), sizes=(8,))
     with pytest.warns(UserWarning, match=f"drafts for 8 requests without CUDA graphs: {reason}"):
-        assert made.draft(*served("e").inputs).tolist() == expected("e", 2, 0)[0].tolist()
+        assert made.draft(*served("e").inputs).tolist() == expected("e", 2)[0].tolist()
     assert list(made.refused) == [8]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert made.draft(*served("e").inputs).tolist() == expected("e", 2, 0)[0].tolist()
+        assert made.draft(*served("e").inputs).tolist() == expected("e", 2)[0].tolist()
 
 
 def test_a_second_drafter_compiles_nothing() -> None:
-    """It is kept with the assistant's programs; another RoPE position is another program."""
-    first, other = drafter("e", 1), drafter("e", 1, rope_offset=1)
-    again = drafter("e", 4)
+    """It is kept with the assistant's programs; another assistant is another program."""
+    first, again, other = drafter("e", 1), drafter("e", 4), drafter("moe", 1)
     assert again.program.compiled == 0
     assert first.program.plan.model == again.program.plan.model != other.program.plan.model
 
@@ -214,7 +212,6 @@ def test_a_type_that_the_target_does_not_own() -> None:
     ("options", "message"),
     [
         ({"speculative_tokens": 0}, "speculative_tokens must be 1 or more, got 0"),
-        ({"rope_offset": 2}, "rope_offset must be 0 or 1, got 2"),
         ({"kv": {}}, "a step needs the input 'keys.0', got"),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4Tex
 from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams, report
 from gemma4_compile.demo import DEMO_NAMES
 from gemma4_compile.geometry import geometry
-from gemma4_compile.graphs.piecewise import Buckets, GraphRunner
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.optimized import state_of
 from gemma4_compile.runtime.outputs import Chunk
 from gemma4_compile.runtime.step import invariants
@@ -248,7 +250,7 @@ def test_a_stream_that_nobody_reads_is_aborted() -> None:
     stream.close()
     assert not engine.has_work and list(stream) == []
     next(engine.stream([5, 6, 7]))  # and one that is forgotten
-    assert not engine._requests
+    assert not engine.outputs.requests
 
 
 def test_generate_that_is_interrupted_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,10 +428,10 @@ def test_a_step_too_large_for_the_gpu_says_what_to_lower(monkeypatch: pytest.Mon
         if inputs["positions"].shape[0] > fitting:
             raise torch.cuda.OutOfMemoryError("out of memory")
 
-    packed.geometry = runner.packed.geometry  # type: ignore[attr-defined]
-    monkeypatch.setattr(runner, "packed", packed)
+    packed.geometry, packed.model = runner.packed.geometry, runner.packed.model  # type: ignore[attr-defined]
+    sizing = replace(runner.sizing, packed=packed)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"got out of memory; {remedy}"):
-        runner._measure_step(graphs=True)
+        sizing.measure_step(graphs=True)
 
 
 def test_a_step_that_does_not_compile_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

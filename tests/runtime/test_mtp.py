@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma4_compile import AsyncEngine, Engine, EngineConfig, SamplingParams, demo_checkpoint
+from gemma4_compile import AsyncEngine, Engine, EngineConfig, SamplingParams, SpeculativeConfig, demo_checkpoint
 from gemma4_compile.demo import DEMO_NAMES
-from gemma4_compile.graphs.piecewise import Buckets, GraphRunner
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.hf.assistant import load_assistant
 from gemma4_compile.runtime.outputs import RequestOutput
 from gemma4_compile.runtime.speculative.drafter import Drafter
@@ -45,8 +46,8 @@ def plain(name: str) -> Engine:
 
 def serve(name: str, drafts: Any = 3, config: EngineConfig = SMALL, verification: str = "match") -> Engine:
     models = demo(name)
-    return Engine(models.served, config, models.tokenizer, assistant=assistant(name), speculative_tokens=drafts,
-                  draft_verification=verification)  # fmt: skip
+    speculative = SpeculativeConfig(assistant(name), drafts, verification)
+    return Engine(models.served, config, models.tokenizer, speculative=speculative)
 
 
 class Scripted:
@@ -184,11 +185,10 @@ def test_sampled_tokens_are_those_of_their_seeds(name: str) -> None:
     assert_empty(engine)
 
 
-@pytest.mark.parametrize("verification", ["block", "token"])
-def test_sampled_text_is_distributed_as_the_targets(verification: str) -> None:
+def test_sampled_text_is_distributed_as_the_targets() -> None:
     """Chi-square of the first three tokens, two of which may be drafts, of 500 seeds; the target's probabilities by Hugging
     Face."""
-    models, engine = demo("e"), serve("e", 3, replace(SMALL, max_requests=32), verification)
+    models, engine = demo("e"), serve("e", 3, replace(SMALL, max_requests=32), "block")
     prompt, top_k, temperature = models.prompts(3, 60)[0], 3, 1.0
     params = [
         SamplingParams(max_tokens=6, ignore_eos=True, temperature=temperature, top_k=top_k, seed=i) for i in range(500)
@@ -294,7 +294,7 @@ def test_async_engine() -> None:
     prompts, params = models.prompts(3, 60), SamplingParams(max_tokens=12, ignore_eos=True)
 
     async def serve_all() -> list[RequestOutput]:
-        made = AsyncEngine(models.served, SMALL, models.tokenizer, assistant=assistant("e"), speculative_tokens=3)
+        made = AsyncEngine(models.served, SMALL, models.tokenizer, speculative=SpeculativeConfig(assistant("e")))
         async with made as engine:
             found = await asyncio.gather(*(engine.generate(prompt, params) for prompt in prompts))
             assert engine.engine.metrics.accepted_tokens > 0
@@ -366,7 +366,7 @@ def test_aborts_and_failed_steps_leave_no_draft(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(engine.runner, "launch", failing)
     for _ in range(6):
         names = [engine.add_request(p, params, stream=False) for p in models.prompts(8, 80)]
-        sequences = [s for name in names for s in engine._requests[name].samples]
+        sequences = [s for name in names for s in engine.outputs.requests[name].samples]
         while engine.has_work:
             if chooser.random() < 0.1:
                 engine.abort(chooser.choice(names))
@@ -385,10 +385,12 @@ def test_aborts_and_failed_steps_leave_no_draft(monkeypatch: pytest.MonkeyPatch)
 def test_what_cannot_be() -> None:
     models = demo("e")
     for drafts in (0, -1, True, 1.5):
-        with pytest.raises(ValueError, match="speculative_tokens must be 1 or more"):
-            Engine(models.served, SMALL, assistant=assistant("e"), speculative_tokens=drafts)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="speculative tokens must be 1 or more"):
+            SpeculativeConfig(assistant("e"), drafts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="verification must be one of block, match, got 'token'"):
+        SpeculativeConfig(assistant("e"), verification="token")
     with pytest.raises(ValueError, match="use its own assistant"):
-        Engine(models.served, SMALL, assistant=assistant("moe"))
+        Engine(models.served, SMALL, speculative=SpeculativeConfig(assistant("moe")))
 
 
 def test_accepted_drafts_are_leading_ones() -> None:

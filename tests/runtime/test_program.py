@@ -17,10 +17,11 @@ from gemma4_compile.backend import Backend
 from gemma4_compile.geometry import geometry
 from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
 from gemma4_compile.hf.loading import random_model
-from gemma4_compile.packed import program
+from gemma4_compile.packed import compile, program
 from gemma4_compile.packed.attention import NAME
+from gemma4_compile.packed.compile import compile_program
 from gemma4_compile.packed.inputs import Request
-from gemma4_compile.packed.program import Program, compile_program, fingerprint, load
+from gemma4_compile.packed.program import Program, fingerprint, load
 from gemma4_compile.runtime.worker.model import PackedModel
 from tests.models import tiny
 from tests.runtime.served import memory, packed
@@ -39,7 +40,7 @@ RELEASED: dict[str, tuple[int, int, int, dict[str, Any]]] = {  # pieces, unique 
 @pytest.fixture
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No piece is compiled, and so no program saved."""
-    monkeypatch.setattr(program, "_compile_piece", lambda piece, backend: None)
+    monkeypatch.setattr(compile, "_compile_piece", lambda piece, backend: None)
     with torch._inductor.config.patch(fx_graph_cache=False):
         yield
 
@@ -178,7 +179,7 @@ def compiled_before(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
         return calls[-1]
 
     packed("dense")
-    monkeypatch.setattr(program, "compile_program", compile_program)
+    monkeypatch.setattr(compile, "compile_program", compile_program)
     return calls
 
 
@@ -225,7 +226,7 @@ def test_broken_files_are_compiled_anew(harm: Any, saved: Path, compiled_before:
         load(saved, model)
     config = OptimizeConfig()
     with pytest.warns(UserWarning, match="compiles anew"):
-        program.open_program(model, Backend(config, config.enabled()), geometry(model.config), saved)
+        compile.open_program(model, Backend(config, config.enabled()), geometry(model.config), saved)
     assert len(compiled_before) == 1
     assert load(saved, model).compiled == 0, "whole again"
 

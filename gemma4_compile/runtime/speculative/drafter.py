@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from transformers import Gemma4AssistantForCausalLM, Gemma4ForCausalLM
 
 from gemma4_compile.geometry import Geometry, geometry
-from gemma4_compile.graphs.piecewise import Buckets, check_host, fitting
+from gemma4_compile.graphs.buckets import Buckets, fitting
+from gemma4_compile.graphs.checks import check_host, difference
 from gemma4_compile.graphs.recorder import CudaRecorder, Recorder
 from gemma4_compile.hf.assistant import load_assistant
 from gemma4_compile.hf.parallel import local_parts
 from gemma4_compile.ops import draw_draft, ordered_argmax, ordered_scores
 from gemma4_compile.optimized import state_of
+from gemma4_compile.packed.compile import compile_step, open_step, program_folder
 from gemma4_compile.packed.inputs import KINDS, PlainKV, require
-from gemma4_compile.packed.program import Program, compile_step, open_step, program_folder
+from gemma4_compile.packed.program import Program
 
 from .verification import Drafted, fill_rows
 
@@ -44,10 +46,8 @@ class Drafter:
     assistant           Gemma4AssistantForCausalLM in eval mode, or its folder
     speculative_tokens  K, the drafts of a round: 1 or more
     kv                  keys.N and values.N, [pages, page size, Hk, D], of the target's layers that own them; graphs keep them
-    rope_offset         RoPE position of the drafts less p, the last position whose key is stored: 0, as in vLLM and SGLang, or
-                        1, as in transformers
     draws               whether drafts can be drawn from the assistant's distribution too, for rejection sampling
-    recorder            captures the K steps of a bucket of requests as one graph, see cuda_graphs.py. Unless given, CUDA graphs
+    recorder            captures the K steps of a bucket of requests as one graph. Unless given, CUDA graphs
                         on a GPU, in a memory pool of their own, and none on a CPU
     width               pages that a request may have at most; as many as the model's context needs unless given
     sizes               buckets, in requests, ascending; a larger batch runs without graphs
@@ -59,7 +59,7 @@ class Drafter:
 
     def __init__(
         self, model: nn.Module, assistant: nn.Module | str | Path, speculative_tokens: int, kv: dict[str, Tensor],
-        rope_offset: int = 0, recorder: Recorder | None = None, width: int | None = None,
+        recorder: Recorder | None = None, width: int | None = None,
         sizes: Sequence[int] = Buckets().decode, draws: bool = False, agree: Callable[[bool], bool] | None = None,
     ):  # fmt: skip
         self._agree = agree
@@ -75,10 +75,8 @@ class Drafter:
             raise ValueError(
                 f"speculative_tokens must be 1 or more, got {speculative_tokens}; run without an assistant for none"
             )
-        if rope_offset not in (0, 1):
-            raise ValueError(f"rope_offset must be 0 or 1, got {rope_offset}; take the one that gets more drafts accepted")
         owned = check_fit(target, assistant, state.geometry)
-        self.speculative_tokens, self.rope_offset = speculative_tokens, rope_offset
+        self.speculative_tokens = speculative_tokens
         self._device, self._dtype, self._hidden = target.device, target.dtype, state.geometry.hidden
         self._rows = torch.arange(257, dtype=torch.int32, device=target.device)
         names = [f"{name}.{owner}" for owner in sorted(set(owned)) for name in ("keys", "values")]
@@ -91,8 +89,8 @@ class Drafter:
         examples = {name: buffers[name] for name in _INPUTS} | {name: traced[name] for name in names}
 
         def program(ends: str) -> Program:
-            module = _DraftModule(target.model.embed_tokens, assistant, owned, rope_offset, ends)
-            step = _make_step(module, owned, rope_offset, ends)
+            module = _DraftModule(target.model.embed_tokens, assistant, owned, ends)
+            step = _make_step(module, owned, ends)
             return open_step(
                 module, state.backend, program_folder(module, state.backend, state.division, target.device),
                 lambda: compile_step(module, step, examples, _INPUTS, state.backend, [assistant.model], check=self._check),
@@ -205,11 +203,9 @@ class Drafter:
         replay()
         if first:
             states, *expected = self._steps(views, drafts, draws)
-            difference = (passed[:count].float() - states[:count].float()).square().mean().sqrt()
-            scale = states[:count].float().square().mean().sqrt()
-            differs = bool(not difference <= 1e-2 * scale)  # also if either is not a number
-            if differs if self._agree is None else self._agree(differs):
-                self._give_up(size, f"a replay gave other states than the program (rms {difference:.3g} of {scale:.3g})")
+            wrong = difference(passed[:count], states[:count])
+            if wrong if self._agree is None else self._agree(bool(wrong)):
+                self._give_up(size, f"a replay gave other states than the program ({wrong or 'on another rank'})")
                 return Drafted(*(each[:count] for each in expected))
         return Drafted(*(each[:count] for each in found))
 
@@ -256,14 +252,14 @@ class Drafter:
 class _DraftModule(nn.Module):
     """Every weight that a draft step reads; its config is what a saved program is known by."""
 
-    def __init__(self, embed_tokens: nn.Module, assistant: Any, owned: tuple[int, ...], rope_offset: int, ends: str):
+    def __init__(self, embed_tokens: nn.Module, assistant: Any, owned: tuple[int, ...], ends: str):
         super().__init__()
         self.embed_tokens, self.assistant = embed_tokens, assistant
         self.config = copy.deepcopy(assistant.config)
-        self.config.draft_step = {"owned": list(owned), "rope_offset": rope_offset, "ends": ends}
+        self.config.draft_step = {"owned": list(owned), "ends": ends}
 
 
-def _make_step(module: Any, owned: tuple[int, ...], rope_offset: int, ends: str) -> Callable[..., Any]:
+def _make_step(module: Any, owned: tuple[int, ...], ends: str) -> Callable[..., Any]:
     embed_tokens, assistant = module.embed_tokens, module.assistant
     kinds = dict(zip(assistant.model.config.layer_types, owned, strict=True))
 
@@ -275,7 +271,7 @@ def _make_step(module: Any, owned: tuple[int, ...], rope_offset: int, ends: str)
             inputs_embeds=assistant.pre_projection(
                 torch.cat([embed_tokens(inputs["tokens"][None]), inputs["hidden"][None]], dim=-1)
             ),
-            position_ids=(positions + rope_offset)[None],
+            position_ids=positions[None],  # as in vLLM and SGLang; p + 1, as in transformers, gets no more drafts accepted
             attention_mask=dict.fromkeys(KINDS),  # the op masks by positions
             shared_kv_states={kind: (inputs[f"keys.{i}"], inputs[f"values.{i}"]) for kind, i in kinds.items()},  # unread
             use_cache=False,

@@ -29,12 +29,12 @@ class DraftLength:
         for key, value in lengths.items():
             if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in (key, value)):
                 raise ValueError(
-                    f"speculative_tokens must be 1 or more, {{requests: drafts}} or 'adaptive', got {wanted!r}; "
+                    f"speculative tokens must be 1 or more, {{requests: drafts}} or 'adaptive', got {wanted!r}; "
                     "leave the assistant out to draft nothing"
                 )
         self.most: int = max(lengths.values(), default=0)  # type: ignore[assignment]
         if self.most < 1:
-            raise ValueError(f"speculative_tokens must be 1 or more, got {wanted!r}; leave the assistant out to draft nothing")
+            raise ValueError(f"speculative tokens must be 1 or more, got {wanted!r}; leave the assistant out to draft nothing")
         self._lengths: list[tuple[int, int]] = sorted(lengths.items(), reverse=True)  # type: ignore[arg-type]
         self._rounds = 0
         self._verified, self._accepted = [0.0] * (self.most + 1), [0.0] * (self.most + 1)  # by place

@@ -4,21 +4,12 @@ many were accepted when the next round runs already.
 The sampler samples behind each draft as it would without drafts: logits, seed and place of a token are the same if all tokens
 before it are. A draft that is the token sampled in its place is right, and the tokens up to the first that is wrong, with the
 one sampled there, are those that the request would have got one by one: greedy or sampled, whatever the drafts. So it is with
-greedy requests, and with all by VERIFICATIONS' "match". The others are rejection sampling (ops/sampling/verify.py): drafts of
+greedy requests, and with all by verification "match". The others are rejection sampling (ops/sampling/verify.py): drafts of
 sampled requests are drawn, more of them are accepted, and tokens are distributed as one by one, but are not those of the same
 seed.
-
-What a round is told of its R requests (`StepArrays.rounds`), each [R] int64:
-
-    round_rows  of the state, see row_state.py
-    requests    its place among the step's requests, whose page tables the drafter reads
-    first       the first of its rows among the S sampled ones, which stand together
-    counts      drafts that its other rows stand for: the first of those in the state
-    states      the first of its rows among the N wanted ones
-    room        tokens that it has pages for
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -27,9 +18,8 @@ from torch import Tensor
 from gemma4_compile.ops import verify
 from gemma4_compile.ops.library import jit, power_of_two, tl
 from gemma4_compile.packed.inputs import KINDS
-from gemma4_compile.packed.row_state import ROUND, RowState
-
-VERIFICATIONS = ("block", "token", "match")
+from gemma4_compile.packed.row_state import RowState
+from gemma4_compile.packed.step_inputs import Speculation, StepInputs
 
 
 class Drafted(NamedTuple):
@@ -49,27 +39,24 @@ class Drafts(Protocol):
         """So many drafts, K unless given, of each of so many requests, whose inputs `fill` writes; drawn or greedy."""
 
 
-def settle(
-    state: RowState, tokens: Tensor, logits: Tensor, offsets: Tensor, step: Mapping[str, Tensor], block: bool
+def reject(
+    state: RowState, tokens: Tensor, logits: Tensor, offsets: Tensor, step: StepInputs[Tensor]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Rejection sampling of a round's drafts: the step's tokens with what is accepted and what follows, [S], and how many
-    drafts of each request are accepted, [R].
+    """Rejection sampling of a round's draft tokens: the step's tokens with what is accepted and what follows, [S], and how many
+    of each request are accepted, [D].
 
     tokens   [S]     sampled
     logits   [S, V]  with penalties and biases
     offsets  [S]     new tokens that each request has before it
-    step     as of finish_round, with the sampling parameters
     """
-    assert state.scores is not None
-    rows, first = step["round_rows"], step["first"]
+    speculation, sampling = step.speculation, step.sampling
+    assert state.scores is not None and speculation is not None and sampling is not None and sampling.shaping is not None
+    rows, first, shaping = speculation.state_rows, speculation.first, sampling.shaping
     drafts = state.drafts[rows]
     candidates = None if state.candidates is None else state.candidates[rows]
-    temperature, top_k, top_p, min_p, seeds = (
-        step[name][first] for name in ("temperature", "top_k", "top_p", "min_p", "seeds")
-    )
     accepted, last = verify(
-        logits, first, step["counts"], drafts, state.scores[rows], candidates, temperature, top_k, top_p, min_p, seeds,
-        offsets[first], block,
+        logits, first, speculation.counts, drafts, state.scores[rows], candidates, shaping.temperature[first],
+        shaping.top_k[first], shaping.top_p[first], shaping.min_p[first], shaping.seeds[first], offsets[first], True,
     )  # fmt: skip
     place = torch.arange(drafts.shape[1], device=drafts.device)
     nowhere = len(tokens)
@@ -79,23 +66,25 @@ def settle(
     return found[:nowhere], accepted
 
 
-def finish_round(
-    drafter: Drafts, state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor], drafts: int,
+def propose(
+    drafter: Drafts, state: RowState, tokens: Tensor, hidden: Tensor, step: StepInputs[Tensor], drafts: int,
     accepted: Tensor | None = None, draws: bool = False,
 ) -> Tensor:  # fmt: skip
-    """How many drafts of each request are accepted, [R]; its last token, the position of that and its next drafts go to the
-    state. Nothing waits for the device.
+    """How many draft tokens of each request are accepted, [D]; its last token, the position of that and its next draft tokens
+    go to the state. Nothing waits for the device.
 
     tokens    [S]     sampled
     hidden    [N, H]  final-normed states of the wanted rows
-    step      `positions`, `rows` and page tables as the model saw them, and what a round is told
+    step      positions, rows and tables as the model saw them
     drafts    how many to make
     accepted  where it is decided already
-    draws     whether they are drawn, by the sampling parameters in `step`
+    draws     whether they are drawn, by the step's sampling
     """
+    speculation, sampling = step.speculation, step.sampling
+    assert speculation is not None
     if accepted is None:
-        accepted = count_accepted(tokens, step["first"], verified_drafts(state, step))
-    right, rows = accepted, step["round_rows"]
+        accepted = count_accepted(tokens, speculation.first, verified_drafts(state, speculation))
+    right, rows, first = accepted, speculation.state_rows, speculation.first
     if not drafts:
         advance(state, tokens, hidden, step, right)
         return accepted
@@ -104,9 +93,10 @@ def finish_round(
         advanced = _launch_advance if tokens.is_cuda else _advance_into
         advanced(state, tokens, hidden, step, right, inputs)
         if draws:
-            for name in ("temperature", "seeds"):
-                fill_rows(inputs[name], step[name][step["first"]])
-            fill_rows(inputs["offsets"], state.positions[rows] + 1 - step["prompt_length"][step["first"]])
+            assert sampling is not None and sampling.shaping is not None
+            fill_rows(inputs["temperature"], sampling.shaping.temperature[first])
+            fill_rows(inputs["seeds"], sampling.shaping.seeds[first])
+            fill_rows(inputs["offsets"], state.positions[rows] + 1 - sampling.prompt_lengths[first])
 
     found = drafter.draft_from(len(rows), fill, drafts, draws)
     for kept, new in zip((state.drafts, state.scores, state.candidates), found, strict=True):
@@ -123,10 +113,10 @@ def fill_rows(buffer: Tensor, rows: Tensor) -> None:
     buffer[len(rows) :].zero_()
 
 
-def verified_drafts(state: RowState, step: Mapping[str, Tensor]) -> Tensor:
-    """The drafts that each request's rows stand for, [R, K] int64; -1 behind them."""
-    drafts = state.drafts[step["round_rows"]]
-    return torch.where(torch.arange(drafts.shape[1], device=drafts.device) < step["counts"][:, None], drafts, -1)
+def verified_drafts(state: RowState, speculation: Speculation[Tensor]) -> Tensor:
+    """The draft tokens that each request's rows stand for, [D, K] int64; -1 behind them."""
+    drafts = state.drafts[speculation.state_rows]
+    return torch.where(torch.arange(drafts.shape[1], device=drafts.device) < speculation.counts[:, None], drafts, -1)
 
 
 def count_accepted(tokens: Tensor, first: Tensor, drafts: Tensor) -> Tensor:
@@ -138,22 +128,25 @@ def count_accepted(tokens: Tensor, first: Tensor, drafts: Tensor) -> Tensor:
 
 
 def advance(
-    state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor], accepted: Tensor
+    state: RowState, tokens: Tensor, hidden: Tensor, step: StepInputs[Tensor], accepted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Take the accepted drafts into the state. Returns what drafting begins with: each request's last token [R], the hidden
-    state [R, H] of the token before it, and the position of that [R]."""
-    last, states = tokens[step["first"] + accepted], step["states"]
-    reached = step["positions"][step["rows"][states]] + accepted
-    state.last[step["round_rows"]] = last
-    state.positions[step["round_rows"]] = reached + 1
-    return last, hidden[states + accepted], torch.minimum(reached, step["room"] - 1)
+    """Take the accepted draft tokens into the state. Returns what drafting begins with: each request's last token [D], the
+    hidden state [D, H] of the token before it, and the position of that [D]."""
+    speculation = step.speculation
+    assert speculation is not None
+    last, wanted = tokens[speculation.first + accepted], speculation.wanted
+    reached = step.positions[step.rows[wanted]] + accepted
+    state.last[speculation.state_rows] = last
+    state.positions[speculation.state_rows] = reached + 1
+    return last, hidden[wanted + accepted], torch.minimum(reached, speculation.capacities - 1)
 
 
 def _advance_into(
-    state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor], accepted: Tensor, out: dict[str, Tensor]
+    state: RowState, tokens: Tensor, hidden: Tensor, step: StepInputs[Tensor], accepted: Tensor, out: dict[str, Tensor]
 ) -> None:  # fmt: skip
+    assert step.speculation is not None
     found = dict(zip(("tokens", "hidden", "positions"), advance(state, tokens, hidden, step, accepted), strict=True))
-    found |= {name: step[name][step["requests"]] for name in (f"table.{kind}" for kind in KINDS)}
+    found |= {f"table.{kind}": step.tables[kind][step.speculation.requests] for kind in KINDS}
     for name, rows in found.items():
         fill_rows(out[name], rows)
 
@@ -194,15 +187,17 @@ def _advance_kernel(
 
 
 def _launch_advance(
-    state: RowState, tokens: Tensor, hidden: Tensor, step: Mapping[str, Tensor], accepted: Tensor, out: dict[str, Tensor]
+    state: RowState, tokens: Tensor, hidden: Tensor, step: StepInputs[Tensor], accepted: Tensor, out: dict[str, Tensor]
 ) -> None:  # fmt: skip
-    tables = [step[f"table.{kind}"] for kind in KINDS]
+    speculation = step.speculation
+    assert speculation is not None
+    tables = [step.tables[kind] for kind in KINDS]
     outs = [out[f"table.{kind}"] for kind in KINDS]
-    count, size = len(step["round_rows"]), out["tokens"].shape[0]
+    count, size = len(speculation.state_rows), out["tokens"].shape[0]
     _advance_kernel[(size,)](
-        tokens, hidden, step["positions"], step["rows"], *tables, *(step[name] for name in ROUND if name != "counts"),
-        accepted, state.last, state.positions, out["tokens"], out["hidden"], out["positions"], *outs, count,
-        hidden.stride(0), tables[0].stride(0), tables[1].stride(0), outs[0].stride(0),
+        tokens, hidden, step.positions, step.rows, *tables, speculation.state_rows, speculation.requests, speculation.first,
+        speculation.wanted, speculation.capacities, accepted, state.last, state.positions, out["tokens"], out["hidden"],
+        out["positions"], *outs, count, hidden.stride(0), tables[0].stride(0), tables[1].stride(0), outs[0].stride(0),
         *(min(table.shape[1], outs[0].shape[1]) for table in tables), hidden.shape[1],
         min(1024, power_of_two(hidden.shape[1])),
     )  # fmt: skip

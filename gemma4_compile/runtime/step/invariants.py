@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from gemma4_compile.packed.step_inputs import StepInputs
 from gemma4_compile.runtime.scheduling.pages import KVPages
 from gemma4_compile.runtime.scheduling.sequence import Work
 
@@ -21,28 +21,30 @@ def enabled() -> bool:
 
 
 def check_step(
-    work: Sequence[Work], arrays: Any, pages: KVPages, vocabulary: int, layers: Mapping[str, Sequence[int]] | None = None
+    work: Sequence[Work],
+    step: StepInputs[np.ndarray],
+    pages: KVPages,
+    vocabulary: int,
+    layers: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Raises BrokenInvariant if a step would read or write outside of its requests' pages, or embed what is no token.
 
-    arrays   StepArrays; any object with `model` and `sources` does
     layers   of each kind, those that own pages, for messages
     """
-    model, size = arrays.model, pages.page_size
-    starts = model["starts"]
-    ids = np.where(arrays.sources >= 0, 0, model["input_ids"][0])
+    starts, size = step.starts, pages.page_size
+    ids = step.input_ids[0] if step.sources is None else np.where(step.sources >= 0, 0, step.input_ids[0])
     for index, w in enumerate(work):
         name = f"request {getattr(w.sequence.request, 'request_id', w.sequence.number)}"
         tokens = slice(int(starts[index]), int(starts[index + 1]))
         wrong = [int(i) for i in ids[tokens] if not 0 <= i < vocabulary]
         if wrong:
             raise BrokenInvariant(f"{name}: token ids must be 0 to {vocabulary - 1}, got {wrong[:3]}")
-        positions = model["positions"][tokens]
+        positions = step.positions[tokens]
         if list(positions) != list(range(w.start, w.start + w.length)):
             raise BrokenInvariant(f"{name}: positions must be {w.start} to {w.start + w.length - 1}, got {positions}")
         for kind, pool in pages.pools.items():
             where = f"{name}, layers of {kind}{_listed(layers, kind)}"
-            table, holding = model[f"table.{kind}"][index], pages.holdings.get(w.row)
+            table, holding = step.tables[kind][index], pages.holdings.get(w.row)
             first = pages.first_needed(kind, w.start)
             end = w.start + w.length - 1
             if w.ahead >= 0 and holding is not None:  # tokens behind its room are nobody's
@@ -53,12 +55,12 @@ def check_step(
                     raise BrokenInvariant(f"{where}: page {page_index} must be 0 to {pool.pages - 1}, got {page}")
                 if holding is None or holding.pages[kind][page_index] != page:
                     raise BrokenInvariant(f"{where}: page {page_index} must be one that it holds, got {page}")
-            slots = model[f"slots.{kind}"][tokens]
+            slots = step.slots[kind][tokens]
             wanted = table[positions // size].astype(np.int64) * size + positions % size
             if list(slots) != list(wanted):
                 raise BrokenInvariant(f"{where}: slots must follow from its pages, got {slots} for {wanted}")
     for kind in pages.pools:
-        slots, times = np.unique(model[f"slots.{kind}"], return_counts=True)
+        slots, times = np.unique(step.slots[kind], return_counts=True)
         if (times > 1).any():
             raise BrokenInvariant(f"layers of {kind}: a slot is written once a step, got {slots[times > 1][:3]} twice")
 

@@ -1,14 +1,16 @@
 """Arrays of the host on the device, and tensors of the device on the host, without waiting for either."""
 
-from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gemma4_compile.packed.pinned import PinnedRing
+from gemma4_compile.packed.step_inputs import leaves, rebuilt
+
 _ALIGN = 16  # bytes; what the widest loads of kernels ask for
-_DEPTH = 3  # copies that may be under way before their pinned memory is used again
 
 
 class Staging:
@@ -16,36 +18,31 @@ class Staging:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._ring: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._ring = PinnedRing(device)
 
-    def send(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        """Tensors on the device, by name. On a GPU they are copied in stream order."""
+    def send(self, step: Any) -> Any:
+        """A StepInputs, or a part of one, of tensors on the device. On a GPU they are copied in stream order."""
+        return rebuilt(step, self._copied(dict(leaves(step))))
+
+    def _copied(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         if self.device.type != "cuda":
             return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
         offsets, total = {}, 0
         for name, array in arrays.items():
             offsets[name] = total
             total += -(-array.nbytes // _ALIGN) * _ALIGN
-        pinned, event = self._pinned(total)
+        taken = self._ring.take(total, max(2 * total, 1 << 16))
+        pinned = taken[0]
         host = pinned.numpy()
         for name, array in arrays.items():
             start = offsets[name]
             host[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
         packed = pinned[:total].to(self.device, non_blocking=True)
-        event.record()
-        self._ring.append((pinned, event))
+        self._ring.sent(taken)
         return {
             name: packed[offsets[name] : offsets[name] + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
             for name, array in arrays.items()
         }
-
-    def _pinned(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
-        if len(self._ring) == _DEPTH:
-            pinned, event = self._ring.popleft()
-            event.synchronize()
-            if pinned.numel() >= size:
-                return pinned, event
-        return torch.empty(max(2 * size, 1 << 16), dtype=torch.uint8, pin_memory=True), torch.cuda.Event()
 
 
 _DTYPES = {

@@ -11,7 +11,7 @@ from gemma4_compile.packed.program import Program, StepResult
 
 
 class PackedModel:
-    """An optimized Gemma4ForCausalLM over packed batches; see batch.py for a step's inputs.
+    """An optimized Gemma4ForCausalLM over packed batches; see packed/inputs.py for a step's inputs.
 
     Compiled at once, for any number of tokens, requests and wanted rows, or loaded if this model was compiled before. It keeps
     the weights' tensors: make it after from_pretrained; `refresh` takes in what has changed since.

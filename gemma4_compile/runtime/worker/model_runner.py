@@ -1,41 +1,44 @@
 """The device's side of an engine: memory of the pools, the compiled model, the sampler. Planned steps in, tokens out."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemma4_compile.config import EngineConfig
-from gemma4_compile.graphs.piecewise import Buckets, GraphRunner
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.graphs.recorder import CudaRecorder
 from gemma4_compile.hf.parallel import local_part
-from gemma4_compile.packed.inputs import KINDS, STEP_INPUTS
+from gemma4_compile.packed.inputs import KINDS
 from gemma4_compile.packed.program import StepResult
 from gemma4_compile.packed.row_state import RowState
+from gemma4_compile.packed.step_inputs import StepInputs
 from gemma4_compile.runtime.scheduling.pages import KVPages
 from gemma4_compile.runtime.scheduling.sequence import Decodes, Work
-from gemma4_compile.runtime.speculative import verification as mtp
+from gemma4_compile.runtime.speculative.config import SpeculativeConfig
 from gemma4_compile.runtime.speculative.drafter import Drafter, candidates_of
-from gemma4_compile.runtime.speculative.verification import Drafts
+from gemma4_compile.runtime.speculative.length import DraftLength
+from gemma4_compile.runtime.speculative.verification import Drafted, Drafts, propose, reject
 from gemma4_compile.runtime.step import invariants
-from gemma4_compile.runtime.step.arrays import StepArrays, build
+from gemma4_compile.runtime.step.arrays import build
 from gemma4_compile.runtime.step.staging import Fetched, Staging
 
-from .memory import MemoryReport, PoolSizes, allocate, divide, naive_token_bytes, token_bytes
+from .capture import buckets_of, capture, capture_drafts, within
+from .memory import MemoryReport, allocate, naive_token_bytes, token_bytes
 from .model import PackedModel
 from .ranks import Ranks
-from .sampler import Counted, Sampler, named_logprobs
+from .sampler import Counted, Sampled, Sampler, named_logprobs
+from .sizing import Sizing, padding_step
 
 # Fields of EngineConfig that decide what a rank runs.
 _ALIKE = (
     "max_model_len", "max_requests", "max_batched_tokens", "page_size", "expected_tokens", "kv_dtype", "kv_bytes",
     "memory_fraction", "cuda_graphs", "capture_at_start",
 )  # fmt: skip
-_CPU_KV_BYTES = 2**30
-_EXPECTED_TOKENS = 4096
 _KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 
 
@@ -43,7 +46,7 @@ _KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 class StepPlan:
     """A step as every rank runs it. Nothing of it lies on a device.
 
-    sampling    of the rows that sample, by name, see Sampler.parameters
+    inputs      what the device is sent
     counted     rows that begin with penalties
     top         likeliest tokens that sampled rows want named, and `prompt_top` those of prompts; -1: no log probabilities
     thresholds  that rows use, of top_k, top_p and min_p
@@ -51,8 +54,7 @@ class StepPlan:
     draws       whether they are drawn
     """
 
-    arrays: StepArrays
-    sampling: dict[str, np.ndarray]
+    inputs: StepInputs[np.ndarray]
     counted: list[Counted]
     top: int
     prompt_top: int
@@ -77,8 +79,8 @@ class _Agreed:
 
     def draft_from(
         self, count: int, fill: Callable[[dict[str, Tensor]], None], drafts: int | None = None, draws: bool = False
-    ) -> mtp.Drafted:  # fmt: skip
-        """As of mtp.Drafts."""
+    ) -> Drafted:  # fmt: skip
+        """As of Drafts."""
         found = self.drafter.draft_from(count, fill, drafts, draws)
         return found._replace(tokens=self._ranks.of_rank_0(found.tokens))
 
@@ -96,28 +98,27 @@ class ModelRunner:
     """
 
     def __init__(
-        self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int], assistant: nn.Module | None = None,
-        speculative_tokens: int = 0, draft_rope_offset: int = 0, verification: str = "match",
+        self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int],
+        speculative: SpeculativeConfig | None = None,
     ):  # fmt: skip
-        self.packed, self.config, self.verification = packed, config, verification
-        self.speculative_tokens = speculative_tokens if assistant is not None else 0
+        self.packed, self.config = packed, config
+        self._assistant: Any = None if speculative is None else speculative.assistant
+        self._by_block = speculative is not None and speculative.verification == "block"
+        self.speculative_tokens = 0 if speculative is None else DraftLength(speculative.tokens).most
         # Rows of a step that want logits at most, but for those of prompts.
         self._rows = min(config.max_requests * (1 + self.speculative_tokens), config.max_batched_tokens)
         self.ranks = Ranks(packed.division, config.step_timeout)
         self._closed = False
         alike: dict[str, Any] = {f"EngineConfig.{name}": getattr(config, name) for name in _ALIKE}
         alike |= {"fusions": sorted(config.optimize.enabled()), "stop tokens": sorted(stop_tokens)}
-        alike |= {"assistant": type(assistant), "speculative_tokens": self.speculative_tokens}
-        alike |= {"draft_rope_offset": draft_rope_offset, "draft_verification": verification}
+        alike |= {"assistant": type(self._assistant), "speculative tokens": self.speculative_tokens}
+        alike |= {"rejection sampling": self._by_block}
         self.ranks.check_equal(alike)
         with self.ranks.together("making the engine", limited=False):
-            self._make(packed, config, stop_tokens, assistant, draft_rope_offset)
+            self._make(packed, config, stop_tokens)
 
-    def _make(
-        self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int], assistant: nn.Module | None,
-        draft_rope_offset: int,
-    ) -> None:  # fmt: skip
-        model, verification = packed.model, self.verification
+    def _make(self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int]) -> None:
+        model = packed.model
         self.device: torch.device = model.device
         self._dtype: torch.dtype = model.dtype
         self.vocabulary = packed.vocabulary
@@ -138,10 +139,11 @@ class ModelRunner:
         self.owning = {kind: [layer.index for layer in found] for kind, found in layers.items()}
 
         # Before what is left is divided: scores of drafts can be as wide as the vocabulary.
-        candidates, whole = candidates_of(assistant) if assistant is not None and verification != "match" else (0, False)
+        candidates, whole = candidates_of(self._assistant) if self._by_block else (0, False)
         self.state = RowState.empty(config.max_requests, self.speculative_tokens, self.device, candidates, whole)
-        steps = self._measure_step(graphs) if self.on_gpu else 0
-        sizes = self._divide(self._kv_bytes(steps))
+        self.sizing = Sizing(packed, config, self.ranks, self.windows, self.kv_dtype, self._rows)
+        steps = self.sizing.measure_step(graphs) if self.on_gpu else 0
+        sizes = self.sizing.divide(self.sizing.kv_bytes(steps))
         self.max_model_len = sizes.longest
         self.pages = KVPages(
             sizes.pages, self.windows, config.page_size, config.max_requests, -(-sizes.longest // config.page_size)
@@ -154,7 +156,7 @@ class ModelRunner:
         )  # fmt: skip
         self.kv = allocate(packed.geometry, sizes.pages, config.page_size, self.kv_dtype, self.device)
         self.sampler = Sampler(config.max_requests, self.vocabulary, self.state, stop_tokens)
-        self._assistant, self._draft_rope_offset, self._graphed = assistant, draft_rope_offset, graphs
+        self._graphed = graphs
         self._compile()
 
     def _compile(self) -> None:
@@ -164,20 +166,25 @@ class ModelRunner:
         self.drafter: Drafts | None = None
         agree = self._agree if self.ranks.several else None
         if graphs:
-            inputs = self._padding_step(1, 1, self.pages.tables[next(iter(self.windows))].shape[1])
+            inputs = self._padding_step(1, 1, self._width)
+            buckets = buckets_of(self._rows, config.max_batched_tokens, self.speculative_tokens)
             self.graphs = GraphRunner(
-                packed.program, inputs | self.kv, config.max_requests, self._buckets(), state=self.state,
+                packed.program, inputs | self.kv, config.max_requests, buckets, state=self.state,
                 argmax=self.vocabulary.argmax, agree=agree,
             )  # fmt: skip
         if self._assistant is not None:
-            width = self.pages.tables[next(iter(self.windows))].shape[1]
-            buckets = self._within(Buckets().decode, config.max_requests) if graphs else ()
+            drafted = within(Buckets().decode, config.max_requests) if graphs else ()
             self.drafter = Drafter(
-                packed.model, self._assistant, self.speculative_tokens, self.kv, self._draft_rope_offset, width=width,
-                sizes=buckets, draws=self.verification != "match", agree=agree,
+                packed.model, self._assistant, self.speculative_tokens, self.kv, width=self._width, sizes=drafted,
+                draws=self._by_block, agree=agree,
             )  # fmt: skip
             if self.ranks.several:
                 self.drafter = _Agreed(self.drafter, self.ranks)
+
+    @property
+    def _width(self) -> int:
+        """Pages of a request at most."""
+        return self.pages.tables[next(iter(self.windows))].shape[1]
 
     def refresh(self) -> None:
         """Take in the models as they are now, while nothing runs; what earlier requests left in pages is forgotten.
@@ -194,130 +201,22 @@ class ModelRunner:
             self._compile()
         self.pages.forget()
 
-    # Memory
-
-    def _kv_bytes(self, steps: int) -> int:
-        """Of each rank: pages have the same numbers on all of them."""
-        if self.config.kv_bytes is not None:
-            return self.config.kv_bytes
-        if not self.on_gpu:
-            return _CPU_KV_BYTES
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self.device)
-        return self.ranks.least(int(free - (1 - self.config.memory_fraction) * total - steps))
-
-    def _divide(self, memory: int) -> PoolSizes:
-        config = self.config
-        context = int(self.packed.model.config.max_position_embeddings)
-        if config.max_model_len is not None and config.max_model_len > context:
-            raise ValueError(
-                f"max_model_len must be at most the model's context, {context}, got {config.max_model_len}; lower it"
-            )
-        longest = config.max_model_len or context
-        while True:
-            try:
-                return divide(
-                    self.packed.geometry, self.windows, memory, config.page_size, self.kv_dtype.itemsize,
-                    min(config.expected_tokens or _EXPECTED_TOKENS, longest), longest, config.max_requests,
-                    config.max_batched_tokens,
-                )  # fmt: skip
-            except ValueError:
-                if config.max_model_len is not None or longest < 2 * config.page_size:
-                    raise
-                longest //= 2  # nobody asked for the whole context
-
-    def _measure_step(self, graphs: bool) -> int:
-        """Bytes of activations and logits of the largest step; twice that where graphs keep a pool of their own beside.
-
-        Raises ValueError if it does not fit."""
-        config = self.config
-        tokens, fitting = config.max_batched_tokens, 0
-        while tokens >= 16 and not fitting:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            try:
-                kv = allocate(
-                    self.packed.geometry, dict.fromkeys(self.windows, 1), config.page_size, self.kv_dtype, self.device
-                )
-                self.packed(self._padding_step(tokens, min(tokens, self._rows), -(-tokens // config.page_size)) | kv)
-                fitting = tokens
-            except torch.cuda.OutOfMemoryError:
-                if self.ranks.several:  # the others are in the middle of the step
-                    break
-                tokens //= 2
-        if fitting < config.max_batched_tokens:
-            # Half of what fits, as the pools want memory too.
-            unknown = "lower it, free memory or take more GPUs" if self.ranks.several else "free memory or take a larger GPU"
-            remedy = f"lower max_batched_tokens to {fitting // 2}" if fitting else unknown
-            raise ValueError(
-                f"a step of max_batched_tokens={config.max_batched_tokens} must fit into the GPU's memory beside the weights, "
-                f"got out of memory; {remedy}"
-            )
-        used = torch.cuda.max_memory_allocated(self.device) - before
-        return used * (2 if graphs else 1)
-
-    # CUDA graphs
-
-    def _buckets(self) -> Buckets:
-        """The sizes that steps of this engine can have."""
-        usual, within = Buckets(), self._within
-        most = min(self._rows, 256 * (1 + self.speculative_tokens))
-        return Buckets(
-            within((*usual.decode, *range(320, most, 64)), self._rows),
-            within(usual.tokens, min(self.config.max_batched_tokens, 8192)), within(usual.rows, most),
-        )  # fmt: skip
-
-    @staticmethod
-    def _within(sizes: Iterable[int], most: int) -> tuple[int, ...]:
-        return tuple(sorted({*(size for size in sizes if size < most), most}))
-
-    def capture(self) -> Iterable[str]:
+    def capture(self) -> Iterator[str]:
         """Capture all graphs; yields the name of each before it begins. Nothing to do without graphs."""
         if self.graphs is None:
             return
-        buckets = self.graphs.buckets
-        sizes = [(tokens, tokens) for tokens in reversed(buckets.decode)]
-        largest = buckets.tokens[-1]
-        sizes += [(largest, rows) for rows in reversed(buckets.rows) if rows < largest]
-        sizes += [(tokens, buckets.rows[0]) for tokens in reversed(buckets.tokens[:-1]) if tokens > buckets.rows[0]]
-        for tokens, rows in sizes:
-            yield f"{tokens} tokens" if tokens != rows else f"decode {tokens}"
-            width = -(-tokens // self.config.page_size) if tokens != rows else 1
-            step = self._padding_step(tokens, rows, min(width, self.pages.tables[next(iter(self.windows))].shape[1]))
-            self.graphs(step | self.kv)
+        yield from capture(self.graphs, lambda *sizes: self._padding_step(*sizes) | self.kv, self._width, self.config.page_size)
         if (drafter := self._own_drafter()) is not None:
-            for count in reversed(self._within(buckets.decode, self.config.max_requests)):
-                yield f"draft {count}"
-                self._draft_padding(drafter, count)
+            sizes = reversed(within(self.graphs.buckets.decode, self.config.max_requests))
+            yield from capture_drafts(drafter, sizes, self.packed.geometry.hidden, self._dtype, self.device)
 
     def _own_drafter(self) -> Drafter | None:
         """What drafts on this rank."""
         drafter = self.drafter.drafter if isinstance(self.drafter, _Agreed) else self.drafter
         return drafter if isinstance(drafter, Drafter) else None
 
-    def _draft_padding(self, drafter: Drafter, count: int) -> None:
-        places = torch.zeros(count, dtype=torch.int64, device=self.device)
-        hidden = torch.ones((count, self.packed.geometry.hidden), dtype=self.packed.model.dtype, device=self.device)
-        drafter.draft(places, hidden, places, {kind: places[:, None].to(torch.int32) for kind in KINDS})
-
     def _padding_step(self, tokens: int, rows: int, width: int) -> dict[str, Tensor]:
-        """A step whose tokens are stored nowhere: of one request, or of `tokens` ones if all want logits."""
-        decode = tokens == rows
-        requests = tokens if decode else 1
-        device = self.device
-        step = {
-            "input_ids": torch.zeros((1, tokens), dtype=torch.int64, device=device),
-            "positions": (torch.zeros if decode else torch.arange)(tokens, dtype=torch.int64, device=device) % (
-                width * self.config.page_size
-            ),
-            "rows": torch.arange(rows, device=device),
-            "starts": torch.linspace(0, tokens, requests + 1, device=device).to(torch.int32),
-        }  # fmt: skip
-        for kind in KINDS:
-            step[f"slots.{kind}"] = torch.full((tokens,), -1, dtype=torch.int64, device=device)
-            step[f"table.{kind}"] = torch.zeros((requests, width), dtype=torch.int32, device=device)
-        return step
+        return padding_step(tokens, rows, width, self.config.page_size, self.device)
 
     # Steps
 
@@ -332,19 +231,20 @@ class ModelRunner:
 
     def _plan(self, work: Sequence[Work], drafts: int | None) -> StepPlan:
         begun = () if isinstance(work, Decodes) else [self.sampler.begin(w) for w in work if w.begins]
-        arrays = build(work, self.pages)
+        inputs = build(work, self.pages)
         if invariants.enabled():
-            invariants.check_step(work, arrays, self.pages, self.vocabulary.size, self.owning)
-        sampling = self.sampler.parameters(work, arrays)
+            invariants.check_step(work, inputs, self.pages, self.vocabulary.size, self.owning)
+        inputs = replace(inputs, sampling=self.sampler.sampling(work, inputs))
         prompt_top = -1
-        if arrays.prompt_rows is not None:
+        if inputs.prompts is not None:
             prompt_top = max(w.sequence.params.prompt_logprobs or 0 for w in work if w.prompt)
-        rows, rounds = arrays.targets, arrays.rounds
+        rows, speculation = inputs.targets, inputs.speculation
+        drawn = inputs.sampling is not None and inputs.sampling.shaping is not None
         return StepPlan(
-            arrays, sampling, [counted for counted in begun if counted is not None], self.sampler.top(rows), prompt_top,
-            self.sampler.thresholds(rows) if self.ranks.several and "temperature" in sampling else frozenset(),
+            inputs, [counted for counted in begun if counted is not None], self.sampler.top(rows), prompt_top,
+            self.sampler.thresholds(rows) if self.ranks.several and drawn else frozenset(),
             self.speculative_tokens if drafts is None else drafts,
-            draws=self.state.scores is not None and bool(rounds) and self.sampler.draws(rounds["round_rows"]),
+            draws=self.state.scores is not None and speculation is not None and self.sampler.draws(speculation.state_rows),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -354,64 +254,62 @@ class ModelRunner:
             self._run(plan)
 
     def _run(self, plan: StepPlan) -> dict[str, Tensor]:
-        arrays, draws = plan.arrays, plan.draws
         for counted in plan.counted:
             self.sampler.count(*counted)
-        (logits, hidden), step, greedy = self._logits(arrays, plan.sampling)
+        (logits, hidden), step, greedy = self._forward(plan.inputs)
         logits = logits[0]
         results: dict[str, Tensor] = {}
-        if arrays.prompt_rows is not None:
-            wanted = logits[step["prompt_rows"]]
-            results |= named_logprobs("prompt_", self.vocabulary, wanted, step["prompt_next"], plan.prompt_top)
-            logits = logits[step["picks"]]
-        if sampled := len(arrays.targets):
-            rows = step["rows"] if arrays.prompt_rows is None else step["rows"][step["picks"]]
-            positions = step["positions"] if greedy is not None else step["positions"][rows[:sampled]]
-            accepted: Tensor | None = None
-
-            def settle(tokens: Tensor, shaped: Tensor, offsets: Tensor) -> Tensor:
-                nonlocal accepted
-                block, shaped = self.verification == "block", self.vocabulary.gather(shaped)
-                tokens, accepted = mtp.settle(self.state, tokens, shaped, offsets, step, block)
-                if self.ranks.several:  # decided by numbers with a fraction: one rank's word holds
-                    both = self.ranks.of_rank_0(torch.cat((tokens, accepted)))
-                    tokens, accepted = both.split((len(tokens), len(accepted)))
-                return tokens
-
-            settled = settle if draws else None
-            results |= self.sampler(logits[:sampled], positions, step, plan.top, plan.thresholds, greedy, settled)
-            if self.drafter is not None and arrays.rounds:
-                results["accepted"] = mtp.finish_round(
-                    self.drafter, self.state, results["tokens"], hidden, step, plan.drafts, accepted, draws
-                )
+        if (prompts := step.prompts) is not None:
+            wanted = logits[prompts.rows]
+            results |= named_logprobs("prompt_", self.vocabulary, wanted, prompts.next_tokens, plan.prompt_top)
+            logits = logits[prompts.sampled]
+        if sampled := len(plan.inputs.targets):
+            results |= self._new_tokens(plan, step, logits[:sampled], hidden, greedy)
         if self._launched is not None:
             self._launched.record()
         return results
 
-    def _logits(
-        self, arrays: StepArrays, sampling: dict[str, np.ndarray]
-    ) -> tuple[StepResult, dict[str, Tensor], Tensor | None]:  # fmt: skip
-        """Logits and states of the wanted rows; the step's inputs as the model saw them and all else that the device was sent;
-        and greedy tokens where a graph made them and they are in the state already."""
-        extra, greedy = dict(sampling), self.sampler.is_greedy(sampling)
-        if self.graphs is not None and len(arrays.targets) == len(arrays.sources):
-            packed = {"sources": arrays.sources, "targets": arrays.targets} | arrays.placed | arrays.rounds
-            found = self.graphs.decode(arrays.model | packed)
+    def _forward(self, planned: StepInputs[np.ndarray]) -> tuple[StepResult, StepInputs[Tensor], Tensor | None]:
+        """Logits and states of the wanted rows; the step as the model saw it; and greedy tokens where a graph made them and
+        they are in the state already."""
+        if self.graphs is not None and len(planned.targets) == planned.positions.shape[0]:
+            found = self.graphs.decode(planned)
             if found is not None:
-                step = found.inputs if greedy else found.inputs | self.staging.send(extra)
-                return StepResult(found.logits, found.hidden), step, found.tokens if greedy else None
-        extra |= arrays.placed | arrays.rounds
-        if arrays.carried:
-            extra["sources"] = arrays.sources
-        if arrays.prompt_rows is not None and arrays.prompt_next is not None:
-            extra |= {"picks": arrays.sampled, "prompt_rows": arrays.prompt_rows, "prompt_next": arrays.prompt_next}
-        step = self.staging.send(arrays.model | extra)
-        if arrays.carried:
-            step["input_ids"] = self.state.tokens(step["input_ids"][0], step["sources"], step.get("places"))[None]
-        if arrays.placed:
-            step |= self.state.place(step, self.config.page_size)
-        inputs = {name: step[name] for name in STEP_INPUTS} | self.kv
-        return (self.graphs or self.packed).run(inputs), step, None
+                result, step = StepResult(found.logits, found.hidden), found.inputs
+                if planned.sampling is None:
+                    return result, step, found.tokens
+                return result, replace(step, sampling=self.staging.send(planned.sampling)), None
+        step = self.state.resolve(self.staging.send(planned), self.config.page_size)
+        return (self.graphs or self.packed).run(step.model() | self.kv), step, None
+
+    def _new_tokens(
+        self, plan: StepPlan, step: StepInputs[Tensor], logits: Tensor, hidden: Tensor, greedy: Tensor | None
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Tokens [S] of these logits [S, tokens here], their log probabilities where asked for, and how many draft tokens of
+        each request are accepted, [D], where there are any."""
+        accepted: Tensor | None = None
+        if greedy is not None:
+            tokens = greedy
+        else:
+            sampled = self.sampler(logits, step, plan.thresholds)
+            tokens = sampled.tokens
+            if plan.draws:
+                tokens, accepted = self._reject(sampled, step)
+        found = {"tokens": tokens}
+        if plan.top >= 0:
+            found |= named_logprobs("", self.vocabulary, logits, tokens, plan.top)
+        if self.drafter is not None and step.speculation is not None:
+            found["accepted"] = propose(self.drafter, self.state, tokens, hidden, step, plan.drafts, accepted, plan.draws)
+        return found
+
+    def _reject(self, sampled: Sampled, step: StepInputs[Tensor]) -> tuple[Tensor, Tensor]:
+        """Rejection sampling, on all ranks alike."""
+        assert sampled.offsets is not None, "a step with drawn drafts says how tokens are sampled"
+        tokens, accepted = reject(self.state, sampled.tokens, self.vocabulary.gather(sampled.logits), sampled.offsets, step)
+        if self.ranks.several:  # decided by numbers with a fraction: one rank's word holds
+            both = self.ranks.of_rank_0(torch.cat((tokens, accepted)))
+            tokens, accepted = both.split((len(tokens), len(accepted)))
+        return tokens, accepted
 
     def close(self) -> None:
         """No step will follow; on every rank. Harmless twice."""

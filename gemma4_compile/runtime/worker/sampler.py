@@ -4,7 +4,7 @@ Order, as in transformers' generate: penalties, bias, tokens that must not come 
 only says what; nothing here waits for the device.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,15 +14,14 @@ from torch import Tensor
 from gemma4_compile.ops.sampling.logits import apply_penalties
 from gemma4_compile.ops.sampling.vocabulary import Vocabulary
 from gemma4_compile.packed.row_state import RowState
+from gemma4_compile.packed.step_inputs import Bias, Penalties, Sampling, Shaping, StepInputs
 from gemma4_compile.runtime.scheduling.sequence import Work
-from gemma4_compile.runtime.step.arrays import StepArrays
 
 # Parameters by row of the running requests, with the dtype that the device gets.
 _PARAMETERS: dict[str, Any] = {
     "temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32,
     "repetition_penalty": np.float32, "presence_penalty": np.float32, "frequency_penalty": np.float32,
 }  # fmt: skip
-Settle = Callable[[Tensor, Tensor, Tensor], Tensor]
 _SHAPING = ("temperature", "top_k", "top_p", "min_p")
 _EVER = 2**62  # tokens
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -34,6 +33,15 @@ class Counted(NamedTuple):
     row: int
     prompt: list[int]
     output: list[int]
+
+
+class Sampled(NamedTuple):
+    """Tokens [S]; the logits [S, tokens here] that they are of, with penalties and biases; and, where the step says how they
+    are sampled, how many new tokens each request has before it, [S]."""
+
+    tokens: Tensor
+    logits: Tensor
+    offsets: Tensor | None
 
 
 class Sampler:
@@ -78,33 +86,34 @@ class Sampler:
             tokens = torch.tensor(output, device=self.device)
             self._counts[row].index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
 
-    def parameters(self, work: Sequence[Work], arrays: StepArrays) -> dict[str, np.ndarray]:
-        """What the device must know for this step's rows, beside their state. Greedy steps need no more than the rows."""
-        rows = arrays.targets
-        found = {"targets": rows}
-        if self._host["temperature"][rows].any():
-            found |= {name: self._host[name][rows] for name in (*_SHAPING, "seeds")}
-        if self._penalizes[rows].any():
-            found |= {name: self._host[name][rows] for name in _PENALTIES}
-        if self._adjusts[rows].any():
-            found |= self._adjustments(work, arrays)
-        if len(found) > 1:
-            found["prompt_length"] = self._host["prompt_length"][rows]
-        return found
+    def sampling(self, work: Sequence[Work], step: StepInputs[np.ndarray]) -> Sampling[np.ndarray] | None:
+        """What the device must know for this step's rows, beside their state; None for a greedy step."""
+        rows = step.targets
 
-    def _adjustments(self, work: Sequence[Work], arrays: StepArrays) -> dict[str, np.ndarray]:
-        """What is added to single logits: biases, and -inf for stop tokens up to `bias_until` new tokens."""
+        def of(*names: str) -> Iterable[np.ndarray]:
+            return (self._host[name][rows] for name in names)
+
+        shaping = Shaping(*of(*_SHAPING, "seeds")) if self.draws(rows) else None
+        penalties = Penalties(*of(*_PENALTIES)) if self._penalizes[rows].any() else None
+        bias = self._bias(work, step) if self._adjusts[rows].any() else None
+        if shaping is penalties is bias is None:
+            return None
+        return Sampling(self._host["prompt_length"][rows], shaping, penalties, bias)
+
+    def _bias(self, work: Sequence[Work], step: StepInputs[np.ndarray]) -> Bias[np.ndarray] | None:
+        """What is added to single logits: biases, and -inf for stop tokens up to so many new tokens."""
         entries: list[tuple[int, int, float, int]] = []
-        offsets = arrays.lengths - self._host["prompt_length"][arrays.targets]  # at least: the device knows how far drafts led
+        # At least so many: the device knows how far draft tokens led.
+        offsets = step.sampled_positions() + 1 - self._host["prompt_length"][step.targets]
         for index, params in enumerate(w.sequence.params for w in work for _ in range(w.sampled)):
             entries += [(index, token, value, _EVER) for token, value in params.logit_bias.items()]
             if offsets[index] < params.min_tokens:
                 banned = {*params.stop_token_ids, *(() if params.ignore_eos else self.stop_tokens)}
                 entries += [(index, token, -np.inf, params.min_tokens) for token in banned]
         if not entries:
-            return {}
+            return None
         rows, tokens, values, until = map(np.array, zip(*entries, strict=True))
-        return {"bias_rows": rows, "bias_tokens": tokens, "bias": values.astype(np.float32), "bias_until": until}
+        return Bias(rows, tokens, values.astype(np.float32), until)
 
     def draws(self, rows: np.ndarray) -> bool:
         """Whether any of these rows' tokens are drawn."""
@@ -120,59 +129,37 @@ class Sampler:
         used = {"top_k": host["top_k"][rows] > 0, "top_p": host["top_p"][rows] < 1, "min_p": host["min_p"][rows] > 0}
         return frozenset(name for name, found in used.items() if found.any())
 
-    @staticmethod
-    def is_greedy(parameters: dict[str, Any]) -> bool:
-        """Whether the likeliest tokens are wanted, by the model's own logits."""
-        return len(parameters) == 1  # targets
+    def __call__(self, logits: Tensor, step: StepInputs[Tensor], thresholds: frozenset[str]) -> Sampled:
+        """A token of each row, which goes to the state.
 
-    def __call__(
-        self, logits: Tensor, positions: Tensor, given: dict[str, Tensor], top: int, thresholds: frozenset[str],
-        greedy: Tensor | None = None, settle: Settle | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """Tokens [S] and, where asked for, their log probabilities.
-
-        logits     [S, tokens here], the model's own
-        positions  [S] of the tokens that they follow
-        given      what `parameters` named, on the device
-        top, thresholds   as of the methods
-        greedy     tokens that are in the state already
-        settle     has the last word: of the tokens, of logits with penalties and biases, and of how many new tokens each
-                   request has
+        logits      [S, tokens here], the model's own
+        thresholds  as of the method
         """
-        if greedy is None:
-            tokens, shaped, offsets = self._sample(logits, positions, given, thresholds)
-            tokens = tokens if settle is None else settle(tokens, shaped, offsets)
-        else:
-            tokens = greedy
-        found = {"tokens": tokens}
-        if top >= 0:
-            found |= named_logprobs("", self.vocabulary, logits, tokens, top)
-        return found
-
-    def _sample(
-        self, logits: Tensor, positions: Tensor, given: dict[str, Tensor], thresholds: frozenset[str]
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        targets = given["targets"]
-        # New tokens that each request has already.
-        offsets = positions + 1 - given["prompt_length"] if "prompt_length" in given else positions
-        if "repetition_penalty" in given:
+        targets = step.targets
+        sampling = step.sampling or Sampling(targets)  # whose lengths nothing reads
+        offsets = None if step.sampling is None else step.sampled_positions() + 1 - sampling.prompt_lengths
+        if (penalties := sampling.penalties) is not None:
             assert self._counts is not None and self._in_prompt is not None
-            penalties = [given[name] for name in _PENALTIES]
-            logits = apply_penalties(logits, self._counts, self._in_prompt, targets, *penalties)
-        if "bias" in given:
-            places, own = self.vocabulary.place(given["bias_tokens"])
-            bias = torch.where(own & (offsets[given["bias_rows"]] < given["bias_until"]), given["bias"], 0)
-            logits = logits.float().index_put((given["bias_rows"], places), bias, accumulate=True)
-        if "temperature" in given:
-            temperature, top_k, top_p, min_p, seeds = (given[name] for name in (*_SHAPING, "seeds"))
-            tokens = self.vocabulary.sample(logits, temperature, top_k, top_p, min_p, seeds, offsets, thresholds)
+            logits = apply_penalties(
+                logits, self._counts, self._in_prompt, targets, penalties.repetition, penalties.presence, penalties.frequency
+            )
+        if (bias := sampling.bias) is not None:
+            assert offsets is not None
+            places, own = self.vocabulary.place(bias.tokens)
+            values = torch.where(own & (offsets[bias.rows] < bias.until), bias.values, 0)
+            logits = logits.float().index_put((bias.rows, places), values, accumulate=True)
+        if (shaping := sampling.shaping) is not None:
+            assert offsets is not None
+            tokens = self.vocabulary.sample(
+                logits, shaping.temperature, shaping.top_k, shaping.top_p, shaping.min_p, shaping.seeds, offsets, thresholds
+            )
         else:
             tokens = self.vocabulary.argmax(logits)
         self.state.last[targets] = tokens
-        if "repetition_penalty" in given:
+        if penalties is not None:
             places, own = self.vocabulary.place(tokens)
             self._counts.index_put_((targets, places), own.to(torch.int32), accumulate=True)  # type: ignore[union-attr]
-        return tokens, logits, offsets
+        return Sampled(tokens, logits, offsets)
 
 
 def named_logprobs(prefix: str, vocabulary: Vocabulary, logits: Tensor, tokens: Tensor, top: int) -> dict[str, Tensor]:
