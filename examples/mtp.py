@@ -5,7 +5,7 @@ python examples/mtp.py [MODEL ASSISTANT] [--max-tokens N]     folders or hub ids
 
 import argparse
 
-from gemma4_compile import Engine, EngineConfig, SamplingParams, demo_checkpoint
+from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig, demo_checkpoint
 
 PROMPT = 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self'
 
@@ -19,7 +19,7 @@ def main() -> None:
     options = parser.parse_args()
 
     config = EngineConfig(max_model_len=512, device=options.device)
-    engine = Engine(options.model, config, assistant=options.assistant, speculative_tokens=3)
+    engine = Engine(options.model, config, speculative=SpeculativeConfig(options.assistant, tokens=3))
     (output,) = engine.generate(PROMPT, SamplingParams(max_tokens=options.max_tokens))
     metrics = engine.metrics
     print(PROMPT + output.text)

@@ -93,7 +93,8 @@ def workloads(*names: str, vllm: str = "vLLM s") -> str:
 
 
 def acceptance() -> str:
-    order = ("hugging_face", "offset_0", "offset_1", *(f"{t}_{way}" for t in ("0.7", "1.0") for way in ("match", "token", "block")))
+    drawn = [f"{temperature}_{way}" for temperature in ("0.7", "1.0") for way in ("match", "token", "block")]
+    order = ("hugging_face", "offset_0", "offset_1", *drawn)
     head = ["", "HF assisted, p + 1", "p", "p + 1", "T 0.7 match", "token", "block", "T 1.0 match", "token", "block"]
     rows = records("acceptance-cpu")["rows"]
     return markdown(head, [[f"`{row['name']}`", *(number(row[key]["mean"], 2) for key in order)] for row in rows])
@@ -139,8 +140,8 @@ def prefill() -> str:
         for row in records(name)["rows"]:
             whole, yoco = row["whole"], row["yoco"]
             cells.append([
-                f"{row['model']}, {row['requests']} x {row['tokens']}", number(whole["total_s"], 2), f"**{yoco['total_s']:.2f}**",
-                number(row["ratio"], 2), bars[row["model"]], f"{yoco['pflop']:.3f}, {whole['pflop']:.3f}",
+                f"{row['model']}, {row['requests']} x {row['tokens']}", number(whole["total_s"], 2),
+                f"**{yoco['total_s']:.2f}**", number(row["ratio"], 2), bars[row["model"]], f"{yoco['pflop']:.3f}, {whole['pflop']:.3f}",
                 f"{whole['share_of_floor']:.0%}, {yoco['share_of_floor']:.0%}",
             ])  # fmt: skip
     return markdown(head, cells)
@@ -163,8 +164,8 @@ def compiling() -> str:
         for row in records(name)["rows"]:
             cold, stages = row["cold"], row["cold"]["steps_s"]
             cells.append([
-                row["model"], *(number(stages[key], 1) for key in ("trace", "passes", "compile")), f"**{cold['first_token_s']:.1f}**",
-                number(row["second"]["first_token_s"], 1), f"{cold['pieces']}, {cold['unique_pieces']}",
+                row["model"], *(number(stages[key], 1) for key in ("trace", "passes", "compile")),
+                f"**{cold['first_token_s']:.1f}**", number(row["second"]["first_token_s"], 1), f"{cold['pieces']}, {cold['unique_pieces']}",
             ])  # fmt: skip
     return markdown(head, cells)
 
@@ -206,12 +207,14 @@ def steps(*names: str, graphed: bool = False) -> str:
 
 def served() -> str:
     """Some of the rows of docs/engine.md."""
-    alone = {(row["model"], row["workload"]): row for row in rows_of_engine("engine-e2b-h200", "engine-e2b-later-h200", "engine-26b-h200")}
-    drafted = {(row["model"], row["workload"]): row for row in rows_of_engine("engine-e2b-mtp-h100")}
+    alone, drafted = (
+        {(row["model"], row["workload"]): row for row in rows_of_engine(*names)}
+        for names in (("engine-e2b-h200", "engine-e2b-later-h200", "engine-26b-h200"), ("engine-e2b-mtp-h100",))
+    )
     chosen = [
-        (alone, "E2B", "1024/1024x80"), (alone, "E2B", "8000/1000x80"), (alone, "E2B", "7000/10x30"), (alone, "E2B", "128/256x1"),
-        (drafted, "E2B", "128/256x1"), (drafted, "E2B", "8000/1000x80"), (alone, "26B-A4B", "128/256x1"),
-        (alone, "26B-A4B", "1024/1024x80"), (alone, "26B-A4B", "3000/100x30"),
+        (alone, "E2B", "1024/1024x80"), (alone, "E2B", "8000/1000x80"), (alone, "E2B", "7000/10x30"),
+        (alone, "E2B", "128/256x1"), (drafted, "E2B", "128/256x1"), (drafted, "E2B", "8000/1000x80"),
+        (alone, "26B-A4B", "128/256x1"), (alone, "26B-A4B", "1024/1024x80"), (alone, "26B-A4B", "3000/100x30"),
     ]  # fmt: skip
     cells = []
     for table, model, workload in chosen:
