@@ -141,7 +141,8 @@ def prefill() -> str:
             whole, yoco = row["whole"], row["yoco"]
             cells.append([
                 f"{row['model']}, {row['requests']} x {row['tokens']}", number(whole["total_s"], 2),
-                f"**{yoco['total_s']:.2f}**", number(row["ratio"], 2), bars[row["model"]], f"{yoco['pflop']:.3f}, {whole['pflop']:.3f}",
+                f"**{yoco['total_s']:.2f}**", number(row["ratio"], 2), bars[row["model"]],
+                f"{yoco['pflop']:.3f}, {whole['pflop']:.3f}",
                 f"{whole['share_of_floor']:.0%}, {yoco['share_of_floor']:.0%}",
             ])  # fmt: skip
     return markdown(head, cells)
@@ -165,7 +166,8 @@ def compiling() -> str:
             cold, stages = row["cold"], row["cold"]["steps_s"]
             cells.append([
                 row["model"], *(number(stages[key], 1) for key in ("trace", "passes", "compile")),
-                f"**{cold['first_token_s']:.1f}**", number(row["second"]["first_token_s"], 1), f"{cold['pieces']}, {cold['unique_pieces']}",
+                f"**{cold['first_token_s']:.1f}**", number(row["second"]["first_token_s"], 1),
+                f"{cold['pieces']}, {cold['unique_pieces']}",
             ])  # fmt: skip
     return markdown(head, cells)
 
