@@ -89,7 +89,7 @@ class EngineConfig:
     kv_dtype              "auto" (the weights') or "fp8" (e4m3: half the bytes, rounded)
     kv_bytes              memory of the KV pools; None: what memory_fraction leaves on a GPU, 1 GiB on a CPU
     memory_fraction       share of the GPU's memory that the engine may take
-    prefix_reuse          prompts begin with pages that earlier requests left
+    prefix_caching        prompts reuse the pages of a prefix that earlier requests have computed
     overlap               plan a step while the one before runs. None: on a GPU
     cuda_graphs           None: on a GPU
     capture_at_start      capture all graphs when the engine is made, not at first use
@@ -113,7 +113,7 @@ class EngineConfig:
     kv_dtype: Literal["auto", "fp8"] = "auto"
     kv_bytes: int | None = None
     memory_fraction: float = 0.9
-    prefix_reuse: bool = True
+    prefix_caching: bool = True
     overlap: bool | None = None
     cuda_graphs: bool | None = None
     capture_at_start: bool = True

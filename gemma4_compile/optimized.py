@@ -5,39 +5,30 @@ The model is not edited: a compiled callable is put where nn.Module.compile() pu
 
 import inspect
 import warnings
-from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.models.gemma4 import modeling_gemma4 as hf
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from . import ops  # noqa: F401  (registers the ops)
 from .backend import Backend
 from .calls.cache_views import release_cache
 from .calls.kv_memory import Unfit
-from .calls.masks import masks
 from .calls.route import PACKED, UNCOMPILED, WHOLE, MultimodalCalls, PackedRoute, Ways, arguments, uses_cache
+from .calls.whole_graph import Uncompiled, WholeGraph
 from .config import OptimizeConfig
-from .dynamo import dense, first_line, own_code, switched_off
+from .dynamo import switched_off
 from .geometry import Geometry, geometry
-from .hf.experts import fused_experts
 from .hf.parallel import check_kv_heads, division_of, local_parts
-from .hf.step_cache import CACHE, GROW, Step, StepCache, UnsupportedCache, commit, plan, take_cache
+from .hf.step_cache import UnsupportedCache, take_cache
 from .packed.compile import FIRST_CALL, FirstCall, open_program, program_folder
 from .packed.program import Program, fingerprint, weights_of
 from .passes import prepare
 from .progress import compiling
-
-_HOOKED = "_output_capturing_hooks_installed"
-_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Module:
@@ -137,9 +128,7 @@ class CompiledModel:
         self.why_whole = ""  # why the call at hand is no packed step
         self.programs: list[Program] = []  # packed steps, of calls and of PackedModel
         self._route: PackedRoute | None = None
-        self.falls_back = True  # run uncompiled what does not compile; else the error comes out
-        self._broken = ""  # why graphs of the whole model do not compile
-        self._step = torch.compile(own_code(_make_step(module)), backend=backend, fullgraph=True, dynamic=None)
+        self.whole = WholeGraph(module, backend, self.geometry)
         self._module_ref: Any = module
         self._outer: nn.Module | None = None
         self._layer_types: list[tuple[Any, set[str]]] = []
@@ -198,19 +187,21 @@ class CompiledModel:
                     output = self._route(inputs, cache)
                     self.ways.note(PACKED)
                     return output if self._returns_dict(inputs) else output.to_tuple()
-                except Unfit as reason:
-                    self.why_whole = str(reason)
+                except Unfit as unfit:
+                    self.why_whole = str(unfit)
             release_cache(cache)
-            if self._asked(inputs, "output_attentions") and module.config._attn_implementation == "sdpa":
-                raise _Uncompiled("SDPA gives no attentions; call model.set_attn_implementation('eager') to get them")
-            if self._broken:
-                raise _Uncompiled(self._broken)
-            steps = self._plan(cache, tokens)
-        except (UnsupportedCache, _Uncompiled) as error:
-            unknown = "it does not know " if isinstance(error, UnsupportedCache) else ""
-            self.ways.note(UNCOMPILED, f"{unknown}{error}")
-            return module._call_impl(*args, **kwargs)
-        return self._run(inputs, tokens, cache, steps)
+            output = self.whole(dict(inputs), tokens, cache)
+            self.ways.note(WHOLE, self.why_whole, quiet=self._route is None)
+            return output if self._returns_dict(inputs) else output.to_tuple()
+        except UnsupportedCache as error:
+            reason, lasting = f"it does not know {error}", False
+        except Uncompiled as error:
+            reason, lasting = str(error), error.lasting
+        output = module._call_impl(*args, **kwargs)
+        if lasting:  # else the call was wrong, and Hugging Face has said so
+            self.whole.broken = reason
+        self.ways.note(UNCOMPILED, reason)
+        return output
 
     def packed_program(self, model: Any, first: FirstCall = FIRST_CALL) -> Program:
         """The packed step of the model, or of its text part, over the weights that it has now; compiled or loaded once."""
@@ -238,80 +229,6 @@ class CompiledModel:
         given = inputs.get("return_dict")
         return self._module_ref.config.return_dict if given is None else given
 
-    def _run(self, inputs: dict[str, Any], tokens: Tensor, cache: Any, steps: list[Step] | None) -> Any:
-        given = dict(inputs)
-        self._prepare(inputs, tokens, cache)
-        return_dict = self._returns_dict(inputs)
-        inputs |= {"return_dict": True, "use_cache": cache is not None}
-        _normalize(inputs, steps)
-        if any(self._asked(inputs, name) for name in _RECORDED):
-            _install_capturing_hooks(self._module_ref)
-        self.backend.cuda_graph = graphed = self._is_graphed(tokens, steps)
-        if graphed:
-            torch.compiler.cudagraph_mark_step_begin()
-        limits: dict[str, Any] = {"recompile_limit": self.backend.config.max_graphs, "accumulated_recompile_limit": 2**16}
-        with torch.no_grad(), torch._dynamo.config.patch(**limits):
-            try:
-                with fused_experts(self._module_ref.config, "experts" in self.backend.enabled):
-                    output, new = self._step(inputs, steps)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                # Before anything ran: the user's cache is as it was.
-                if not self.falls_back:
-                    raise
-                full = isinstance(error, FailOnRecompileLimitHit)
-                reason = f"max_graphs={self.backend.config.max_graphs} are in use; raise it, or call with fewer kinds of inputs"
-                if not full:
-                    reason = f"a graph of the whole model does not compile: {first_line(error)}"
-                output = self._module_ref._call_impl(**given, **({} if cache is None else {CACHE: cache}))
-                if not full:  # else the call was wrong, and Hugging Face has said so
-                    self._broken = reason
-                self.ways.note(UNCOMPILED, reason)
-                return output
-        self.ways.note(WHOLE, self.why_whole, quiet=self._route is None)
-        if graphed:  # the next replay writes to the same memory, and the caller may hold this step's logits
-            for name in list(output):
-                output[name] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output[name])
-        if cache is not None:
-            assert steps is not None
-            commit(cache, steps, new, tokens.shape[1])
-            setattr(output, CACHE, cache)
-        return output if return_dict else output.to_tuple()
-
-    def _asked(self, inputs: dict[str, Any], output: str) -> bool:
-        return bool(inputs.get(output, getattr(self._module_ref.config, output, False)))
-
-    def _is_graphed(self, tokens: Tensor, steps: list[Step] | None) -> bool:
-        if tokens.device.type != "cuda" or self.backend.config.cuda_graphs is False:
-            return False
-        static = steps is not None and tokens.shape[1] == 1 and all(step.mode != GROW for step in steps)
-        return static or self.backend.config.cuda_graphs is True
-
-    def _prepare(self, inputs: dict[str, Any], tokens: Tensor, cache: Any) -> None:
-        """Positions and masks, as the model's own forward would make them: both come from the cache's lengths.
-
-        Masks are always built, also where SDPA could do without: otherwise a prompt longer than the window, a padded one
-        and a decode step would each need a graph of its own, and asking whether a mask hides anything waits for the GPU."""
-        batch, length = tokens.shape[:2]
-        seen = 0 if cache is None else cache.get_seq_length()
-        if inputs.get("position_ids") is None:
-            inputs["position_ids"] = (torch.arange(length, device=tokens.device) + seen).unsqueeze(0)
-        mask = inputs.get("attention_mask")
-        given = mask if isinstance(mask, dict) else None  # generate() makes those of static caches, None for a plain causal one
-        padding = None if given is not None else mask
-        config = self._module_ref.config
-        inputs["attention_mask"] = masks(
-            config, (batch, length), self._dtype, tokens.device, cache, inputs["position_ids"], padding, given
-        )
-
-    def _plan(self, cache: Any, tokens: Tensor) -> list[Step] | None:
-        if cache is None:
-            return None
-        return plan(cache, self.geometry, tokens.shape[1], tokens.shape[0], self._dtype, tokens.device)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self._module_ref.parameters()).dtype
-
     def check_call(self, module: nn.Module) -> None:
         if module.training:
             raise ValueError(
@@ -337,67 +254,6 @@ def _compile_no_more(kind: Any) -> None:
 
     criteria.asks_for_optimized = True  # type: ignore[attr-defined]
     kind._valid_auto_compile_criteria = criteria
-
-
-def _install_capturing_hooks(module: nn.Module) -> None:
-    """Hugging Face does this at the first call that asks for hidden states or the like, under a lock that Dynamo cannot trace.
-    It marks each model that has them, but goes down from one without to all that are in it, marked or not: each state would
-    be there twice."""
-    for part in module.modules():
-        inner = (each for each in part.modules() if isinstance(each, PreTrainedModel))
-        if isinstance(part, PreTrainedModel) and not any(getattr(each, _HOOKED, False) for each in inner):
-            maybe_install_capturing_hooks(part)
-
-
-class _Uncompiled(Exception):
-    """Why a call is left to Hugging Face."""
-
-
-def _make_step(module: nn.Module) -> Callable[..., Any]:
-    def step(inputs: dict[str, Any], steps: list[Step] | None) -> Any:
-        """What Dynamo traces: the model's own call, with tensors in the place of its cache."""
-        if steps is None:
-            return module._call_impl(**inputs), []
-        cache = StepCache(steps)
-        output = module._call_impl(**inputs, **{CACHE: cache})
-        setattr(output, CACHE, None)
-        return output, cache.new
-
-    return step
-
-
-# Inputs whose sizes vary, and in which dimensions: batch, tokens, cached tokens.
-_VARYING = {
-    "input_ids": (0, 1),
-    "inputs_embeds": (0, 1),
-    "position_ids": (0, 1),
-    "per_layer_inputs": (0, 1),
-    "labels": (0, 1),
-    "logits_to_keep": (0,),
-}
-
-
-def _normalize(inputs: dict[str, Any], steps: list[Step] | None) -> None:
-    """Strides that follow from the shapes, and sizes that may vary: what else would make Dynamo compile again. Sizes 0 and 1
-    are graphs of their own always."""
-    for name, dims in _VARYING.items():
-        if isinstance(inputs.get(name), Tensor):
-            inputs[name] = _varying(dense(inputs[name]), dims)
-    inputs["attention_mask"] = {
-        kind: _varying(dense(mask), (0, 2, 3)) if isinstance(mask, Tensor) else mask
-        for kind, mask in inputs["attention_mask"].items()
-    }
-    for step in steps or ():
-        for rows in (step.keys, step.values):
-            if rows is not None:
-                _varying(rows, (0, 2))
-
-
-def _varying(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
-    for dim in dims:
-        if dim < tensor.dim() and tensor.shape[dim] > 1:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
-    return tensor
 
 
 assert tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 17), "pyproject.toml asks for 5.17"

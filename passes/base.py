@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from gemma4_compile.dynamo import first_line
 from gemma4_compile.patterns.functionalize import memory_of, writes
-from gemma4_compile.patterns.rewrite import Rewrite, module_path
+from gemma4_compile.patterns.rewrite import Rewrite, module_path, short
 from gemma4_compile.patterns.template import Match, Mismatch, find, instantiate, value_of
 
 # Metadata that later passes, inspection and Inductor's provenance tracking read.
@@ -190,7 +190,7 @@ class _Surroundings:
             with torch._C._DisableAutocast():
                 plain = compute(node, fake_mode)
             if plain.dtype != recorded.dtype:
-                return f"autocast makes {node.name} {_short(recorded.dtype)}, of {_short(plain.dtype)}"
+                return f"autocast makes {node.name} {short(recorded.dtype)}, of {short(plain.dtype)}"
         return None
 
 
@@ -242,13 +242,9 @@ def _differs(created: Sequence[Node], outputs: Sequence[Node], match: Match, fak
         if wanted is None:
             continue
         if given is None or given.dtype != wanted.dtype or not statically_known_true(sym_eq(given.shape, wanted.shape)):
-            described = "nothing" if given is None else f"{_short(given.dtype)} {list(given.shape)}"
-            return f"the op would give {described}, not {_short(wanted.dtype)} {list(wanted.shape)}"
+            described = "nothing" if given is None else f"{short(given.dtype)} {list(given.shape)}"
+            return f"the op would give {described}, not {short(wanted.dtype)} {list(wanted.shape)}"
     return None
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _origins(nodes: Iterable[Node]) -> tuple[str, ...]:

@@ -65,10 +65,10 @@ def same_dtype(*names: str) -> Guard:
                 return f"the shape and dtype of {name} are unknown"
             dtypes[name] = value.dtype
         if len(set(dtypes.values())) > 1:
-            return "dtypes differ: " + ", ".join(f"{n} {_short(d)}" for n, d in dtypes.items())
+            return "dtypes differ: " + ", ".join(f"{n} {short(d)}" for n, d in dtypes.items())
         dtype = next(iter(dtypes.values()))
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"no kernel for {_short(dtype)}"
+            return f"no kernel for {short(dtype)}"
         return None
 
     return guard
@@ -119,7 +119,8 @@ def _value(match: Match, name: str) -> torch.Tensor | None:
     return next((value_of(g) for t, g in match.nodes.items() if t.name == name), None)
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """A dtype's name as people write it."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -129,7 +129,7 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
     longest = max(sum(parse(w)[:2]) for w in workloads)
     config = EngineConfig(
         max_model_len=longest + 1, max_requests=max(parse(w)[2] for w in workloads), expected_tokens=longest,
-        max_batched_tokens=arguments.max_batched_tokens, kv_dtype=arguments.kv_dtype, prefix_reuse=not arguments.no_reuse,
+        max_batched_tokens=arguments.max_batched_tokens, kv_dtype=arguments.kv_dtype, prefix_caching=not arguments.no_reuse,
         capture_at_start=arguments.capture, page_size=arguments.page_size,
     )  # fmt: skip
     speculative = None
@@ -144,8 +144,8 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
     start = time.perf_counter()
     engine = Engine(model, config, speculative=speculative)
     ready = time.perf_counter() - start
-    if not engine.leads:
-        engine.follow()
+    if not engine.is_driver:
+        engine.run_worker()
         return {}
     rows: list[dict[str, Any]] = []
     for workload in workloads:

@@ -126,7 +126,7 @@ def measure(way: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
     if way == "engine":
         config = EngineConfig(
             max_model_len=args.prompt + args.new + 64 if not args.long else max(args.long) + args.new + 64, max_requests=32,
-            max_batched_tokens=8192 if args.device == "cuda" else 256, prefix_reuse=False, chat=False,
+            max_batched_tokens=8192 if args.device == "cuda" else 256, prefix_caching=False, chat=False,
         )  # fmt: skip
         engine = Engine(model, config)
         found["made_s"] = time.perf_counter() - start

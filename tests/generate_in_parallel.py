@@ -109,13 +109,13 @@ def serve(folder: str, verification: str) -> dict[str, Any]:
     with Engine(f"{folder}/target", config, speculative=speculative) as engine:
         told: list[Any] = []
         # By block rank 0 works as if it were alone, by match all ranks do the same.
-        if engine.leads or verification == "match":
+        if engine.is_driver or verification == "match":
             outputs = engine.generate(list(PROMPTS), list(SERVED.values()))
             refused = _raised(lambda: engine.generate(["x"], [SamplingParams()] * 2))
             again = engine.generate(PROMPTS[1], SERVED["drawn"])
             told += [outputs, refused, again]
         else:
-            engine.follow()
+            engine.run_worker()
     if verification == "block":
         told = told or [None] * 3
         dist.broadcast_object_list(told, src=0)

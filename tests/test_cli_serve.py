@@ -225,7 +225,7 @@ def test_another_rank_follows_and_neither_reads_nor_prints(
     followed: list[str] = []
 
     class Follower:
-        def follow(self) -> None:
+        def run_worker(self) -> None:
             followed.append("followed")
 
     monkeypatch.setattr(cli_serve, "_engine", lambda options: Follower())

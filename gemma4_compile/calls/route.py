@@ -17,9 +17,9 @@ from gemma4_compile.packed.compile import FirstCall
 from .cache_views import release_cache
 from .kv_memory import KVMemory, Unfit
 from .packed_call import CHUNK, PackedCalls, objection
+from .whole_graph import CAPTURED
 
 PACKED, WHOLE, UNCOMPILED = "packed steps", "whole graph", "uncompiled"
-_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 class Ways:
@@ -77,7 +77,7 @@ class PackedRoute:
 
     def _asked_by_config(self) -> str:
         config = self._outer.config.get_text_config()
-        return next((f"config.{name}" for name in _RECORDED if getattr(config, name, False)), "")
+        return next((f"config.{name}" for name in CAPTURED if getattr(config, name, False)), "")
 
     def _make(self, inputs: dict[str, Any]) -> PackedCalls:
         state, model, replaced = self._state, self._outer, {}

@@ -113,7 +113,7 @@ def _generate(options: argparse.Namespace) -> int:
         raise ValueError("generate needs a model, got none; name one, or use --demo")
     options.model = options.model if options.demo else options.model[0]
     if launched_rank():
-        return _follow(options)
+        return _run_worker(options)
     prompts = [*prompts, *map(_text_of, options.file)]
     if not prompts and options.demo:
         prompts = [DEMO_PROMPT]
@@ -136,9 +136,9 @@ def _generate(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _follow(options: argparse.Namespace) -> int:
+def _run_worker(options: argparse.Namespace) -> int:
     """Another rank than the one that reads and prints."""
-    _engine(options).follow()
+    _engine(options).run_worker()
     return 0
 
 
@@ -176,7 +176,7 @@ def _chat(options: argparse.Namespace) -> int:
         raise ValueError("chat prints text as it comes, got --json; use generate")
     params = _params(options)
     if launched_rank():
-        return _follow(options)
+        return _run_worker(options)
     engine = _engine(options)
     has_template = bool(getattr(engine.tokenizer, "chat_template", None))
     what = "" if has_template else " This model has no chat template: it continues the text."

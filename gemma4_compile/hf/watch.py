@@ -22,7 +22,10 @@ from torch import Tensor, nn
 
 _LIBRARIES = ("torch.nn.", "transformers.", "gemma4_compile.")
 _INTERNAL = frozenset(vars(nn.Module()))
-_APART = frozenset(("training", "name_or_path", "_is_hf_initialized", "_compiled_call_impl"))  # no step depends on them
+# No step depends on them. The last is transformers' note of the hooks that `has_hooks` passes over.
+_APART = frozenset(
+    ("training", "name_or_path", "_is_hf_initialized", "_compiled_call_impl", "_output_capturing_hooks_installed")
+)
 _SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _HELD = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 

@@ -58,7 +58,7 @@ def run_variant(
     """
     recorder = Recorder(config, enabled, steps=passes)
     compiled = CompiledModel(target, recorder)
-    compiled.falls_back = False
+    compiled.whole.falls_back = False
     step = default_step(target, compiled.geometry, **described) if example_inputs is None else given_step(example_inputs)
 
     def call(inputs: dict[str, Any]) -> Any:

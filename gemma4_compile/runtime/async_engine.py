@@ -30,7 +30,7 @@ class AsyncEngine:
                 print(chunk.text, end="")
 
     The engine's thread is its only caller. A coroutine that is cancelled aborts its request. Of several ranks rank 0 alone has
-    one; the others make an Engine at the same time, and call its `follow`.
+    one; the others make an Engine at the same time, and call its `run_worker`.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class AsyncEngine:
     ):  # fmt: skip
         self._owns = not isinstance(model, Engine)
         self.engine = model if isinstance(model, Engine) else Engine(model, config, tokenizer, **speculation)
-        if not self.engine.leads:
+        if not self.engine.is_driver:
             raise ValueError("an AsyncEngine must be rank 0's, got another rank; make an Engine there and call its follow()")
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._numbers = itertools.count()

@@ -27,7 +27,7 @@ from .output_processor import OnChunk, OutputProcessor, Request
 from .outputs import Chunk, RequestOutput, Sample
 from .sampling_params import SamplingParams
 from .scheduling.scheduler import Scheduler
-from .scheduling.sequence import Decodes, Sequence, Work
+from .scheduling.sequence import DecodeBatch, ScheduledChunk, Sequence
 from .speculative.config import SpeculativeConfig
 from .speculative.length import DraftLength
 from .step import invariants
@@ -48,8 +48,9 @@ class Engine:
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
 
     Under torchrun a checkpoint that the engine loads is divided between the ranks (tensor parallel), as is a model of
-    `parallel.load`. All ranks make an engine together. Then rank 0 uses it as if it were alone, and the others call `follow`;
-    or all call `generate`, where rank 0's prompts count. `close` it, or use it in a `with`, so that the others may go on.
+    `parallel.load`. All ranks make an engine together. Then rank 0, the driver, uses it as if it were alone, and the others
+    call `run_worker`; or all call `generate`, where the driver's prompts count. `close` it, or use it in a `with`, so that the
+    workers may go on.
 
     Raises ValueError for a checkpoint that cannot be loaded, a configuration that the model or the memory cannot hold.
     """
@@ -68,7 +69,10 @@ class Engine:
         self._stop_tokens = frozenset(i for i in stop_tokens(self.model) if i < self.model.config.vocab_size)
         self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens, speculative)
         self.scheduler = Scheduler(
-            self.runner.pages, config.max_batched_tokens, reuse=config.prefix_reuse, drafts=self.runner.speculative_tokens
+            self.runner.pages,
+            config.max_batched_tokens,
+            prefix_caching=config.prefix_caching,
+            drafts=self.runner.speculative_tokens,
         )
         self.max_model_len = self.runner.max_model_len
         self._overlap = self.runner.on_gpu if config.overlap is None else config.overlap
@@ -81,8 +85,8 @@ class Engine:
         self._watch = self._watched()
         weakref.finalize(self, self.runner.close)
         if config.capture_at_start:
-            shown = config.progress and self.runner.on_gpu and self.leads
-            capturing = self._ranks.together("capturing CUDA graphs", limited=False)
+            shown = config.progress and self.runner.on_gpu and self.is_driver
+            capturing = self._ranks.collective("capturing CUDA graphs", limited=False)
             with capturing, tqdm(self.runner.capture(), desc="CUDA graphs", disable=not shown) as bar:
                 for name in bar:
                     bar.set_postfix_str(name)
@@ -90,15 +94,15 @@ class Engine:
     # Several ranks
 
     @property
-    def leads(self) -> bool:
+    def is_driver(self) -> bool:
         """Whether requests are given to this rank: to rank 0 of those that the model is divided between."""
-        return self._ranks.leads
+        return self._ranks.is_driver
 
-    def follow(self) -> None:
+    def run_worker(self) -> None:
         """On every rank but 0: run what rank 0 plans, until it closes its engine. Rank 0 returns at once.
 
         Raises RuntimeError if another rank is gone, or fails."""
-        while not self.leads and self._follow() is not None:
+        while not self.is_driver and self._run_worker() is not None:
             pass
 
     def close(self) -> None:
@@ -112,7 +116,7 @@ class Engine:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _follow(self) -> "list[RequestOutput] | str | None":
+    def _run_worker(self) -> "list[RequestOutput] | str | None":
         """Until rank 0's `generate` ends, whose outputs or error are returned, or its engine closes."""
         for kind, content in self._ranks.messages():
             if kind == "step":
@@ -125,8 +129,8 @@ class Engine:
     def _ended_with(self, found: "list[RequestOutput] | str") -> None:
         """Rank 0's `generate` is through."""
         if self._ranks.several and self._ranks.open:
-            with self._ranks.together("a message to the other ranks"):
-                self._ranks.tell("generated", found)
+            with self._ranks.collective("a message to the other ranks"):
+                self._ranks.broadcast("generated", found)
 
     # For those who want results
 
@@ -143,8 +147,8 @@ class Engine:
         and params differ in number, TypeError for a mapping that is no prompt. Of several ranks all give rank 0's outputs;
         RuntimeError if that raises.
         """
-        if not self.leads:
-            followed = self._follow()
+        if not self.is_driver:
+            followed = self._run_worker()
             if followed is None:
                 raise RanksError("rank 0's engine must be open, got one that was closed; make a new one on all ranks")
             if isinstance(followed, str):
@@ -193,7 +197,7 @@ class Engine:
         chunks: deque[Chunk] = deque()
         return ChunkStream(self, self.add_request(prompt, params, on_chunk=chunks.append), chunks)
 
-    # For those who drive it
+    # To drive it yourself
 
     def add_request(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None,
@@ -207,8 +211,8 @@ class Engine:
         Raises ValueError for a prompt or params that can never be served, an id in use, autocast, a change of the model that
         the engine cannot follow. Nothing is queued then.
         """
-        if not self.leads:
-            raise RuntimeError("requests must be given to rank 0, got one on another; call follow() there")
+        if not self.is_driver:
+            raise RuntimeError("requests must be given to rank 0, got one on another; call run_worker() there")
         params = params or SamplingParams()
         request_id = self._new_id() if request_id is None else request_id
         if request_id in self.outputs.requests:
@@ -266,42 +270,42 @@ class Engine:
         if not self._watch.is_unchanged():
             self.refresh()
         elif self._watch.was_written():
-            self.runner.pages.forget()
+            self.runner.pages.reset()
 
     def step(self) -> list[Chunk]:
         """Compute one step; returns what requests have got from it, or, where steps overlap, from the one before."""
         start, waited = time.perf_counter(), 0.0
         if self._draft_length is not None:
             self.scheduler.drafts = self._draft_length.choose(len(self.scheduler.running))
-        work = self.scheduler.schedule()
+        scheduled = self.scheduler.schedule()
         launched, chunks = None, []
-        if work:
-            for w in () if isinstance(work, Decodes) else work:
+        if scheduled:
+            for w in () if isinstance(scheduled, DecodeBatch) else scheduled:
                 if w.begins and w.sequence.request.metrics.scheduled is None:
                     self.outputs.begun(w.sequence, start)
             try:
                 with own_dtypes():
-                    launched = self.runner.launch(work, self.scheduler.drafts)
+                    launched = self.runner.launch(scheduled, self.scheduler.drafts)
             except RanksError:
                 raise
             except Exception as error:
-                chunks = self._failed(work, error)
+                chunks = self._failed(scheduled, error)
             self._metrics.steps += 1
         if self._overlap:
             self._running, launched = launched, self._running
         if launched is not None:
             before = time.perf_counter()
             try:
-                with self._ranks.together():
+                with self._ranks.collective():
                     results = launched.fetched.wait()
             except RanksError:
                 raise
             except Exception as error:  # of a kernel: it shows only when the host waits
-                chunks += self._failed(launched.work, error)
+                chunks += self._failed(launched.scheduled, error)
                 results = None
             waited = time.perf_counter() - before
             if results is not None:
-                chunks += self.outputs.arrived(launched.work, results)
+                chunks += self.outputs.arrived(launched.scheduled, results)
         if invariants.enabled():
             self.scheduler.check()
         self._metrics.host_seconds += time.perf_counter() - start - waited
@@ -339,9 +343,9 @@ class Engine:
 
     # Within
 
-    def _failed(self, work: Tokens[Work], error: Exception) -> list[Chunk]:
+    def _failed(self, scheduled: Tokens[ScheduledChunk], error: Exception) -> list[Chunk]:
         self.runner.fail()
-        return self.outputs.failed(work, error)
+        return self.outputs.failed(scheduled, error)
 
     def _new_id(self) -> str:
         return next(name for number in self._numbers if (name := f"request-{number}") not in self.outputs.requests)

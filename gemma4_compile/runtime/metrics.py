@@ -117,7 +117,7 @@ class EngineMetrics:
                 histogram.add(value)
 
     def observe_round(self, drafted: int, accepted: int) -> None:
-        """So many drafts of a sequence have been verified, and so many of them were right."""
+        """So many draft tokens of a sequence have been verified, and so many of them accepted."""
         self.drafted_tokens += drafted
         self.accepted_tokens += accepted
         for counts, count in ((self.drafted_at, drafted), (self.accepted_at, accepted)):

@@ -13,7 +13,7 @@ from .metrics import EngineMetrics, RequestMetrics
 from .outputs import Chunk, RequestOutput, Sample, TokenLogprob
 from .sampling_params import SamplingParams
 from .scheduling.scheduler import Scheduler
-from .scheduling.sequence import Decodes, Sequence, Work
+from .scheduling.sequence import DecodeBatch, ScheduledChunk, Sequence
 from .speculative.length import DraftLength
 from .text import TextStream
 
@@ -60,16 +60,16 @@ class OutputProcessor:
         self.metrics.prompt_tokens += metrics.prompt_tokens
         self.metrics.cached_tokens += metrics.cached_tokens
 
-    def arrived(self, work: Tokens[Work], results: dict[str, Any]) -> list[Chunk]:
+    def arrived(self, scheduled: Tokens[ScheduledChunk], results: dict[str, Any]) -> list[Chunk]:
         """Tokens of a step that has run, given to their requests."""
         now = time.perf_counter()
         tokens = results["tokens"].tolist() if "tokens" in results else []
-        if isinstance(work, Decodes) and work.plain:
-            return self._decoded(work, tokens, results, now)
+        if isinstance(scheduled, DecodeBatch) and scheduled.plain:
+            return self._decoded(scheduled, tokens, results, now)
         chunks: list[Chunk] = []
         row = prompt_row = round_row = 0
         accepted = results["accepted"].tolist() if "accepted" in results else []
-        for w in work:
+        for w in scheduled:
             sequence = w.sequence
             request = sequence.request
             if w.prompt:
@@ -97,26 +97,26 @@ class OutputProcessor:
                     chunks += self._deliver(request, chunk)
             row += w.sampled
         if self._length is not None:
-            self._time_round(self._length, work, now)
+            self._time_round(self._length, scheduled, now)
         return chunks
 
-    def _time_round(self, length: DraftLength, work: Tokens[Work], now: float) -> None:
+    def _time_round(self, length: DraftLength, scheduled: Tokens[ScheduledChunk], now: float) -> None:
         """A round's time is that since the round before, if both are of as many requests with as many drafts each."""
-        drafts = work[0].drafts
-        this = (len(work), drafts) if all(w.ahead >= 0 and w.drafts == drafts for w in work) else None
+        drafts = scheduled[0].drafts
+        this = (len(scheduled), drafts) if all(w.ahead >= 0 and w.drafts == drafts for w in scheduled) else None
         before, at = self._last_round
         if this is not None and this == before:
             length.took(*this, now - at)
         self._last_round = this, now
 
-    def _decoded(self, work: Decodes, tokens: list[int], results: dict[str, Any], now: float) -> list[Chunk]:
-        """Most tokens of a batch: one each, read by nobody yet. Those that end a sequence or fill a page go the long way."""
-        lengths = work.starts + 2  # with the new one
-        special = set(np.flatnonzero((lengths >= work.ends) | (lengths % self.scheduler.pages.page_size == 0)).tolist())
-        if not work.stops.isdisjoint(tokens):
-            special |= {row for row, token in enumerate(tokens) if token in work.stops}
+    def _decoded(self, scheduled: DecodeBatch, tokens: list[int], results: dict[str, Any], now: float) -> list[Chunk]:
+        """Most tokens of a batch: one each, read by nobody yet. Those that end a sequence or fill a page take the slow path."""
+        lengths = scheduled.starts + 2  # with the new one
+        special = set(np.flatnonzero((lengths >= scheduled.ends) | (lengths % self.scheduler.pages.page_size == 0)).tolist())
+        if not scheduled.stops.isdisjoint(tokens):
+            special |= {row for row, token in enumerate(tokens) if token in scheduled.stops}
         chunks: list[Chunk] = []
-        for row, (sequence, token) in enumerate(zip(work.sequences, tokens, strict=True)):
+        for row, (sequence, token) in enumerate(zip(scheduled.sequences, tokens, strict=True)):
             if sequence.finish_reason is not None:
                 continue
             if row not in special:
@@ -129,10 +129,10 @@ class OutputProcessor:
                 chunks += self._deliver(sequence.request, chunk)
         return chunks
 
-    def failed(self, work: Tokens[Work], error: Exception) -> list[Chunk]:
+    def failed(self, scheduled: Tokens[ScheduledChunk], error: Exception) -> list[Chunk]:
         """A step could not be computed: its requests end, the others never notice."""
         chunks: list[Chunk] = []
-        for request in dict.fromkeys(w.sequence.request for w in work):
+        for request in dict.fromkeys(w.sequence.request for w in scheduled):
             for chunk in self._end_with_error(request, f"a step failed: {type(error).__name__}: {error}"):
                 self._tell(request, chunk)
                 chunks.append(chunk)

@@ -138,7 +138,7 @@ def test_a_wrong_call_is_hugging_faces_error_and_compiles_go_on() -> None:
         plain(**wrong)
     with pytest.raises(type(expected.value)):
         model(**wrong)
-    assert not state_of(model)._broken
+    assert not state_of(model).whole.broken
     torch.testing.assert_close(model(prompt(1, 3)).logits, plain(prompt(1, 3)).logits, rtol=2e-5, atol=2e-5)
 
 

@@ -13,7 +13,7 @@ from gemma4_compile.packed.row_state import RowState
 from gemma4_compile.packed.step_inputs import StepInputs
 from gemma4_compile.runtime.scheduling.pages import KVPages
 from gemma4_compile.runtime.scheduling.scheduler import Scheduler
-from gemma4_compile.runtime.scheduling.sequence import Sequence, Work
+from gemma4_compile.runtime.scheduling.sequence import ScheduledChunk, Sequence
 from gemma4_compile.runtime.speculative.verification import advance, count_accepted, verified_drafts
 from gemma4_compile.runtime.step import invariants
 from gemma4_compile.runtime.step.arrays import build
@@ -55,24 +55,24 @@ class FakeDevice:
         self.drafted = self.accepted = 0
         self.memory = {kind: np.zeros(pool.pages * pages.page_size, np.int64) for kind, pool in pages.pools.items()}
         self.state = RowState.empty(rows, speculative, torch.device("cpu"))
-        self.running: deque[tuple[Tokens[Work], list[int], list[int]]] = deque()
+        self.running: deque[tuple[Tokens[ScheduledChunk], list[int], list[int]]] = deque()
         self.steps = 0
 
-    def step(self) -> Tokens[Work]:
+    def step(self) -> Tokens[ScheduledChunk]:
         """Plan and run a step; the host learns of the one `depth` before. Returns the plan."""
-        work = self.scheduler.schedule()
+        scheduled = self.scheduler.schedule()
         self.scheduler.check()
-        if work:
-            self.running.append((work, *self._run(work)))
+        if scheduled:
+            self.running.append((scheduled, *self._run(scheduled)))
             self.steps += 1
-        while len(self.running) > (self.depth if work else 0):
+        while len(self.running) > (self.depth if scheduled else 0):
             self._arrive(*self.running.popleft())
         self.scheduler.check()
-        return work
+        return scheduled
 
-    def _run(self, work: Tokens[Work]) -> tuple[list[int], list[int]]:
-        planned = build(work, self.pages)
-        invariants.check_step(work, planned, self.pages, VOCABULARY)
+    def _run(self, scheduled: Tokens[ScheduledChunk]) -> tuple[list[int], list[int]]:
+        planned = build(scheduled, self.pages)
+        invariants.check_step(scheduled, planned, self.pages, VOCABULARY)
         size = self.pages.page_size
         step = self.state.resolve(Staging(torch.device("cpu")).send(planned), size)
         model = {name: tensor.numpy() for name, tensor in step.model().items()}
@@ -81,7 +81,7 @@ class FakeDevice:
         tables = {kind: model[f"table.{kind}"] for kind in self.pages.pools}
         # Pages that a request fills may be read by another one of the same step: all are written before any is read. The
         # owner of a page stands before those that share it.
-        for index in range(len(work)):
+        for index in range(len(scheduled)):
             for token in range(model["starts"][index], model["starts"][index + 1]):
                 place = int(model["positions"][token])
                 before = 0
@@ -92,7 +92,7 @@ class FakeDevice:
                 for kind in self.pages.pools:
                     if (slot := model[f"slots.{kind}"][token]) >= 0:
                         self.memory[kind][slot] = digests[token]
-        for index in range(len(work)):
+        for index in range(len(scheduled)):
             self._check_windows(index, model, tables)
         rows = model["rows"] if planned.prompts is None else model["rows"][planned.prompts.sampled]
         chosen = [choose(int(digests[row])) for row in rows[: len(planned.targets)]]
@@ -134,9 +134,9 @@ class FakeDevice:
         read = {k: self.memory[k][t[index, places // size].astype(int) * size + places % size] for k, t in tables.items()}
         assert (read[kind] == read["full_attention"]).all(), "a sliding layer reads keys that are not the request's"
 
-    def _arrive(self, work: Tokens[Work], tokens: list[int], accepted: list[int]) -> None:
+    def _arrive(self, scheduled: Tokens[ScheduledChunk], tokens: list[int], accepted: list[int]) -> None:
         row = round_row = 0
-        for w in work:
+        for w in scheduled:
             sequence, new = w.sequence, tokens[row : row + min(w.sampled, 1)]
             if w.samples and sequence.speculates:
                 new = tokens[row : row + accepted[round_row] + 1]

@@ -53,21 +53,21 @@ def rank_of(scenario: str) -> None:
     )
     assert ranks.least(10 - rank) == 10 - dist.get_world_size() + 1
     assert ranks.any_rank(rank == 1, torch.device("cpu")) and not ranks.any_rank(False, torch.device("cpu"))
-    assert ranks.of_rank_0(torch.tensor([rank + 5])).tolist() == [5]
+    assert ranks.from_driver(torch.tensor([rank + 5])).tolist() == [5]
     with suppress(ValueError):
         ranks.check_equal({"rank": rank})
         raise AssertionError("other values were not seen")
     count = 0
     if scenario.startswith("in flight") or (scenario.startswith("silent") and rank):
         ranks.in_flight = lambda: True
-    if ranks.leads:
+    if ranks.is_driver:
         for number in range(STEPS):
             if scenario == "silent rank 0" and number == TROUBLE:
                 time.sleep(5)  # while steps of the others do not end
             if scenario in ("idle rank 1", "in flight rank 1") and number == TROUBLE:
                 time.sleep(1)  # in no step: rank 1 goes meanwhile
-            with ranks.together():
-                ranks.tell("step", number)
+            with ranks.collective():
+                ranks.broadcast("step", number)
                 step(scenario, rank, number)
             count += 1
         ranks.close()
@@ -75,7 +75,7 @@ def rank_of(scenario: str) -> None:
     else:
         for kind, number in ranks.messages():
             assert kind == "step"
-            with ranks.together():
+            with ranks.collective():
                 step(scenario, rank, number)
             count += 1
             if (

@@ -77,7 +77,7 @@ def test_cached_tokens() -> None:
     outputs = [engine.generate(prompt, SamplingParams(max_tokens=2))[0] for _ in range(2)]
     assert [output.metrics.cached_tokens for output in outputs] == [0, 32]
     assert (engine.metrics.prompt_tokens, engine.metrics.cached_tokens) == (80, 32)
-    without = serve(prefix_reuse=False)
+    without = serve(prefix_caching=False)
     without.generate([prompt, prompt], SamplingParams(max_tokens=2))
     assert without.metrics.cached_tokens == 0
 

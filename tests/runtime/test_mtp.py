@@ -371,7 +371,7 @@ def test_aborts_and_failed_steps_leave_no_draft(monkeypatch: pytest.MonkeyPatch)
             if chooser.random() < 0.1:
                 engine.abort(chooser.choice(names))
             outputs += [c.output for c in engine.step() if c.output]
-        assert not any(s.holding for s in sequences)
+        assert not any(s.allocation for s in sequences)
     ends = {output.finish_reason for output in outputs}
     assert ends == {"length", "error"} and all(models.divergence(o) is None for o in outputs if o.finish_reason == "length")
     engine.scheduler.check()

@@ -83,9 +83,9 @@ def test_an_interrupt_in_a_step_ends_all(ends: dict[str, Ends]) -> None:
 
 def test_alone_there_is_nobody_to_wait_for() -> None:
     ranks = Ranks(Division(), 1.0)
-    with pytest.raises(ZeroDivisionError), ranks.together():
+    with pytest.raises(ZeroDivisionError), ranks.collective():
         raise ZeroDivisionError
-    assert ranks.leads and ranks.least(3) == 3
+    assert ranks.is_driver and ranks.least(3) == 3
     ranks.close()
-    ranks.tell("step")
+    ranks.broadcast("step")
     assert issubclass(RanksError, RuntimeError)

@@ -340,7 +340,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_runs(engine: Engine) -> None
     for at in (0, 4, 8):
         outputs = engine.generate([*company[:at], prompt, *company[at:]], [*others[:at], mine, *others[at:]])
         assert outputs[at].token_ids == alone
-    for other in (serve(max_batched_tokens=9, overlap=True), serve(prefix_reuse=False), crowded(overlap=True)):
+    for other in (serve(max_batched_tokens=9, overlap=True), serve(prefix_caching=False), crowded(overlap=True)):
         outputs = other.generate([prompts()[3], prompts()[2], prompt], [*others[:2], mine])
         assert outputs[2].token_ids == alone
 

@@ -94,15 +94,15 @@ def test_no_draft_accepted_leaves_nothing_behind() -> None:
     device = served(60, 40, depth=0, speculative=3)
     writer = sequence(0, [1], 12, speculates=True)
     device.scheduler.add(writer)
-    work = device.step()
+    scheduled = device.step()
     for round_number in range(3):
         right = expected([1], len(writer.output) + 1)[-1]
-        device.state.drafts[work[0].row] = (right + 1) % 11
+        device.state.drafts[scheduled[0].row] = (right + 1) % 11
         if round_number == 1:
             device.scheduler.add(sequence(1, [0] * 9, 3, speculates=True))
         before = len(writer.output)
-        work = device.step()
-        assert work[0].drafts == 3 and len(writer.output) == before + 1 and writer.computed == len(writer.tokens) - 1
+        scheduled = device.step()
+        assert scheduled[0].drafts == 3 and len(writer.output) == before + 1 and writer.computed == len(writer.tokens) - 1
     run_out(device)
     assert_right(writer)
 
@@ -144,8 +144,10 @@ def test_preempted_and_aborted_requests_keep_no_draft() -> None:
     assert all(s.drafted == 3 for s in sequences)
     device.scheduler._preempt(sequences[1])
     device.scheduler.finish(sequences[0], "abort")
-    work = device.step()
-    assert [(w.sequence, w.length, w.drafts, w.ahead) for w in work] == [(sequences[1], 3, 0, -1)], "computed anew, not drafted"
+    scheduled = device.step()
+    assert [(w.sequence, w.length, w.drafts, w.ahead) for w in scheduled] == [(sequences[1], 3, 0, -1)], (
+        "computed anew, not drafted"
+    )
     run_out(device)
     assert_right(sequences[1])
 
@@ -174,8 +176,8 @@ def test_requests_of_one_step_share_a_prefix() -> None:
     sequences = [sequence(i, [1, 0] * 10, 4) for i in range(3)]
     for s in sequences:
         device.scheduler.add(s)
-    work = device.step()
-    assert [w.length for w in work] == [20, 4, 4]
+    scheduled = device.step()
+    assert [w.length for w in scheduled] == [20, 4, 4]
     run_out(device)
     for s in sequences:
         assert_right(s)
@@ -232,8 +234,8 @@ def test_sliding_pages_stay_few() -> None:
     most = {"prompt": 0, "writing": 0}
     while long.finish_reason is None:
         device.step()
-        if long.holding is not None:
-            held = [p for p in long.holding.pages["sliding_attention"] if p >= 0]
+        if long.allocation is not None:
+            held = [p for p in long.allocation.pages["sliding_attention"] if p >= 0]
             part = "writing" if long.computed > 19_064 else "prompt"
             most[part] = max(most[part], len(held))
     assert most["prompt"] <= 16 // 4 + 1 + 64 // 4 and most["writing"] <= 16 // 4 + 2

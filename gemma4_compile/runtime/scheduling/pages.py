@@ -1,4 +1,4 @@
-"""Who owns which page of the KV pools: allocation, prefix reuse, sliding pages that are given back behind the window.
+"""Who owns which page of the KV pools: allocation, prefix caching, sliding pages that are freed behind the window.
 
 Layers of a kind have one page table, so a page here is one page of each layer of the kind. Nothing here touches a tensor.
 """
@@ -14,11 +14,11 @@ FREED = -1  # in a sequence's list: a page that has left the window
 
 
 class PagePool:
-    """Pages of one kind of layer. A free page may still hold a prefix; the one unused for longest is given away first."""
+    """Pages of one kind of layer. A free page may still cache a prefix; the least recently used one is allocated first."""
 
     def __init__(self, kind: str, pages: int):
         self.kind, self.pages = kind, pages
-        self.owners = [0] * pages
+        self.ref_counts = [0] * pages
         self._blank = deque(range(pages))
         self._idle: OrderedDict[int, None] = OrderedDict()  # free, with contents that a request may reuse
         self._key_of: dict[int, bytes] = {}
@@ -32,7 +32,7 @@ class PagePool:
     def in_use(self) -> int:
         return self.pages - self.free
 
-    def take(self) -> int:
+    def allocate(self) -> int:
         """A free page, whose contents are forgotten. Raises IndexError if there is none."""
         if self._blank:
             page = self._blank.popleft()
@@ -41,7 +41,7 @@ class PagePool:
             del self._page_of[self._key_of.pop(page)]
         else:
             raise IndexError(f"no free page in the pool of {self.kind}")
-        self.owners[page] = 1
+        self.ref_counts[page] = 1
         return page
 
     def find(self, key: bytes) -> int | None:
@@ -49,29 +49,29 @@ class PagePool:
         return self._page_of.get(key)
 
     def is_free(self, page: int) -> bool:
-        return self.owners[page] == 0
+        return self.ref_counts[page] == 0
 
-    def share(self, page: int) -> None:
+    def incref(self, page: int) -> None:
         """One more owner of a page that was found."""
-        if self.owners[page] == 0:
+        if self.ref_counts[page] == 0:
             del self._idle[page]
-        self.owners[page] += 1
+        self.ref_counts[page] += 1
 
-    def release(self, page: int) -> None:
+    def decref(self, page: int) -> None:
         """One owner fewer. The last one leaves a free page."""
-        self.owners[page] -= 1
-        if self.owners[page] == 0:
+        self.ref_counts[page] -= 1
+        if self.ref_counts[page] == 0:
             if page in self._key_of:
                 self._idle[page] = None
             else:
                 self._blank.append(page)
 
-    def remember(self, page: int, key: bytes) -> None:
+    def cache(self, page: int, key: bytes) -> None:
         """The page is full and holds this; what another page holds already is not held twice."""
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key], self._key_of[page] = page, key
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """No page's contents are to be trusted any more."""
         self._blank.extend(self._idle)
         for table in (self._idle, self._key_of, self._page_of):
@@ -80,7 +80,7 @@ class PagePool:
     def check(self, held: Mapping[int, int]) -> None:
         """Raises AssertionError unless pages in use are exactly those held (page -> owners), and all others are free."""
         assert all(0 <= page < self.pages for page in held), f"{self.kind}: page out of range in {held}"
-        assert self.owners == [held.get(page, 0) for page in range(self.pages)], f"{self.kind}: owners differ from holders"
+        assert self.ref_counts == [held.get(page, 0) for page in range(self.pages)], f"{self.kind}: owners differ from holders"
         free = [*self._blank, *self._idle]
         assert len(free) == len(set(free)) and len(free) + len(held) == self.pages, f"{self.kind}: in use + free must be all"
         assert not set(free) & set(held), f"{self.kind}: a page is free and in use"
@@ -89,7 +89,7 @@ class PagePool:
 
 
 @dataclass
-class Holding:
+class Allocation:
     """What one running sequence holds: for each kind its pages in order of position, FREED for those behind the window."""
 
     row: int  # of the page tables
@@ -97,7 +97,7 @@ class Holding:
     pages: dict[str, list[int]]
     first: dict[str, int] = field(default_factory=dict)  # index of the first page that is not FREED
     keys: list[bytes] = field(default_factory=list)  # of its full pages, as far as computed
-    remembered: int = 0
+    cached: int = 0
 
 
 class KVPages:
@@ -115,7 +115,7 @@ class KVPages:
         self.windows, self.page_size = dict(windows), page_size
         self.tables = {kind: np.zeros((rows, width), np.int32) for kind in pools}
         self.free_rows = list(reversed(range(rows)))
-        self.holdings: dict[int, Holding] = {}
+        self.allocations: dict[int, Allocation] = {}
 
     def keys(self, tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
         """A key for each full page of tokens: of the page and all before it. `known` are those computed already."""
@@ -157,82 +157,82 @@ class KVPages:
             free[kind] = pool.free - idle
         return free
 
-    def open(self, keys: Sequence[bytes], reused: int) -> Holding:
+    def allocate(self, keys: Sequence[bytes], reused: int) -> Allocation:
         """A row of the tables and `reused` pages of a prefix that was matched."""
-        holding = Holding(self.free_rows.pop(), reused * self.page_size, {}, keys=list(keys[:reused]), remembered=reused)
+        allocation = Allocation(self.free_rows.pop(), reused * self.page_size, {}, keys=list(keys[:reused]), cached=reused)
         for kind, pool in self.pools.items():
             first = self.first_needed(kind, reused * self.page_size)
             shared = [pool.find(key) for key in keys[first:reused]]
             for page in shared:
                 assert page is not None, "a prefix is opened as it was matched"
-                pool.share(page)
-            holding.pages[kind] = [FREED] * first + shared  # type: ignore[operator]
-            holding.first[kind] = first
-            self.tables[kind][holding.row, : len(holding.pages[kind])] = np.maximum(holding.pages[kind], 0)
-        self.holdings[holding.row] = holding
-        return holding
+                pool.incref(page)
+            allocation.pages[kind] = [FREED] * first + shared  # type: ignore[operator]
+            allocation.first[kind] = first
+            self.tables[kind][allocation.row, : len(allocation.pages[kind])] = np.maximum(allocation.pages[kind], 0)
+        self.allocations[allocation.row] = allocation
+        return allocation
 
-    def room(self, holding: Holding, computed: int) -> int:
+    def available_tokens(self, allocation: Allocation, computed: int) -> int:
         """Tokens that can follow `computed` ones with the pages that are free now; gives back what has left the window."""
-        self._leave_window(holding, computed)
-        pages = min(len(holding.pages[kind]) + pool.free for kind, pool in self.pools.items())
+        self._leave_window(allocation, computed)
+        pages = min(len(allocation.pages[kind]) + pool.free for kind, pool in self.pools.items())
         return pages * self.page_size - computed
 
-    def extend(self, holding: Holding, length: int) -> None:
+    def extend(self, allocation: Allocation, length: int) -> None:
         """Pages for positions below `length`; there must be room."""
         wanted = -(-length // self.page_size)
         for kind, pool in self.pools.items():
-            pages, table = holding.pages[kind], self.tables[kind]
+            pages, table = allocation.pages[kind], self.tables[kind]
             while len(pages) < wanted:
-                page = pool.take()
-                table[holding.row, len(pages)] = page
+                page = pool.allocate()
+                table[allocation.row, len(pages)] = page
                 pages.append(page)
-        holding.capacity = max(holding.capacity, wanted * self.page_size)
+        allocation.capacity = max(allocation.capacity, wanted * self.page_size)
 
-    def _leave_window(self, holding: Holding, computed: int) -> None:
+    def _leave_window(self, allocation: Allocation, computed: int) -> None:
         for kind, pool in self.pools.items():
-            pages = holding.pages[kind]
+            pages = allocation.pages[kind]
             first = self.first_needed(kind, computed)
-            for index in range(holding.first[kind], min(first, len(pages))):
-                pool.release(pages[index])
+            for index in range(allocation.first[kind], min(first, len(pages))):
+                pool.decref(pages[index])
                 pages[index] = FREED
-            holding.first[kind] = max(first, holding.first[kind])
+            allocation.first[kind] = max(first, allocation.first[kind])
 
-    def remember(self, holding: Holding, tokens: Sequence[int], computed: int) -> None:
+    def cache(self, allocation: Allocation, tokens: Sequence[int], computed: int) -> None:
         """Pages of these tokens that are full by now can be reused by others from the next kernel on."""
         full = min(len(tokens), computed) // self.page_size
-        if full <= holding.remembered:
+        if full <= allocation.cached:
             return
-        holding.keys = self.keys(tokens[: full * self.page_size], holding.keys)
+        allocation.keys = self.keys(tokens[: full * self.page_size], allocation.keys)
         for kind, pool in self.pools.items():
-            for index in range(max(holding.remembered, holding.first[kind]), full):
-                pool.remember(holding.pages[kind][index], holding.keys[index])
-        holding.remembered = full
+            for index in range(max(allocation.cached, allocation.first[kind]), full):
+                pool.cache(allocation.pages[kind][index], allocation.keys[index])
+        allocation.cached = full
 
-    def close(self, holding: Holding) -> None:
+    def free(self, allocation: Allocation) -> None:
         """Give back everything. The end of a prefix goes first: without its beginning it is of no use."""
         for kind, pool in self.pools.items():
-            for page in reversed(holding.pages[kind][holding.first[kind] :]):
-                pool.release(page)
-        del self.holdings[holding.row]
-        self.free_rows.append(holding.row)
+            for page in reversed(allocation.pages[kind][allocation.first[kind] :]):
+                pool.decref(page)
+        del self.allocations[allocation.row]
+        self.free_rows.append(allocation.row)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         for pool in self.pools.values():
-            pool.forget()
+            pool.reset()
 
     def check(self) -> None:
         """Raises AssertionError unless pages in use + free = all, each page has the owners that hold it, and tables agree."""
         for kind, pool in self.pools.items():
             held: dict[int, int] = {}
-            for row, holding in self.holdings.items():
-                pages, first = holding.pages[kind], holding.first[kind]
+            for row, allocation in self.allocations.items():
+                pages, first = allocation.pages[kind], allocation.first[kind]
                 assert all(page == FREED for page in pages[:first]), f"{kind}: row {row} holds pages behind its window"
                 live = pages[first:]
-                assert len(pages) * self.page_size == holding.capacity, f"{kind}: row {row} has room for another length"
+                assert len(pages) * self.page_size == allocation.capacity, f"{kind}: row {row} has room for another length"
                 assert list(self.tables[kind][row, first : len(pages)]) == live, f"{kind}: table row {row} differs"
                 for page in live:
                     held[page] = held.get(page, 0) + 1
             pool.check(held)
-        rows = [*self.free_rows, *self.holdings]
+        rows = [*self.free_rows, *self.allocations]
         assert sorted(rows) == list(range(len(rows))), "each row of the tables is free or held"

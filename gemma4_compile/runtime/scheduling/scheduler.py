@@ -20,7 +20,7 @@ from collections.abc import Sequence as Tokens
 import numpy as np
 
 from .pages import KVPages
-from .sequence import Decodes, Sequence, Work
+from .sequence import DecodeBatch, ScheduledChunk, Sequence
 
 
 class Scheduler:
@@ -28,17 +28,17 @@ class Scheduler:
 
     max_tokens  of a step
     max_rows    logits of prompts in a step, for requests that ask for them
-    reuse       whether prompts begin with pages that earlier ones left
+    prefix_caching   whether prompts reuse the pages of a common prefix
     drafts      of each sequence that a step makes, and the next one verifies; may be set anew before any step
     """
 
-    def __init__(self, pages: KVPages, max_tokens: int, max_rows: int = 256, reuse: bool = True, drafts: int = 0):
-        self.pages, self.max_tokens, self.max_rows, self.reuse = pages, max_tokens, max_rows, reuse
+    def __init__(self, pages: KVPages, max_tokens: int, max_rows: int = 256, prefix_caching: bool = True, drafts: int = 0):
+        self.pages, self.max_tokens, self.max_rows, self.prefix_caching = pages, max_tokens, max_rows, prefix_caching
         self.drafts = drafts
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.preemptions = 0
-        self._steady: Decodes | None = None  # the step before, if the next one may be the same, a token further
+        self._steady: DecodeBatch | None = None  # the step before, if the next one may be the same, a token further
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_number)
@@ -46,119 +46,119 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: str) -> None:
         """It needs nothing any more, wherever it was. Kernels that still write its pages run before any that reuse them."""
         sequence.finish_reason = reason
-        if sequence.holding is not None:
+        if sequence.allocation is not None:
             self._steady = None
-            self.pages.close(sequence.holding)
-            sequence.holding = None
+            self.pages.free(sequence.allocation)
+            sequence.allocation = None
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> Tokens[Work]:
+    def schedule(self) -> Tokens[ScheduledChunk]:
         """The next step, and at once its effect on all that is planned after it. Empty if nothing can be computed now."""
         again = self._again()
         if again is not None:
             self._steady = again
             return again
-        work = self._plan_step()
-        self._steady = Decodes.of(work) if len(work) == len(self.running) else None
-        return self._steady or work
+        scheduled = self._plan_step()
+        self._steady = DecodeBatch.of(scheduled) if len(scheduled) == len(self.running) else None
+        return self._steady or scheduled
 
-    def _again(self) -> Decodes | None:
+    def _again(self) -> DecodeBatch | None:
         """The step before a token further, if nothing but pages has to be seen to: most steps, so no sequence is planned."""
         steady = self._steady
         if steady is None or self.waiting and self.pages.free_rows:
             return None
-        work = steady.advanced()
-        if (work.starts + 1 >= work.ends).any() or not all(s.pending for s in work.sequences):
+        scheduled = steady.advanced()
+        if (scheduled.starts + 1 >= scheduled.ends).any() or not all(s.pending for s in scheduled.sequences):
             return None  # one has all its tokens, or the host knows what is to be computed
-        for index in np.flatnonzero(work.starts >= work.capacities).tolist():
-            holding, start = work.sequences[index].holding, int(work.starts[index])
-            if holding is None or self.pages.room(holding, start) < 1:
+        for index in np.flatnonzero(scheduled.starts >= scheduled.capacities).tolist():
+            allocation, start = scheduled.sequences[index].allocation, int(scheduled.starts[index])
+            if allocation is None or self.pages.available_tokens(allocation, start) < 1:
                 return None
-            self.pages.extend(holding, start + 1)
-            work.capacities[index] = holding.capacity
-        for sequence in work.sequences:
+            self.pages.extend(allocation, start + 1)
+            scheduled.capacities[index] = allocation.capacity
+        for sequence in scheduled.sequences:
             sequence.computed += 1
             sequence.pending += 1
-        return work
+        return scheduled
 
-    def _plan_step(self) -> list[Work]:
-        work: list[Work] = []
+    def _plan_step(self) -> list[ScheduledChunk]:
+        scheduled: list[ScheduledChunk] = []
         budget, rows, preempted = self.max_tokens, self.max_rows, self.preemptions
         prompts: list[Sequence] = []
         for sequence in list(self.running):
-            holding, todo = sequence.holding, sequence.todo
+            allocation, todo = sequence.allocation, sequence.todo
             if todo != 1:
                 prompts += [sequence] if todo else []
-            elif holding is not None and _reach(sequence) < holding.capacity and sequence.params.prompt_logprobs is None:
+            elif allocation is not None and _reach(sequence) < allocation.capacity and sequence.params.prompt_logprobs is None:
                 # Most steps of most requests, so written out: one token more, in a page that it has.
                 ahead = sequence.ahead if sequence.placed else -1
-                work.append(Work(sequence, sequence.computed, 1, holding.row, True, 0, 0, False, 0, ahead))
+                scheduled.append(ScheduledChunk(sequence, sequence.computed, 1, allocation.row, True, 0, 0, False, 0, ahead))
                 sequence.computed += 1
                 sequence.pending += 1
                 sequence.placed = sequence.speculates
-            elif more := self._continue(sequence, 1, rows, work):
+            elif more := self._continue(sequence, 1, rows, scheduled):
                 rows -= more.prompt
-        budget -= len(work)
-        budget -= self._add_drafts(work, budget)
+        budget -= len(scheduled)
+        budget -= self._add_drafts(scheduled, budget)
         for sequence in prompts:
-            if more := self._continue(sequence, budget, rows, work):
+            if more := self._continue(sequence, budget, rows, scheduled):
                 budget, rows = budget - more.length, rows - more.prompt
         while self.waiting and budget and self.preemptions == preempted:
             sequence = self.waiting[0]
             if sequence.wants_prompt_rows and rows < 1 or not self._admit(sequence):
                 break
-            todo = self._fit(sequence, min(sequence.todo, budget), rows, work)
+            todo = self._fit(sequence, min(sequence.todo, budget), rows, scheduled)
             assert todo, "who is admitted has room for a page"
-            work.append(self._plan(sequence, todo, begins=True))
-            budget, rows = budget - todo, rows - work[-1].prompt
-        if self.drafts or any(w.drafts for w in work):
-            for w in work:
+            scheduled.append(self._plan(sequence, todo, begins=True))
+            budget, rows = budget - todo, rows - scheduled[-1].prompt
+        if self.drafts or any(w.drafts for w in scheduled):
+            for w in scheduled:
                 w.sequence.drafted = self.drafts if w.samples and w.sequence.speculates else 0
-        return work
+        return scheduled
 
-    def _add_drafts(self, work: list[Work], budget: int) -> int:
+    def _add_drafts(self, scheduled: list[ScheduledChunk], budget: int) -> int:
         """Let those who write verify drafts, as many as budget, limits and free pages allow; how many in all."""
         left = budget
-        for index, w in enumerate(work):
-            sequence, holding = w.sequence, w.sequence.holding
-            if w.ahead < 0 or holding is None:
+        for index, w in enumerate(scheduled):
+            sequence, allocation = w.sequence, w.sequence.allocation
+            if w.ahead < 0 or allocation is None:
                 continue
             # One token more than is accepted is sampled: the last that it may have is drafted for nothing.
             count = min(sequence.drafted, left, sequence.end - len(sequence.tokens) - sequence.pending)
-            if (wanted := min(w.start + w.ahead + 1 + count, sequence.end)) > holding.capacity:
-                count = min(count, self.pages.room(holding, w.start) - w.ahead - 1)
+            if (wanted := min(w.start + w.ahead + 1 + count, sequence.end)) > allocation.capacity:
+                count = min(count, self.pages.available_tokens(allocation, w.start) - w.ahead - 1)
                 wanted = min(wanted, w.start + w.ahead + 1 + count)
-                self.pages.extend(holding, wanted)
+                self.pages.extend(allocation, wanted)
             if count:
-                work[index] = w._replace(length=1 + count, drafts=count)
+                scheduled[index] = w._replace(length=1 + count, drafts=count)
                 sequence.ahead += count
                 left -= count
         return budget - left
 
-    def _continue(self, sequence: Sequence, budget: int, rows: int, work: list[Work]) -> Work | None:
-        """Plan what fits of a running sequence, at the end of `work`; None if nothing does."""
+    def _continue(self, sequence: Sequence, budget: int, rows: int, scheduled: list[ScheduledChunk]) -> ScheduledChunk | None:
+        """Plan what fits of a running sequence, at the end of `scheduled`; None if nothing does."""
         todo = min(sequence.todo, budget)
-        if todo and sequence.holding is not None:
-            todo = self._fit(sequence, todo, rows, work)
-        if not todo or sequence.holding is None:
+        if todo and sequence.allocation is not None:
+            todo = self._fit(sequence, todo, rows, scheduled)
+        if not todo or sequence.allocation is None:
             return None
-        work.append(self._plan(sequence, todo, begins=False))
-        return work[-1]
+        scheduled.append(self._plan(sequence, todo, begins=False))
+        return scheduled[-1]
 
-    def _fit(self, sequence: Sequence, todo: int, rows: int, work: list[Work]) -> int:
+    def _fit(self, sequence: Sequence, todo: int, rows: int, scheduled: list[ScheduledChunk]) -> int:
         """Pages for as many of the tokens as can be had; preempts younger ones, and in the end the sequence itself, for the
         first. 0 if this step can do nothing for it."""
-        holding = sequence.holding
-        assert holding is not None
+        allocation = sequence.allocation
+        assert allocation is not None
         if sequence.wants_prompt_rows:
             todo = min(todo, max(rows, 0))
         reach = _reach(sequence)
-        if reach + todo <= holding.capacity:
+        if reach + todo <= allocation.capacity:
             return todo
-        while (room := self.pages.room(holding, sequence.computed)) < 1:
-            planned = {w.sequence for w in work}
+        while (room := self.pages.available_tokens(allocation, sequence.computed)) < 1:
+            planned = {w.sequence for w in scheduled}
             victims = [s for s in self.running if s not in planned and s.number >= sequence.number]
             if victims[-1] is sequence and any(s.number > sequence.number for s in planned):
                 return 0  # younger ones run in this step already: their pages come back when they end
@@ -168,12 +168,12 @@ class Scheduler:
         todo = min(todo, room - (reach - sequence.computed))
         if todo < 1:
             return 0  # what it needs for sure is there: the rest once it is known how far it has come
-        self.pages.extend(holding, reach + todo)
+        self.pages.extend(allocation, reach + todo)
         return todo
 
-    def _plan(self, sequence: Sequence, count: int, begins: bool) -> Work:
-        start, holding = sequence.computed, sequence.holding
-        assert holding is not None
+    def _plan(self, sequence: Sequence, count: int, begins: bool) -> ScheduledChunk:
+        start, allocation = sequence.computed, sequence.allocation
+        assert allocation is not None
         end = start + count
         prompt, prompt_from = 0, max(start, sequence.prompt_rows)
         if sequence.wants_prompt_rows:
@@ -184,16 +184,16 @@ class Scheduler:
         sequence.computed = end
         sequence.pending += samples
         sequence.placed = samples and sequence.speculates
-        if self.reuse and count > 1:
-            self.pages.remember(holding, sequence.tokens, end)
-        return Work(sequence, start, count, holding.row, samples, prompt, prompt_from, begins, 0, ahead)
+        if self.prefix_caching and count > 1:
+            self.pages.cache(allocation, sequence.tokens, end)
+        return ScheduledChunk(sequence, start, count, allocation.row, samples, prompt, prompt_from, begins, 0, ahead)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give it a row, and the pages of a prefix that is there already; if all its tokens have room."""
         if sequence.pending or not self.pages.free_rows:
             return False
         reused = 0
-        if self.reuse and not sequence.wants_prompt_rows:
+        if self.prefix_caching and not sequence.wants_prompt_rows:
             sequence.keys = self.pages.keys(sequence.tokens[:-1], sequence.keys)  # one token must be computed
             reused = self.pages.match(sequence.keys)
         free = self.pages.free_for(sequence.keys, reused)
@@ -204,7 +204,7 @@ class Scheduler:
                 needed = min(needed, -(-window // size) + 1)
             if needed + len(self.running) > free[kind] and (self.running or needed > free[kind]):
                 return False  # those that run need a page each before long
-        sequence.holding = self.pages.open(sequence.keys, reused)
+        sequence.allocation = self.pages.allocate(sequence.keys, reused)
         sequence.computed = reused * size
         if sequence.cached is None:
             sequence.cached = sequence.computed
@@ -213,10 +213,10 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        assert sequence.holding is not None
+        assert sequence.allocation is not None
         self._steady = None
-        self.pages.close(sequence.holding)
-        sequence.holding, sequence.computed, sequence.ahead, sequence.placed = None, 0, 0, False
+        self.pages.free(sequence.allocation)
+        sequence.allocation, sequence.computed, sequence.ahead, sequence.placed = None, 0, 0, False
         sequence.preemptions += 1
         self.preemptions += 1
         self.running.remove(sequence)
@@ -225,20 +225,20 @@ class Scheduler:
     def arrived(self, sequence: Sequence, tokens: Tokens[int], verified: int = 0) -> None:
         """The host has read what a step sampled for it: those of its `verified` drafts that were accepted, and a token more."""
         sequence.pending -= 1
-        if sequence.holding is not None:  # preempted meanwhile, it computes them all anew
+        if sequence.allocation is not None:  # preempted meanwhile, it computes them all anew
             sequence.computed += len(tokens) - 1
             sequence.ahead -= verified
         sequence.tokens.extend(tokens)
-        holding = sequence.holding
-        if holding is not None and self.reuse and len(sequence.tokens) // self.pages.page_size > holding.remembered:
-            self.pages.remember(holding, sequence.tokens, sequence.computed)
+        allocation = sequence.allocation
+        if allocation is not None and self.prefix_caching and len(sequence.tokens) // self.pages.page_size > allocation.cached:
+            self.pages.cache(allocation, sequence.tokens, sequence.computed)
 
     def check(self) -> None:
         """Raises AssertionError if an invariant of the scheduler or of its pages is broken."""
         self.pages.check()
-        held = {id(holding) for holding in self.pages.holdings.values()}
-        assert {id(s.holding) for s in self.running} == held, "rows are of running ones"
-        assert all(s.holding is None and not s.placed and not s.ahead for s in self.waiting), "who waits holds nothing"
+        held = {id(allocation) for allocation in self.pages.allocations.values()}
+        assert {id(s.allocation) for s in self.running} == held, "rows are of running ones"
+        assert all(s.allocation is None and not s.placed and not s.ahead for s in self.waiting), "who waits holds nothing"
         for queue in (self.running, self.waiting):
             assert queue == sorted(queue, key=_number), "first come, first served"
         for s in self.running:
@@ -247,7 +247,7 @@ class Scheduler:
             assert not s.placed or s.speculates, f"sequence {s.number} has drafts, which nobody made for it"
             assert s.ahead >= 0 and (s.pending or not s.ahead), f"sequence {s.number}: {s.ahead} drafts in {s.pending} steps"
             reach = min(s.computed + s.ahead, s.end)
-            assert s.holding is not None and reach <= s.holding.capacity, f"sequence {s.number} lacks a page"
+            assert s.allocation is not None and reach <= s.allocation.capacity, f"sequence {s.number} lacks a page"
 
 
 def _reach(sequence: Sequence) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from gemma4_compile.runtime.sampling_params import SamplingParams
 
-from .pages import Holding
+from .pages import Allocation
 
 
 @dataclass(eq=False, slots=True)
@@ -49,7 +49,7 @@ class Sequence:
     cached: int | None = None  # prompt tokens reused when it was first admitted
     preemptions: int = 0
     finish_reason: str | None = None
-    holding: Holding | None = None
+    allocation: Allocation | None = None
     keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class Sequence:
         return self.params.prompt_logprobs is not None and self.prompt_rows < self.prompt_length - 1
 
 
-class Work(NamedTuple):
+class ScheduledChunk(NamedTuple):
     """One sequence's share of a step: tokens start to start + length, all later by the drafts accepted meanwhile (`ahead`).
 
     row        of the page tables and of the sampler's state
@@ -106,7 +106,7 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Decodes(Tokens[Work]):
+class DecodeBatch(Tokens[ScheduledChunk]):
     """A step in which each sequence computes the token that the step before has sampled, which the host need not know.
 
     The arrays are those of the sequences in order, so that a step of many is planned, sent and taken in without a loop over
@@ -129,20 +129,22 @@ class Decodes(Tokens[Work]):
     stops: frozenset[int]
 
     @classmethod
-    def of(cls, work: Tokens[Work]) -> "Decodes | None":
+    def of(cls, scheduled: Tokens[ScheduledChunk]) -> "DecodeBatch | None":
         """These shares, if that is what they are."""
-        if not work or not all(w.length == 1 and w.samples and w.start >= len(w.sequence.tokens) and w.ahead < 0 for w in work):
+        if not scheduled or not all(
+            w.length == 1 and w.samples and w.start >= len(w.sequence.tokens) and w.ahead < 0 for w in scheduled
+        ):
             return None
-        sequences = [w.sequence for w in work]
+        sequences = [w.sequence for w in scheduled]
         if any(s.speculates or s.params.prompt_logprobs is not None for s in sequences):
             return None
-        rows, starts = np.array([w.row for w in work]), np.array([w.start for w in work])
-        capacities = np.array([s.holding.capacity if s.holding else 0 for s in sequences])
+        rows, starts = np.array([w.row for w in scheduled]), np.array([w.start for w in scheduled])
+        capacities = np.array([s.allocation.capacity if s.allocation else 0 for s in sequences])
         ends = np.array([s.end for s in sequences])
         plain = all(s.plain for s in sequences)
         return cls(sequences, rows, starts, capacities, ends, plain, frozenset().union(*{s.stops for s in sequences}))
 
-    def advanced(self) -> "Decodes":
+    def advanced(self) -> "DecodeBatch":
         """The same, one token further."""
         return replace(self, starts=self.starts + 1, capacities=self.capacities.copy())
 
@@ -150,10 +152,10 @@ class Decodes(Tokens[Work]):
         return len(self.sequences)
 
     @overload
-    def __getitem__(self, index: int) -> Work: ...
+    def __getitem__(self, index: int) -> ScheduledChunk: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Work]: ...
-    def __getitem__(self, index: int | slice) -> Work | list[Work]:
+    def __getitem__(self, index: slice) -> list[ScheduledChunk]: ...
+    def __getitem__(self, index: int | slice) -> ScheduledChunk | list[ScheduledChunk]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        return Work(self.sequences[index], int(self.starts[index]), 1, int(self.rows[index]), True, 0, 0, False)
+        return ScheduledChunk(self.sequences[index], int(self.starts[index]), 1, int(self.rows[index]), True, 0, 0, False)

@@ -8,7 +8,7 @@ ADAPTIVE = "adaptive"
 MOST = 6  # drafts of an adaptive round
 _SKIPPED = 2  # rounds of a length that do not count: in the first ones graphs are captured
 _KEPT = 9  # times that a median is taken of
-_EVERY, _PROBE = 256, 8  # so many rounds in so many have all drafts, to see whether more of them are right by now
+_EVERY, _PROBE = 256, 8  # so many rounds in so many have all drafts, to see whether more of them are accepted by now
 _FORGET = 4096  # verified drafts after which older ones count half
 
 SpeculativeTokens = int | Mapping[int, int] | str
@@ -59,7 +59,7 @@ class DraftLength:
         return 1 + sum(a / v if v else 1.0 for a, v in zip(self._accepted[1 : length + 1], self._verified[1:], strict=False))
 
     def observe(self, verified: int, accepted: int) -> None:
-        """So many drafts of a request were verified, and so many of them right."""
+        """So many draft tokens of a request were verified, and so many of them accepted."""
         for place in range(1, verified + 1):
             self._verified[place] += 1
             self._accepted[place] += place <= accepted

@@ -7,43 +7,43 @@ import numpy as np
 from gemma4_compile.packed.inputs import KINDS
 from gemma4_compile.packed.step_inputs import Placement, PromptRows, Speculation, StepInputs
 from gemma4_compile.runtime.scheduling.pages import KVPages
-from gemma4_compile.runtime.scheduling.sequence import Decodes, Work
+from gemma4_compile.runtime.scheduling.sequence import DecodeBatch, ScheduledChunk
 
 Array = np.ndarray
 
 
-def build(work: Sequence[Work], pages: KVPages) -> StepInputs[Array]:
+def build(scheduled: Sequence[ScheduledChunk], pages: KVPages) -> StepInputs[Array]:
     """The arrays of a step as planned, but for its sampling; no loop over tokens."""
     size = pages.page_size
-    if isinstance(work, Decodes):
-        count = len(work)
-        first, rows, samples, prompts_wanted = work.starts, work.rows, np.ones(count, bool), np.zeros(count, bool)
+    if isinstance(scheduled, DecodeBatch):
+        count = len(scheduled)
+        first, rows, samples, prompts_wanted = scheduled.starts, scheduled.rows, np.ones(count, bool), np.zeros(count, bool)
         starts, counts, wanted = np.arange(count + 1, dtype=np.int32), samples, samples.astype(np.int64)
     else:
-        columns = [np.array(column) for column in list(zip(*work, strict=True))[1:]]
+        columns = [np.array(column) for column in list(zip(*scheduled, strict=True))[1:]]
         (first, counts, rows, samples, prompts_wanted), (drafts, ahead) = columns[:5], columns[-2:]
         wanted = np.where(samples, drafts + 1, 0)  # tokens sampled of each
-        starts = np.zeros(len(work) + 1, np.int32)
+        starts = np.zeros(len(scheduled) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
     total = int(starts[-1])
     ends = starts[1:] - 1  # the last token of each
     ids = np.zeros(total, np.int64)
     placement, furthest = None, 0
-    if isinstance(work, Decodes):
+    if isinstance(scheduled, DecodeBatch):
         positions, row_of, sources = first, rows, rows
     else:
         positions = np.arange(total) + np.repeat(first - starts[:-1], counts)
         row_of = np.repeat(rows, counts)
         sources = np.full(total, -1, np.int64)
-        for w, begin in zip(work, starts, strict=False):
+        for w, begin in zip(scheduled, starts, strict=False):
             given = w.sequence.tokens[w.start : w.start + w.length] if w.ahead < 0 else []
             ids[begin : begin + len(given)] = given
             sources[begin + len(given) : begin + w.length] = w.row  # the token sampled last, and drafts
         if (ahead >= 0).any():
-            capacities = np.array([pages.holdings[row].capacity for row in rows.tolist()])
+            capacities = np.array([pages.allocations[row].capacity for row in rows.tolist()])
             furthest = int((np.minimum(first + counts + ahead, capacities) * (ahead >= 0)).max()) - 1
             places = np.where(np.repeat(ahead >= 0, counts), np.arange(total) - np.repeat(starts[:-1], counts), -1)
-            placement = Placement(places, np.repeat(np.arange(len(work)), counts), np.repeat(capacities, counts))
+            placement = Placement(places, np.repeat(np.arange(len(scheduled)), counts), np.repeat(capacities, counts))
 
     slots, tables = {}, {}
     page, offset = positions // size, positions % size
@@ -55,16 +55,17 @@ def build(work: Sequence[Work], pages: KVPages) -> StepInputs[Array]:
             tables[kind] = table[rows, :width]
         else:  # no layer of this kind: nothing is stored, nothing read
             slots[kind] = np.full(total, -1, np.int64)
-            tables[kind] = np.zeros((len(work), 1), np.int32)
+            tables[kind] = np.zeros((len(scheduled), 1), np.int32)
 
-    wanted_rows, prompts = _rows_with_prompts(work, starts) if prompts_wanted.any() else (_last(ends, wanted), None)
+    wanted_rows, prompts = _rows_with_prompts(scheduled, starts) if prompts_wanted.any() else (_last(ends, wanted), None)
     sampled = np.arange(len(wanted_rows)) if prompts is None else prompts.sampled
     if not len(wanted_rows):  # amid prompts: a model makes logits of one row at least
         wanted_rows = np.array([total - 1])
     return StepInputs(
         ids[None], positions, wanted_rows, starts, slots, tables, targets=np.repeat(rows, wanted),
         sources=sources if (sources >= 0).any() else None, placement=placement,
-        speculation=None if isinstance(work, Decodes) else _speculation(work, pages, sampled, wanted), prompts=prompts,
+        speculation=None if isinstance(scheduled, DecodeBatch) else _speculation(scheduled, pages, sampled, wanted),
+        prompts=prompts,
     )  # fmt: skip
 
 
@@ -74,24 +75,26 @@ def _last(ends: Array, counts: Array) -> Array:
     return np.repeat(ends - counts + 1 - before, counts) + np.arange(int(counts.sum()))
 
 
-def _speculation(work: Sequence[Work], pages: KVPages, sampled: Array, wanted: Array) -> Speculation[Array] | None:
+def _speculation(
+    scheduled: Sequence[ScheduledChunk], pages: KVPages, sampled: Array, wanted: Array
+) -> Speculation[Array] | None:
     """What verification and drafting need of the requests that get draft tokens; None if none does."""
-    chosen = [i for i, w in enumerate(work) if w.samples and w.sequence.speculates]
+    chosen = [i for i, w in enumerate(scheduled) if w.samples and w.sequence.speculates]
     if not chosen:
         return None
     first = (np.cumsum(wanted) - wanted)[chosen]
-    rows = [work[i].row for i in chosen]
-    counts, capacities = [work[i].drafts for i in chosen], [pages.holdings[row].capacity for row in rows]
+    rows = [scheduled[i].row for i in chosen]
+    counts, capacities = [scheduled[i].drafts for i in chosen], [pages.allocations[row].capacity for row in rows]
     return Speculation(*(np.asarray(each, np.int64) for each in (rows, chosen, first, counts, sampled[first], capacities)))
 
 
-def _rows_with_prompts(work: Sequence[Work], starts: Array) -> tuple[Array, PromptRows[Array]]:
+def _rows_with_prompts(scheduled: Sequence[ScheduledChunk], starts: Array) -> tuple[Array, PromptRows[Array]]:
     """Wanted rows, and which of them are the prompts' own."""
     wanted: list[int] = []
     sampled: list[int] = []
     prompt_rows: list[int] = []
     following: list[int] = []
-    for w, begin in zip(work, starts.tolist(), strict=False):
+    for w, begin in zip(scheduled, starts.tolist(), strict=False):
         first = begin + w.prompt_from - w.start
         prompt_rows += range(len(wanted), len(wanted) + w.prompt)
         wanted += range(first, first + w.prompt)

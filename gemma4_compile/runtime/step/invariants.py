@@ -7,7 +7,7 @@ import numpy as np
 
 from gemma4_compile.packed.step_inputs import StepInputs
 from gemma4_compile.runtime.scheduling.pages import KVPages
-from gemma4_compile.runtime.scheduling.sequence import Work
+from gemma4_compile.runtime.scheduling.sequence import ScheduledChunk
 
 VARIABLE = "GEMMA4_COMPILE_DEBUG"
 
@@ -21,7 +21,7 @@ def enabled() -> bool:
 
 
 def check_step(
-    work: Sequence[Work],
+    scheduled: Sequence[ScheduledChunk],
     step: StepInputs[np.ndarray],
     pages: KVPages,
     vocabulary: int,
@@ -33,7 +33,7 @@ def check_step(
     """
     starts, size = step.starts, pages.page_size
     ids = step.input_ids[0] if step.sources is None else np.where(step.sources >= 0, 0, step.input_ids[0])
-    for index, w in enumerate(work):
+    for index, w in enumerate(scheduled):
         name = f"request {getattr(w.sequence.request, 'request_id', w.sequence.number)}"
         tokens = slice(int(starts[index]), int(starts[index + 1]))
         wrong = [int(i) for i in ids[tokens] if not 0 <= i < vocabulary]
@@ -44,16 +44,16 @@ def check_step(
             raise BrokenInvariant(f"{name}: positions must be {w.start} to {w.start + w.length - 1}, got {positions}")
         for kind, pool in pages.pools.items():
             where = f"{name}, layers of {kind}{_listed(layers, kind)}"
-            table, holding = step.tables[kind][index], pages.holdings.get(w.row)
+            table, allocation = step.tables[kind][index], pages.allocations.get(w.row)
             first = pages.first_needed(kind, w.start)
             end = w.start + w.length - 1
-            if w.ahead >= 0 and holding is not None:  # tokens behind its room are nobody's
-                end = min(end + w.ahead, holding.capacity - 1)
+            if w.ahead >= 0 and allocation is not None:  # tokens behind its room are nobody's
+                end = min(end + w.ahead, allocation.capacity - 1)
             for page_index in range(first, end // size + 1):
                 page = int(table[page_index])
                 if not 0 <= page < pool.pages:
                     raise BrokenInvariant(f"{where}: page {page_index} must be 0 to {pool.pages - 1}, got {page}")
-                if holding is None or holding.pages[kind][page_index] != page:
+                if allocation is None or allocation.pages[kind][page_index] != page:
                     raise BrokenInvariant(f"{where}: page {page_index} must be one that it holds, got {page}")
             slots = step.slots[kind][tokens]
             wanted = table[positions // size].astype(np.int64) * size + positions % size

@@ -18,7 +18,7 @@ from gemma4_compile.packed.program import StepResult
 from gemma4_compile.packed.row_state import RowState
 from gemma4_compile.packed.step_inputs import StepInputs
 from gemma4_compile.runtime.scheduling.pages import KVPages
-from gemma4_compile.runtime.scheduling.sequence import Decodes, Work
+from gemma4_compile.runtime.scheduling.sequence import DecodeBatch, ScheduledChunk
 from gemma4_compile.runtime.speculative.config import SpeculativeConfig
 from gemma4_compile.runtime.speculative.drafter import Drafter, candidates_of
 from gemma4_compile.runtime.speculative.length import DraftLength
@@ -67,7 +67,7 @@ class StepPlan:
 class Launched:
     """A step that runs, or has run."""
 
-    work: Sequence[Work]
+    scheduled: Sequence[ScheduledChunk]
     fetched: Fetched
 
 
@@ -82,7 +82,7 @@ class _Agreed:
     ) -> Drafted:  # fmt: skip
         """As of Drafts."""
         found = self.drafter.draft_from(count, fill, drafts, draws)
-        return found._replace(tokens=self._ranks.of_rank_0(found.tokens))
+        return found._replace(tokens=self._ranks.from_driver(found.tokens))
 
 
 class ModelRunner:
@@ -114,7 +114,7 @@ class ModelRunner:
         alike |= {"assistant": type(self._assistant), "speculative tokens": self.speculative_tokens}
         alike |= {"rejection sampling": self._by_block}
         self.ranks.check_equal(alike)
-        with self.ranks.together("making the engine", limited=False):
+        with self.ranks.collective("making the engine", limited=False):
             self._make(packed, config, stop_tokens)
 
     def _make(self, packed: PackedModel, config: EngineConfig, stop_tokens: Iterable[int]) -> None:
@@ -199,7 +199,7 @@ class ModelRunner:
             )
         if self.packed.refresh() or self._assistant is not None:
             self._compile()
-        self.pages.forget()
+        self.pages.reset()
 
     def capture(self) -> Iterator[str]:
         """Capture all graphs; yields the name of each before it begins. Nothing to do without graphs."""
@@ -221,23 +221,23 @@ class ModelRunner:
     # Steps
 
     @torch.no_grad()
-    def launch(self, work: Sequence[Work], drafts: int | None = None) -> Launched:
+    def launch(self, scheduled: Sequence[ScheduledChunk], drafts: int | None = None) -> Launched:
         """Start a planned step, which makes so many drafts of each request, K unless given. On a GPU this returns before it has
         run."""
-        plan = self._plan(work, drafts)  # an error here is this step's alone
-        with self.ranks.together():
-            self.ranks.tell("step", plan)
-            return Launched(work, Fetched(self._run(plan)))
+        plan = self._plan(scheduled, drafts)  # an error here is this step's alone
+        with self.ranks.collective():
+            self.ranks.broadcast("step", plan)
+            return Launched(scheduled, Fetched(self._run(plan)))
 
-    def _plan(self, work: Sequence[Work], drafts: int | None) -> StepPlan:
-        begun = () if isinstance(work, Decodes) else [self.sampler.begin(w) for w in work if w.begins]
-        inputs = build(work, self.pages)
+    def _plan(self, scheduled: Sequence[ScheduledChunk], drafts: int | None) -> StepPlan:
+        begun = () if isinstance(scheduled, DecodeBatch) else [self.sampler.begin(w) for w in scheduled if w.begins]
+        inputs = build(scheduled, self.pages)
         if invariants.enabled():
-            invariants.check_step(work, inputs, self.pages, self.vocabulary.size, self.owning)
-        inputs = replace(inputs, sampling=self.sampler.sampling(work, inputs))
+            invariants.check_step(scheduled, inputs, self.pages, self.vocabulary.size, self.owning)
+        inputs = replace(inputs, sampling=self.sampler.sampling(scheduled, inputs))
         prompt_top = -1
         if inputs.prompts is not None:
-            prompt_top = max(w.sequence.params.prompt_logprobs or 0 for w in work if w.prompt)
+            prompt_top = max(w.sequence.params.prompt_logprobs or 0 for w in scheduled if w.prompt)
         rows, speculation = inputs.targets, inputs.speculation
         drawn = inputs.sampling is not None and inputs.sampling.shaping is not None
         return StepPlan(
@@ -250,7 +250,7 @@ class ModelRunner:
     @torch.no_grad()
     def run(self, plan: StepPlan) -> None:
         """On another rank than 0: start a step that rank 0 has planned."""
-        with self.ranks.together():
+        with self.ranks.collective():
             self._run(plan)
 
     def _run(self, plan: StepPlan) -> dict[str, Tensor]:
@@ -307,7 +307,7 @@ class ModelRunner:
         assert sampled.offsets is not None, "a step with drawn drafts says how tokens are sampled"
         tokens, accepted = reject(self.state, sampled.tokens, self.vocabulary.gather(sampled.logits), sampled.offsets, step)
         if self.ranks.several:  # decided by numbers with a fraction: one rank's word holds
-            both = self.ranks.of_rank_0(torch.cat((tokens, accepted)))
+            both = self.ranks.from_driver(torch.cat((tokens, accepted)))
             tokens, accepted = both.split((len(tokens), len(accepted)))
         return tokens, accepted
 
@@ -317,7 +317,7 @@ class ModelRunner:
             return
         self._closed = True
         owners = (self.graphs, self._own_drafter())
-        with self.ranks.together("the last step"):
+        with self.ranks.collective("the last step"):
             for recorder in {getattr(owner, "recorder", None) for owner in owners}:
                 if isinstance(recorder, CudaRecorder):
                     recorder.close()
@@ -328,7 +328,7 @@ class ModelRunner:
 
     def fail(self) -> None:
         """A step did not run: nothing that it should have stored is to be reused."""
-        self.pages.forget()
+        self.pages.reset()
 
 
 def _unique(tensors: Iterable[Any]) -> list[Any]:

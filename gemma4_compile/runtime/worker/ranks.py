@@ -44,7 +44,7 @@ class Ranks:
 
     def __init__(self, division: Division, timeout: float):
         self.division, self.timeout = division, timeout
-        self.leads, self.several = division.rank == 0, division.ranks > 1
+        self.is_driver, self.several = division.rank == 0, division.ranks > 1
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._connections: list[Connection] = []
         self._sending = threading.Lock()
@@ -56,8 +56,8 @@ class Ranks:
 
     # Steps
 
-    def tell(self, kind: str, content: Any = None) -> None:
-        """Rank 0: a message to all others, within `together`. `step` is one, a plan that they will run."""
+    def broadcast(self, kind: str, content: Any = None) -> None:
+        """Rank 0: a message to all others, within `collective`. `step` is one, a plan that they will run."""
         if not self.several:
             return
         message = ForkingPickler.dumps((kind, content))
@@ -77,7 +77,7 @@ class Ranks:
         self._state.check()
 
     @contextmanager
-    def together(self, what: str = "a step", limited: bool = True) -> Iterator[None]:
+    def collective(self, what: str = "a step", limited: bool = True) -> Iterator[None]:
         """All ranks do something that none can finish alone. An error in it, or an interrupt, ends the run for all.
 
         limited  by the time-out"""
@@ -85,7 +85,7 @@ class Ranks:
             yield
             return
         self._state.check()
-        if self.leads and self._state.closed:  # before anything that the others would hear of
+        if self.is_driver and self._state.closed:  # before anything that the others would hear of
             raise RanksError("the engine must be open, got one that was closed, whose other ranks have gone; make a new one")
         self._state.begin(what, self.timeout if limited else float("inf"))
         try:
@@ -112,7 +112,7 @@ class Ranks:
         found = collectives.all_reduce(torch.tensor(float(flag), device=device), "max", self.division.group)
         return bool(collectives.wait_tensor(found).item())
 
-    def of_rank_0(self, x: Tensor) -> Tensor:
+    def from_driver(self, x: Tensor) -> Tensor:
         """Rank 0's tensor on all ranks. Nothing waits for the device."""
         if not self.several:
             return x
@@ -131,7 +131,7 @@ class Ranks:
 
     def close(self) -> None:
         """Rank 0: no more steps; the others may go on. Harmless twice, and on other ranks."""
-        if self.leads and not self._state.closed:
+        if self.is_driver and not self._state.closed:
             self._state.closed = True
             self._send(_CLOSE)
 
@@ -159,9 +159,9 @@ class Ranks:
         """A socket from rank 0 to each other rank; on one host a local one."""
         ranks, group = self.division.ranks, self._group()
         one_host = len(set(self._gathered(socket.gethostname()))) == 1
-        key = secrets.token_bytes(32) if self.leads else b""
+        key = secrets.token_bytes(32) if self.is_driver else b""
         listener = None
-        if self.leads:
+        if self.is_driver:
             # Where torchrun's other processes have found this host; its own name may mean itself alone.
             address = None if one_host else (os.environ.get("MASTER_ADDR", socket.gethostname()), 0)
             listener = Listener(address, "AF_UNIX" if one_host else "AF_INET", backlog=ranks, authkey=key)
@@ -195,7 +195,7 @@ class Ranks:
 
     def _listen(self) -> None:
         """Of its own thread: messages, ends of connections, and the clock; until nothing is to come and nothing runs."""
-        ranks = range(1, self.division.ranks) if self.leads else (0,)
+        ranks = range(1, self.division.ranks) if self.is_driver else (0,)
         names = dict(zip(self._connections, ranks, strict=True))
         closing = False  # rank 0 has said so: its end is no failure then
         while (runs := self._runs()) is not None or not self._state.closed:
@@ -236,7 +236,7 @@ class Ranks:
             return True
 
     def _fail(self, reason: str) -> None:
-        if self.leads or not reason.startswith("rank 0"):
+        if self.is_driver or not reason.startswith("rank 0"):
             self._report(reason)
         self._state.fail(reason, self._flies)
         self._inbox.put(_FAILED)  # whoever waits for a message learns of it

@@ -15,7 +15,7 @@ from gemma4_compile.ops.sampling.logits import apply_penalties
 from gemma4_compile.ops.sampling.vocabulary import Vocabulary
 from gemma4_compile.packed.row_state import RowState
 from gemma4_compile.packed.step_inputs import Bias, Penalties, Sampling, Shaping, StepInputs
-from gemma4_compile.runtime.scheduling.sequence import Work
+from gemma4_compile.runtime.scheduling.sequence import ScheduledChunk
 
 # Parameters by row of the running requests, with the dtype that the device gets.
 _PARAMETERS: dict[str, Any] = {
@@ -59,9 +59,9 @@ class Sampler:
         self._counts: Tensor | None = None
         self._in_prompt: Tensor | None = None
 
-    def begin(self, work: Work) -> Counted | None:
+    def begin(self, scheduled: ScheduledChunk) -> Counted | None:
         """A request has got this row. What `count` must do for it before it samples, if anything."""
-        sequence, row, params = work.sequence, work.row, work.sequence.params
+        sequence, row, params = scheduled.sequence, scheduled.row, scheduled.sequence.params
         for name in _PARAMETERS:
             self._host[name][row] = getattr(params, name)
         self._host["seeds"][row], self._host["prompt_length"][row] = sequence.seed, sequence.prompt_length
@@ -86,7 +86,7 @@ class Sampler:
             tokens = torch.tensor(output, device=self.device)
             self._counts[row].index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32))
 
-    def sampling(self, work: Sequence[Work], step: StepInputs[np.ndarray]) -> Sampling[np.ndarray] | None:
+    def sampling(self, scheduled: Sequence[ScheduledChunk], step: StepInputs[np.ndarray]) -> Sampling[np.ndarray] | None:
         """What the device must know for this step's rows, beside their state; None for a greedy step."""
         rows = step.targets
 
@@ -95,17 +95,17 @@ class Sampler:
 
         shaping = Shaping(*of(*_SHAPING, "seeds")) if self.draws(rows) else None
         penalties = Penalties(*of(*_PENALTIES)) if self._penalizes[rows].any() else None
-        bias = self._bias(work, step) if self._adjusts[rows].any() else None
+        bias = self._bias(scheduled, step) if self._adjusts[rows].any() else None
         if shaping is penalties is bias is None:
             return None
         return Sampling(self._host["prompt_length"][rows], shaping, penalties, bias)
 
-    def _bias(self, work: Sequence[Work], step: StepInputs[np.ndarray]) -> Bias[np.ndarray] | None:
+    def _bias(self, scheduled: Sequence[ScheduledChunk], step: StepInputs[np.ndarray]) -> Bias[np.ndarray] | None:
         """What is added to single logits: biases, and -inf for stop tokens up to so many new tokens."""
         entries: list[tuple[int, int, float, int]] = []
         # At least so many: the device knows how far draft tokens led.
         offsets = step.sampled_positions() + 1 - self._host["prompt_length"][step.targets]
-        for index, params in enumerate(w.sequence.params for w in work for _ in range(w.sampled)):
+        for index, params in enumerate(w.sequence.params for w in scheduled for _ in range(w.sampled)):
             entries += [(index, token, value, _EVER) for token, value in params.logit_bias.items()]
             if offsets[index] < params.min_tokens:
                 banned = {*params.stop_token_ids, *(() if params.ignore_eos else self.stop_tokens)}
