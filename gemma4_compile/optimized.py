@@ -208,7 +208,7 @@ class CompiledModel:
         with local_parts(model):
             weights, known = weights_of(model), fingerprint(model)
             for index, program in enumerate(self.programs):
-                if known and program.plan.model == known:
+                if known and program.spec.model == known:
                     self.programs[index] = program.with_weights(weights)
                     return self.programs[index]
             folder = program_folder(model, self.backend, self.division, model.device)

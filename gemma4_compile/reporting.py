@@ -97,7 +97,7 @@ def report(model: nn.Module) -> Report:
     True on a warm compile cache too: the passes run before Inductor looks into it."""
     state = state_of(model)
     programs = state.programs
-    records = state.backend.records + [program.plan.record for program in programs]
+    records = state.backend.records + [program.spec.record for program in programs]
     fusions = {}
     for name, fusion in SWITCHES.items():
         sites = fusion.sites(state.geometry) if programs or not fusion.packed else ()
@@ -121,8 +121,8 @@ def report(model: nn.Module) -> Report:
     seconds = sum(sum(record.seconds.values()) for record in records)
     loaded = sum(program.compiled == 0 for program in programs)
     whole = len(state.backend.records)
-    pieces = whole + sum(program.plan.pieces for program in programs)
-    unique = whole + sum(program.plan.unique_pieces for program in programs)
+    pieces = whole + sum(program.spec.pieces for program in programs)
+    unique = whole + sum(program.spec.unique_pieces for program in programs)
     ways = state.ways
     reasons = {way: tuple(why) for way, why in ways.reasons.items() if why}
     return Report(fusions, len(records) - loaded, pieces, unique, seconds, len(programs), loaded, dict(ways.calls), reasons)

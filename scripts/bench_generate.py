@@ -168,7 +168,7 @@ def measure(way: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
         if args.device == "cuda" and args.profile:
             found["profile"] = profile(model, short)
         found["report"] = str(gemma4_compile.report(model))
-        found["seconds"] = state_of(model).programs[0].plan.seconds
+        found["seconds"] = state_of(model).programs[0].spec.seconds
     if args.device == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
     return found

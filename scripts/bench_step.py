@@ -241,11 +241,11 @@ def compile_once(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     token = time.perf_counter()
     run(kv.inputs([Request([int(first)], len(prompt))]))[0, 0].argmax().item()
     found = report(model)
-    plan = packed.program.plan
+    spec = packed.program.spec
     return {
         "model": name, "opened_s": round(opened - start, 2), "first_token_s": round(token - start, 2),
         "second_token_s": round(time.perf_counter() - token, 2),
-        "steps_s": {k: round(v, 2) for k, v in plan.seconds.items()} if packed.program.compiled else {},
+        "steps_s": {k: round(v, 2) for k, v in spec.seconds.items()} if packed.program.compiled else {},
         "pieces": found.pieces, "unique_pieces": found.unique_pieces, "compiled": packed.program.compiled,
         "first_token": int(first),
     }  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # From the ground up. A name is a file or a folder; what stands on one line stands on one floor.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("dynamo", "garbage", "geometry", "progress", "torchrun"),
+    ("borrowed", "dynamo", "garbage", "geometry", "progress", "torchrun"),
     ("ops.library",),
     ("ops.plans", "ops.rows"),
     ("ops.rms_norm", "ops.rope", "ops.attention"),

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from gemma4_compile.borrowed import Borrowed
 from gemma4_compile.geometry import Geometry, LayerGeometry
 
 PAGE = 64  # tokens
@@ -57,22 +57,6 @@ def kinds_of(model_geometry: Geometry, window: int) -> tuple[Kind, ...]:
         sliding = window if name == "sliding_attention" else 0
         kinds.append(Kind(name, tuple(layer.index for layer in layers), *sizes.pop(), sliding))
     return tuple(kinds)
-
-
-class _Lender:
-    """A pool's memory as an object of its own, so that what is made of it can be told from what is made of the pool."""
-
-    def __init__(self, data: Tensor):
-        self._data = data  # keeps the memory
-        self.size = data.untyped_storage().nbytes()
-        described = {"data": (data.data_ptr(), False), "shape": (self.size,), "typestr": "|u1", "version": 3}
-        setattr(self, "__cuda_array_interface__" if data.is_cuda else "__array_interface__", described)
-
-    def tensor(self) -> Tensor:
-        """Bytes [size] of the memory. It keeps this object, and so does every view of it."""
-        if self._data.is_cuda:
-            return torch.as_tensor(self, device=self._data.device)
-        return torch.from_numpy(np.asarray(self))
 
 
 class Pool:
@@ -125,7 +109,7 @@ class Run:
         self.start = start
         shape = (*pool.data.shape[:2], batch, pages * PAGE, *pool.data.shape[4:])
         strides = pool.data.stride()
-        lender = _Lender(pool.data)
+        lender = Borrowed(pool.data.data_ptr(), pool.data.untyped_storage().nbytes(), pool.data.device, pool.data)
         weakref.finalize(lender, pool.give, start, batch * pages).atexit = False
         with torch.inference_mode(False):
             memory = lender.tensor().view(pool.data.dtype)

@@ -177,7 +177,7 @@ class PackedCalls:
         batch, tokens = ids.shape
         first, order = _wanted(keep, tokens)
         everything = order is None and first < tokens - 1
-        most = min(CHUNK, self.program.plan.limits.get("rows", CHUNK)) if everything else CHUNK
+        most = min(CHUNK, self.program.spec.limits.get("rows", CHUNK)) if everything else CHUNK
         size = max(1, most // batch)
         if order is not None and tokens > size:
             raise Unfit(f"logits_to_keep names tokens of a prompt of {tokens} that runs in chunks of {size}")

@@ -14,7 +14,7 @@ from gemma4_compile.backend import Backend
 from gemma4_compile.dynamo import dense, first_line, own_code
 from gemma4_compile.geometry import Geometry
 from gemma4_compile.hf.experts import fused_experts
-from gemma4_compile.hf.step_cache import CACHE, GROW, Step, StepCache, commit, plan
+from gemma4_compile.hf.step_cache import CACHE, GROW, LayerStep, StepCache, commit, plan
 
 from .masks import masks
 
@@ -90,7 +90,7 @@ class WholeGraph:
     def _asked(self, inputs: dict[str, Any], output: str) -> bool:
         return bool(inputs.get(output, getattr(self._module.config, output, False)))
 
-    def _is_graphed(self, tokens: Tensor, steps: list[Step] | None) -> bool:
+    def _is_graphed(self, tokens: Tensor, steps: list[LayerStep] | None) -> bool:
         if tokens.device.type != "cuda" or self.backend.config.cuda_graphs is False:
             return False
         static = steps is not None and tokens.shape[1] == 1 and all(step.mode != GROW for step in steps)
@@ -113,7 +113,7 @@ class WholeGraph:
             config, (batch, length), self._dtype, tokens.device, cache, inputs["position_ids"], padding, given
         )
 
-    def _plan(self, cache: Any, tokens: Tensor) -> list[Step] | None:
+    def _plan(self, cache: Any, tokens: Tensor) -> list[LayerStep] | None:
         if cache is None:
             return None
         return plan(cache, self.geometry, tokens.shape[1], tokens.shape[0], self._dtype, tokens.device)
@@ -134,7 +134,7 @@ def _install_capturing_hooks(module: nn.Module) -> None:
 
 
 def _make_step(module: nn.Module) -> Callable[..., Any]:
-    def step(inputs: dict[str, Any], steps: list[Step] | None) -> Any:
+    def step(inputs: dict[str, Any], steps: list[LayerStep] | None) -> Any:
         """What Dynamo traces: the model's own call, with tensors in the place of its cache."""
         if steps is None:
             return module._call_impl(**inputs), []
@@ -157,7 +157,7 @@ _VARYING = {
 }
 
 
-def _normalize(inputs: dict[str, Any], steps: list[Step] | None) -> None:
+def _normalize(inputs: dict[str, Any], steps: list[LayerStep] | None) -> None:
     """Strides that follow from the shapes, and sizes that may vary: what else would make Dynamo compile again. Sizes 0 and 1
     are graphs of their own always."""
     for name, dims in _VARYING.items():

@@ -25,7 +25,7 @@ def check_on_gpu(inputs: dict[str, Tensor]) -> None:
 
 def check_host(program: Program) -> None:
     """Raises CaptureRefused for a piece that works on the host."""
-    for call in program.plan.calls:
+    for call in program.spec.calls:
         if call.host:
             raise CaptureRefused(f"a graph cannot hold {call.host}: the host decides it anew for each step; run without graphs")
 

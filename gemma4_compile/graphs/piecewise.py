@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.packed.inputs import KINDS, step_input, varying_dim
-from gemma4_compile.packed.program import Program, Step, StepResult
+from gemma4_compile.packed.program import BoundCall, Program, StepResult
 from gemma4_compile.packed.split import SPLIT_POINTS
 
 from .buckets import Bucket, Buckets
@@ -167,7 +167,7 @@ class PiecewiseGraphs:
         self._crossing[bucket.rows] = buffers
         self._tails[bucket.rows] = tail, StepResult(*map(self.recorder.borrow, self.program.result(values)))
 
-    def _capture(self, steps: Sequence[Step], values: list[Any]) -> list[_Call]:
+    def _capture(self, steps: Sequence[BoundCall], values: list[Any]) -> list[_Call]:
         calls: list[_Call] = []
         for step in steps:
             arguments = [values[i] for i in step.arguments]
@@ -190,7 +190,7 @@ class PiecewiseGraphs:
             self._attended[key] = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         return self._attended[key]
 
-    def _attention(self, step: Step, out: Tensor, arguments: list[Any]) -> _Call:
+    def _attention(self, step: BoundCall, out: Tensor, arguments: list[Any]) -> _Call:
         point = SPLIT_POINTS[step.op]
         table, starts = point.argument("table"), point.argument("starts")  # one row a request
         borrowed = [self.recorder.borrow(a) if isinstance(a, Tensor) else a for a in arguments]

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gemma4_compile.borrowed import Borrowed
 from gemma4_compile.garbage import without_collection
 
 
@@ -58,13 +59,6 @@ class CudaRecorder:
         size = tensor.untyped_storage().nbytes()
         if not size:  # nothing that a graph could be placed on
             return tensor
-        memory = torch.as_tensor(_Memory(tensor.untyped_storage().data_ptr(), size), device=tensor.device)
+        memory = Borrowed(tensor.untyped_storage().data_ptr(), size, tensor.device).tensor()
         whole = memory[: size // tensor.element_size() * tensor.element_size()].view(tensor.dtype)
         return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-class _Memory:
-    """An address as torch.as_tensor takes it, without an owner."""
-
-    def __init__(self, address: int, size: int):
-        self.__cuda_array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}

@@ -43,7 +43,7 @@ FILL = "fill"  # static sliding, empty, more new rows than the window holds
 
 
 @dataclass
-class Step:
+class LayerStep:
     """What one cache layer does in this step.
 
     keys, values   [batch, kv_heads, length, head_dim], or None where a dynamic layer is still empty
@@ -88,7 +88,7 @@ def take_cache(inputs: dict[str, Any], parameters: Container[str]) -> Any:
 
 def plan(
     cache: Cache, model_geometry: Geometry, tokens: int, batch: int, dtype: torch.dtype, device: torch.device
-) -> list[Step]:
+) -> list[LayerStep]:
     """The steps of all layers that own KV, in order. Static layers are allocated here, so that the graph only writes.
 
     Raises UnsupportedCache for any other kind of layer, and for a sliding layer that records its past."""
@@ -115,26 +115,26 @@ def plan(
             window = layer.sliding_window if kind is DynamicSlidingWindowLayer else 0
             filled = layer.is_initialized and layer.keys.numel() > 0
             past = (dense(layer.keys), dense(layer.values)) if filled else ()
-            steps.append(Step(GROW, window, *past))
+            steps.append(LayerStep(GROW, window, *past))
         else:
             raise UnsupportedCache(f"{kind.__name__} layers")
     return steps
 
 
-def _static_step(layer: Any, tokens: int) -> Step:
+def _static_step(layer: Any, tokens: int) -> LayerStep:
     if type(layer) is StaticLayer:
-        return Step(WRITE, 0, layer.keys, layer.values, layer.cumulative_length)
+        return LayerStep(WRITE, 0, layer.keys, layer.values, layer.cumulative_length)
     seen, window = layer.cumulative_length_int, layer.max_cache_len
     if seen >= window:
-        return Step(ROLL if tokens == 1 else SLIDE, window, layer.keys, layer.values)
+        return LayerStep(ROLL if tokens == 1 else SLIDE, window, layer.keys, layer.values)
     if seen + tokens > window:
         if seen > 0:
             raise UnsupportedCache("a static sliding layer that becomes full in the middle of a chunk")
-        return Step(FILL, window, layer.keys, layer.values)
-    return Step(WRITE, window, layer.keys, layer.values, layer.cumulative_length)
+        return LayerStep(FILL, window, layer.keys, layer.values)
+    return LayerStep(WRITE, window, layer.keys, layer.values, layer.cumulative_length)
 
 
-def commit(cache: Cache, steps: list[Step], new: list[tuple[Tensor, ...] | None], tokens: int) -> None:
+def commit(cache: Cache, steps: list[LayerStep], new: list[tuple[Tensor, ...] | None], tokens: int) -> None:
     """Give the user's cache the new rows. Static tensors were written inside the graph.
 
     Raises RuntimeError, before anything is written, if the model did not use the cache that it was given."""
@@ -155,7 +155,7 @@ def commit(cache: Cache, steps: list[Step], new: list[tuple[Tensor, ...] | None]
 class StepCache(Cache):
     """Stands in for the user's cache while the graph is traced: update() only, as the masks are built before."""
 
-    def __init__(self, steps: list[Step]):
+    def __init__(self, steps: list[LayerStep]):
         # Not Cache.__init__, which asks for layers: there are none here.
         self.steps = steps
         self.new: list[tuple[Tensor, ...] | None] = [None] * len(steps)  # (): written in place; None: update() was not called

@@ -18,7 +18,7 @@ _NOT_TEXT = ("pixel_values", "input_features", "mm_token_type_ids", "image_", "v
 
 
 @dataclass(frozen=True)
-class Step:
+class InspectedStep:
     """A step that can be repeated: inputs() gives the keyword arguments of one call, with a copy of the cache each time, as a
     call fills it."""
 
@@ -31,7 +31,7 @@ class Step:
 
 def default_step(
     model: Any, geometry: Geometry, kind: str = "decode", batch: int = 1, context: int = 1024, static_cache: bool = True
-) -> Step:
+) -> InspectedStep:
     """A step on random tokens and, for a decode, random keys and values: what is in them changes no kernel.
 
     kind           "decode": one new token after `context` cached ones; "prefill": `context` tokens and an empty cache
@@ -51,7 +51,7 @@ def default_step(
     tokens = torch.randint(0, config.vocab_size, (batch, length), device=device, generator=generator)
     described = f"{kind}, batch {batch}, context {context}, {str(dtype).removeprefix('torch.')}"
     if kind == "prefill":
-        return Step(described, {"input_ids": tokens, CACHE: DynamicCache(config=config)})
+        return InspectedStep(described, {"input_ids": tokens, CACHE: DynamicCache(config=config)})
     cache: Any = StaticCache(config=config, max_cache_len=context + _ROOM) if static_cache else DynamicCache(config=config)
     for layer in geometry.layers:
         if not layer.shares_kv:
@@ -59,10 +59,10 @@ def default_step(
             rows = [torch.randn(shape, device=device, dtype=dtype, generator=generator) for _ in range(2)]
             cache.update(*rows, layer.index)
     described += ", static cache" if static_cache else ", dynamic cache"
-    return Step(described, {"input_ids": tokens, CACHE: cache})
+    return InspectedStep(described, {"input_ids": tokens, CACHE: cache})
 
 
-def given_step(example_inputs: Any) -> Step:
+def given_step(example_inputs: Any) -> InspectedStep:
     """The caller's own: token ids, or the keyword arguments of a call, whose cache is not touched.
 
     Raises TypeError for anything else, ValueError for images and sounds: what is compiled is the text part."""
@@ -76,4 +76,4 @@ def given_step(example_inputs: Any) -> Step:
     if others := sorted(name for name in example_inputs if name.startswith(_NOT_TEXT)):
         raise ValueError(f"a step of the text part takes tokens or embeddings, got {', '.join(others)}; pass inputs_embeds")
     shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in example_inputs.items() if isinstance(v, Tensor))
-    return Step(f"the given inputs: {shapes}", dict(example_inputs))
+    return InspectedStep(f"the given inputs: {shapes}", dict(example_inputs))

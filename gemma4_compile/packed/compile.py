@@ -34,7 +34,7 @@ from gemma4_compile.passes import pipeline, prepare, run
 
 from .attention import NAME
 from .inputs import KINDS, OPTIONAL, STEP_INPUTS, PlainKV, Request, check_inputs, step_input, varying_dim
-from .program import Call, Check, Plan, Program, Reference, fingerprint, load, weights_of
+from .program import Call, Check, Program, ProgramSpec, Reference, fingerprint, load, weights_of
 from .split import Piece, split, split_point_of
 from .warm_up import WarmUp
 
@@ -129,10 +129,10 @@ def compile_step(
 
     def compile_graph(gm: GraphModule, examples: Sequence[Any]) -> NoReturn:
         traced = time.perf_counter() - start
-        plan, pieces = _compile(gm, examples, names, backend, head, warmed)
-        plan.seconds["trace"] = traced
-        plan.model = model
-        made.append(Program(plan, pieces, weights, len(pieces), check))
+        spec, pieces = _compile(gm, examples, names, backend, head, warmed)
+        spec.seconds["trace"] = traced
+        spec.model = model
+        made.append(Program(spec, pieces, weights, len(pieces), check))
         raise _Compiled
 
     with ExitStack() as switches:
@@ -190,8 +190,8 @@ def _compile(
     backend: Backend,
     head: Tensor | None,
     warmed: Sequence[dict[str, Tensor]] = (),
-) -> tuple[Plan, dict[str, Any]]:
-    """The plan of a graph and its unique pieces, compiled."""
+) -> tuple[ProgramSpec, dict[str, Any]]:
+    """What a program of this graph does, and its unique pieces, compiled."""
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     record = run(pipeline(backend.enabled), gm.graph)
@@ -232,7 +232,7 @@ def _compile(
         else:
             calls.append(Call("", split_point_of(part), tuple(map(refer, part.args)), (refer(part)[1],)))
     result, hidden = map(refer, _outputs(gm))
-    return Plan(calls, result, hidden, record, limits=_limits(unique.values(), references), seconds=seconds), compiled
+    return ProgramSpec(calls, result, hidden, record, limits=_limits(unique.values(), references), seconds=seconds), compiled
 
 
 def _outputs(gm: GraphModule) -> tuple[Any, ...]:

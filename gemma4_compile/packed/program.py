@@ -45,7 +45,7 @@ class Call:
 
 
 @dataclass
-class Plan:
+class ProgramSpec:
     """What a program does, without weights and code: everything that its JSON file says."""
 
     calls: list[Call]
@@ -74,7 +74,7 @@ class StepResult(NamedTuple):
 
 
 class Program:
-    """A plan with compiled pieces and a model's weights. Call it with a step's inputs, see packed/inputs.py.
+    """A spec with compiled pieces and a model's weights. Call it with a step's inputs, see packed/inputs.py.
 
     It holds the weights' tensors: what is copied into them counts, another tensor in a parameter's place does not.
 
@@ -85,10 +85,10 @@ class Program:
     """
 
     def __init__(
-        self, plan: Plan, pieces: Mapping[str, Callable[..., Any]], weights: dict[str, Tensor], compiled: int,
+        self, spec: ProgramSpec, pieces: Mapping[str, Callable[..., Any]], weights: dict[str, Tensor], compiled: int,
         check: Check = check_inputs,
     ):  # fmt: skip
-        self.plan, self.compiled, self._check_inputs = plan, compiled, check
+        self.spec, self.compiled, self._check_inputs = spec, compiled, check
         self._pieces, self.weights = pieces, weights
         self._addresses = [*map(address_of, weights.values())]
         self._folder: Path | None = None  # that it was loaded from: a loaded piece cannot be written again
@@ -111,13 +111,13 @@ class Program:
                     self._sizes.append((places[reference], *rest))
             return places[reference]
 
-        self.steps: list[Step] = []
-        for call in plan.calls:
+        self.steps: list[BoundCall] = []
+        for call in spec.calls:
             function = SPLIT_POINTS[call.op].op if call.op else pieces[call.piece]
             arguments = tuple(place(reference) for reference in call.arguments)
-            self.steps.append(Step(function, call.op, arguments, tuple(place(("value", i)) for i in call.results)))
-        self._result, self._hidden = place(plan.result), place(plan.hidden)
-        reads_rows = (i for i, call in enumerate(plan.calls) if call.piece and ("input", "rows") in call.arguments)
+            self.steps.append(BoundCall(function, call.op, arguments, tuple(place(("value", i)) for i in call.results)))
+        self._result, self._hidden = place(spec.result), place(spec.hidden)
+        reads_rows = (i for i, call in enumerate(spec.calls) if call.piece and ("input", "rows") in call.arguments)
         self.boundary = next(reads_rows, -1)
         self._free_after_use()
 
@@ -127,7 +127,7 @@ class Program:
         same = all(weights[name] is tensor for name, tensor in self.weights.items())
         if same and [*map(address_of, self.weights.values())] == self._addresses:
             return self
-        other = Program(self.plan, self._pieces, weights, self.compiled, self._check_inputs)
+        other = Program(self.spec, self._pieces, weights, self.compiled, self._check_inputs)
         other._folder = self._folder
         return other
 
@@ -162,7 +162,7 @@ class Program:
         """What the code relies on, as far as the host can tell without waiting for the GPU."""
         self._check_inputs(inputs)
         require(inputs, (name for _, name in self._inputs if name not in OPTIONAL))
-        for name, most in self.plan.limits.items():
+        for name, most in self.spec.limits.items():
             size = step_input(inputs, name).shape[varying_dim(name)]
             if size > most:
                 raise ValueError(f"{name} must have at most {most} elements, as offsets are 32-bit, got {size}; split the step")
@@ -196,7 +196,7 @@ class Program:
             else:
                 for key, piece in self._pieces.items():
                     piece.save(path=str(draft / f"{key}.piece"), format="binary")  # type: ignore[attr-defined]
-                (draft / "program.json").write_text(json.dumps({"format": _FORMAT, **vars(self.plan)}, default=vars, indent=1))
+                (draft / "program.json").write_text(json.dumps({"format": _FORMAT, **vars(self.spec)}, default=vars, indent=1))
             draft.chmod(0o755)  # mkdtemp's is for one user
             try:
                 draft.rename(folder)
@@ -210,7 +210,7 @@ class Program:
 
 
 @dataclass
-class Step:
+class BoundCall:
     """One call of a program, bound: arguments, results and what nothing needs afterwards are indices of its values. `op` names
     the op between pieces that it calls, empty for a piece."""
 
@@ -251,11 +251,11 @@ def load(folder: str | Path, module: Any, check: Check = check_inputs) -> Progra
             saved["record"]["seconds"],
         )
         results = tuple(saved["result"]), tuple(saved["hidden"])
-        plan = Plan(calls, *results, record, saved["model"], saved["limits"], saved["seconds"])
+        spec = ProgramSpec(calls, *results, record, saved["model"], saved["limits"], saved["seconds"])
         keys = {call.piece for call in calls} - {""}
         with torch._inductor.config.patch(compile_threads=1):  # else it starts workers that have nothing to do
             pieces = {key: CompiledArtifact.load(path=str(folder / f"{key}.piece"), format="binary") for key in keys}
-        program = Program(plan, pieces, weights_of(module), 0, check)
+        program = Program(spec, pieces, weights_of(module), 0, check)
         program._folder = folder
         return program
     except Exception as error:  # of JSON, of the file system, and of torch's loader, which asserts

@@ -232,12 +232,12 @@ def test_inputs_on_the_host_are_refused() -> None:
 
 def test_a_piece_that_works_on_the_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     program: Program = packed("e").program
-    object.__setattr__(program.plan.calls[0], "host", "cumsum (aten.cumsum), which is on the CPU")
+    object.__setattr__(program.spec.calls[0], "host", "cumsum (aten.cumsum), which is on the CPU")
     try:
         with pytest.raises(CaptureRefused, match="cannot hold cumsum .*, which is on the CPU"):
             runner()
     finally:
-        object.__setattr__(program.plan.calls[0], "host", "")
+        object.__setattr__(program.spec.calls[0], "host", "")
 
 
 @pytest.mark.parametrize("sizes", [(4, 2), (2, 2), (0, 4)])

@@ -152,7 +152,7 @@ def test_a_second_drafter_compiles_nothing() -> None:
     """It is kept with the assistant's programs; another assistant is another program."""
     first, again, other = drafter("e", 1), drafter("e", 4), drafter("moe", 1)
     assert again.program.compiled == 0
-    assert first.program.plan.model == again.program.plan.model != other.program.plan.model
+    assert first.program.spec.model == again.program.spec.model != other.program.spec.model
 
 
 def tiny_assistant(**overrides: Any) -> Any:
@@ -180,7 +180,7 @@ def test_a_layer_with_the_index_of_its_owner_writes_nothing() -> None:
     tables = {kind: torch.tensor([[2]], dtype=torch.int32) for kind in KINDS}
     drafts = made.draft(torch.tensor([5]), torch.ones(1, 64), torch.tensor([9]), tables)
     assert drafts.shape == (1, 2) and all(torch.equal(kv[name], tensor) for name, tensor in before.items())
-    assert [call.op for call in made.program.plan.calls if call.op] == ["attention"] * 2
+    assert [call.op for call in made.program.spec.calls if call.op] == ["attention"] * 2
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_one_program_for_all() -> None:
     for batch in ([Drawn(0, 1, (0,))], [Drawn(0, 30, (3, 4))], [Drawn(5, 1, (0,))] * 17, [Drawn(0, 30, (29,))] * 17):
         check("e", batch, 3, yoco=True)
     assert counters["stats"]["unique_graphs"] == 0 and counters["inductor"]["fxgraph_cache_miss"] == 0
-    assert model.program.plan.unique_pieces == 5
+    assert model.program.spec.unique_pieces == 5
 
 
 def test_yoco_works_on_the_wanted_rows() -> None:

@@ -60,26 +60,26 @@ def test_unique_pieces_of_the_released_models(name: str, traced_only: None) -> N
     # At this depth PyTorch's cache pays, which conftest.py switches off.
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=True):
         made = compile_program(model, Backend(config, config.enabled()), geometry(model.config))
-    assert (made.plan.pieces, made.plan.unique_pieces) == (pieces, unique)
-    ops = Counter(call.op for call in made.plan.calls if not call.piece)
+    assert (made.spec.pieces, made.spec.unique_pieces) == (pieces, unique)
+    ops = Counter(call.op for call in made.spec.calls if not call.piece)
     owners = sum(not layer.shares_kv for layer in geometry(model.config).layers)
     assert owners == pieces - 1 - shared
     assert ops == Counter(attention_qkv=owners, attention=shared)
-    assert not any(call.host for call in made.plan.calls)
-    assert len(made.plan.record.matched("experts")) == (30 if model.config.enable_moe_block else 0)
-    assert made.plan.model == fingerprint(model), "the switches of the trace are no choice of the user's"
+    assert not any(call.host for call in made.spec.calls)
+    assert len(made.spec.record.matched("experts")) == (30 if model.config.enable_moe_block else 0)
+    assert made.spec.model == fingerprint(model), "the switches of the trace are no choice of the user's"
 
 
 def test_equal_layers_share_their_piece(traced_only: None) -> None:
     """Sliding layers of the tiny model in a row: the second boundary repeats the first."""
     kinds = ["sliding_attention"] * 4 + ["full_attention"]
     model = PackedModel(optimize(tiny("dense", num_hidden_layers=5, layer_types=kinds).requires_grad_(False)))
-    keys = [call.piece for call in model.program.plan.calls if call.piece]
+    keys = [call.piece for call in model.program.spec.calls if call.piece]
     assert len(keys) == 6 and len({keys[1], keys[2], keys[3]}) == 1 and len(set(keys)) == 4
     other = PackedModel(
         optimize(tiny("dense", num_hidden_layers=5, layer_types=kinds, rms_norm_eps=1e-5).requires_grad_(False))
     )
-    assert not set(keys) & {call.piece for call in other.program.plan.calls}, "a constant of the graph is part of the key"
+    assert not set(keys) & {call.piece for call in other.program.spec.calls}, "a constant of the graph is part of the key"
 
 
 @pytest.mark.parametrize("where", ["config", "environment"])
@@ -89,8 +89,8 @@ def test_without_attention_qkv(where: str, traced_only: None, monkeypatch: pytes
     config = OptimizeConfig(disable=("attention_qkv",) if where == "config" else ())
     model = tiny("e").requires_grad_(False)
     made = compile_program(model, Backend(config, config.enabled()), geometry(model.config))
-    assert [call.op for call in made.plan.calls if not call.piece] == ["attention"] * 4
-    assert (made.plan.pieces, made.plan.unique_pieces) == (5, 5)
+    assert [call.op for call in made.spec.calls if not call.piece] == ["attention"] * 4
+    assert (made.spec.pieces, made.spec.unique_pieces) == (5, 5)
 
 
 def test_report(traced_only: None) -> None:
@@ -187,7 +187,7 @@ def test_save_and_load(saved: Path) -> None:
     """Weights are not stored: another model of the same config binds its own."""
     other = tiny("dense", seed=9).requires_grad_(False)
     loaded = load(saved, other)
-    assert loaded.compiled == 0 and loaded.plan.unique_pieces == 3
+    assert loaded.compiled == 0 and loaded.spec.unique_pieces == 3
     assert sorted(path.suffix for path in saved.iterdir()) == [".json", ".piece", ".piece", ".piece"]
     kv = memory("dense")
     actual = loaded(kv.inputs([Request([5, 6, 7])]))[0, 0]
@@ -264,7 +264,7 @@ def test_another_model_is_refused(change: Any, saved: Path) -> None:
 def test_limits() -> None:
     """Rows and tokens times the widest tensor, 192 in the double-wide MLPs behind the boundary, stay within 32-bit offsets."""
     program = packed("e").program
-    limits = dict(program.plan.limits)
+    limits = dict(program.spec.limits)
     assert limits.pop("rows") == (2**31 - 1) // 192
     assert limits and all(2**20 < most < 2**31 for most in limits.values())
     inputs = memory("e").inputs([Request([5])])

@@ -43,7 +43,7 @@ _KV_DTYPES = {"fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class PlannedStep:
     """A step as every rank runs it. Nothing of it lies on a device.
 
     inputs      what the device is sent
@@ -229,7 +229,7 @@ class ModelRunner:
             self.ranks.broadcast("step", plan)
             return Launched(scheduled, Fetched(self._run(plan)))
 
-    def _plan(self, scheduled: Sequence[ScheduledChunk], drafts: int | None) -> StepPlan:
+    def _plan(self, scheduled: Sequence[ScheduledChunk], drafts: int | None) -> PlannedStep:
         begun = () if isinstance(scheduled, DecodeBatch) else [self.sampler.begin(w) for w in scheduled if w.begins]
         inputs = build(scheduled, self.pages)
         if invariants.enabled():
@@ -240,7 +240,7 @@ class ModelRunner:
             prompt_top = max(w.sequence.params.prompt_logprobs or 0 for w in scheduled if w.prompt)
         rows, speculation = inputs.targets, inputs.speculation
         drawn = inputs.sampling is not None and inputs.sampling.shaping is not None
-        return StepPlan(
+        return PlannedStep(
             inputs, [counted for counted in begun if counted is not None], self.sampler.top(rows), prompt_top,
             self.sampler.thresholds(rows) if self.ranks.several and drawn else frozenset(),
             self.speculative_tokens if drafts is None else drafts,
@@ -248,12 +248,12 @@ class ModelRunner:
         )  # fmt: skip
 
     @torch.no_grad()
-    def run(self, plan: StepPlan) -> None:
+    def run(self, plan: PlannedStep) -> None:
         """On another rank than 0: start a step that rank 0 has planned."""
         with self.ranks.collective():
             self._run(plan)
 
-    def _run(self, plan: StepPlan) -> dict[str, Tensor]:
+    def _run(self, plan: PlannedStep) -> dict[str, Tensor]:
         for counted in plan.counted:
             self.sampler.count(*counted)
         (logits, hidden), step, greedy = self._forward(plan.inputs)
@@ -283,7 +283,7 @@ class ModelRunner:
         return (self.graphs or self.packed).run(step.model() | self.kv), step, None
 
     def _new_tokens(
-        self, plan: StepPlan, step: StepInputs[Tensor], logits: Tensor, hidden: Tensor, greedy: Tensor | None
+        self, plan: PlannedStep, step: StepInputs[Tensor], logits: Tensor, hidden: Tensor, greedy: Tensor | None
     ) -> dict[str, Tensor]:  # fmt: skip
         """Tokens [S] of these logits [S, tokens here], their log probabilities where asked for, and how many draft tokens of
         each request are accepted, [D], where there are any."""
