@@ -24,7 +24,7 @@ def main() -> None:
     metrics = engine.metrics
     print(PROMPT + output.text)
     print(f"{metrics.output_tokens} tokens in {metrics.steps} steps: "
-          f"{metrics.accepted_tokens} of {metrics.drafted_tokens} draft tokens accepted")  # fmt: skip
+          f"{metrics.accepted_draft_tokens} of {metrics.draft_tokens} draft tokens accepted")  # fmt: skip
 
 
 if __name__ == "__main__":

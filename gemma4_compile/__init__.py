@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .inductor import inductor_options
     from .inspection import Inspection, inspect
     from .optimized import optimize, restore
-    from .reporting import report
+    from .reporting import Report, report
     from .runtime.async_engine import AsyncEngine
     from .runtime.engine import Engine
     from .runtime.outputs import Chunk, RequestOutput
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "AsyncEngine", "Chunk", "Engine", "EngineConfig", "Inspection", "OptimizeConfig", "RequestOutput", "SamplingParams",
-    "SpeculativeConfig", "demo_checkpoint", "inductor_options", "inspect", "optimize", "report", "restore",
+    "AsyncEngine", "Chunk", "Engine", "EngineConfig", "Inspection", "OptimizeConfig", "Report", "RequestOutput",
+    "SamplingParams", "SpeculativeConfig", "demo_checkpoint", "inductor_options", "inspect", "optimize", "report", "restore",
 ]  # fmt: skip
 
 # Where each name lives. It is imported when it is first asked for: Inductor and transformers take seconds, which neither the
 # command line's help nor who wants one name should wait for. No module is called as a name here: importing it would hide that.
 _HOMES = {
     "AsyncEngine": "runtime.async_engine", "Chunk": "runtime.outputs", "Engine": "runtime.engine", "EngineConfig": "config",
-    "Inspection": "inspection", "OptimizeConfig": "config", "RequestOutput": "runtime.outputs",
+    "Inspection": "inspection", "OptimizeConfig": "config", "Report": "reporting", "RequestOutput": "runtime.outputs",
     "SamplingParams": "runtime.sampling_params", "SpeculativeConfig": "runtime.speculative.config",
     "demo_checkpoint": "demo", "inductor_options": "inductor",
     "inspect": "inspection", "optimize": "optimized", "report": "reporting", "restore": "optimized",

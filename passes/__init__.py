@@ -1,6 +1,6 @@
 """The whole compiler on one screen: what runs on the graph that Dynamo hands over, and why in this order.
 
-    drop_unread -> shards -> functionalize -> raise -> yoco -> fuse -> lower
+    drop_unread -> shards -> functionalize -> raise -> experts -> yoco -> fuse -> lower
 
 All of it works on Dynamo's graph, before AOT: there a norm is the same nine nodes in every dtype, a linear is one node, the
 order is program order, and the passes run on each compile, also where Inductor's cache already holds the code.

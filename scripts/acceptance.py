@@ -45,7 +45,7 @@ def served(
     )
     outputs = engine.generate(prompts, SamplingParams(max_tokens=new_tokens, ignore_eos=True, **params))
     tokens = sum(len(output.token_ids) - 1 for output in outputs)  # a prompt's first token needs no round
-    rounds = tokens - engine.metrics.accepted_tokens
+    rounds = tokens - engine.metrics.accepted_draft_tokens
     return {"mean": tokens / rounds - 1, "rounds": rounds}
 
 

@@ -22,7 +22,7 @@ import gemma4_compile  # noqa: E402
 
 PAGE = ROOT / "docs" / "api.md"
 GROUPS = {
-    "Optimize a model": ("optimize", "restore", "report", "inductor_options", "OptimizeConfig"),
+    "Optimize a model": ("optimize", "restore", "report", "Report", "inductor_options", "OptimizeConfig"),
     "Serve it": (
         "Engine", "AsyncEngine", "EngineConfig", "SamplingParams", "SpeculativeConfig", "RequestOutput", "Chunk",
     ),

@@ -227,12 +227,13 @@ def _text_of(name: str) -> str:
 
 def _acceptance(engine: "Engine") -> str:
     metrics = engine.metrics
-    if not metrics.drafted_tokens:
+    drafted, accepted = metrics.draft_tokens, metrics.accepted_draft_tokens
+    if not drafted:
         return "no drafts verified"
-    shares = (metrics.accepted_at.get(place, 0) / count for place, count in sorted(metrics.drafted_at.items()))
+    at = metrics.accepted_draft_tokens_at
+    shares = " ".join(f"{at.get(place, 0) / count:.0%}" for place, count in sorted(metrics.draft_tokens_at.items()))
     return (
-        f"{metrics.accepted_tokens} of {metrics.drafted_tokens} drafts accepted "
-        f"({metrics.accepted_tokens / metrics.drafted_tokens:.0%}; by place {' '.join(f'{share:.0%}' for share in shares)}), "
+        f"{accepted} of {drafted} drafts accepted ({accepted / drafted:.0%}; by place {shares}), "
         f"{metrics.output_tokens} tokens in {metrics.steps} steps"
     )
 

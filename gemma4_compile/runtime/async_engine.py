@@ -17,6 +17,7 @@ from .engine import Engine
 from .metrics import EngineMetrics
 from .outputs import Chunk, RequestOutput
 from .sampling_params import SamplingParams
+from .speculative.config import SpeculativeConfig
 from .text import Prompt
 
 _Command = tuple[Any, ...]  # a function of the engine's thread and its arguments
@@ -35,12 +36,14 @@ class AsyncEngine:
 
     def __init__(
         self, model: nn.Module | str | Path | Engine, config: EngineConfig | None = None, tokenizer: Any = None,
-        **speculation: Any,
+        *, speculative: SpeculativeConfig | None = None,
     ):  # fmt: skip
         self._owns = not isinstance(model, Engine)
-        self.engine = model if isinstance(model, Engine) else Engine(model, config, tokenizer, **speculation)
+        self.engine = model if isinstance(model, Engine) else Engine(model, config, tokenizer, speculative=speculative)
         if not self.engine.is_driver:
-            raise ValueError("an AsyncEngine must be rank 0's, got another rank; make an Engine there and call its follow()")
+            raise ValueError(
+                "an AsyncEngine must be rank 0's, got another rank; make an Engine there and call its run_worker()"
+            )
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._closed, self._lock = False, threading.Lock()

@@ -32,6 +32,7 @@ from .speculative.config import SpeculativeConfig
 from .speculative.length import DraftLength
 from .step import invariants
 from .text import Prompt, TextStream, encode, prompts_of
+from .worker.memory import MemoryReport
 from .worker.model import PackedModel
 from .worker.model_runner import Launched, ModelRunner
 
@@ -39,11 +40,11 @@ from .worker.model_runner import Launched, ModelRunner
 class Engine:
     """Serves a Gemma-4 to many requests at a time.
 
-    model      Gemma4ForCausalLM, the multimodal class (its text part is served), a checkpoint's folder or hub id. A model that
-               is not optimized yet is, in place
-    config     EngineConfig
-    tokenizer  of text prompts; None: the checkpoint's, if there is one
-    speculative   SpeculativeConfig: an assistant drafts tokens for it; None: nothing is drafted
+    model        Gemma4ForCausalLM, the multimodal class (its text part is served), a checkpoint's folder or hub id. A model
+                 that is not optimized yet is, in place
+    config       EngineConfig
+    tokenizer    of text prompts; None: the checkpoint's, if there is one
+    speculative  SpeculativeConfig: an assistant drafts tokens for it; None: nothing is drafted
 
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
 
@@ -332,12 +333,12 @@ class Engine:
         found, pools = self._metrics, self.runner.pages.pools
         found.running, found.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         found.preemptions = self.scheduler.preemptions
-        found.pages_free = {kind: pool.free for kind, pool in pools.items()}
+        found.free_pages = {kind: pool.free for kind, pool in pools.items()}
         found.pages = {kind: pool.pages for kind, pool in pools.items()}
         return found
 
     @property
-    def memory(self) -> Any:
+    def memory(self) -> MemoryReport:
         """A MemoryReport: weights, pools, what fits, and what the naive layout would hold."""
         return self.runner.memory
 

@@ -15,7 +15,7 @@ class RequestMetrics:
     prompt_tokens, output_tokens                the latter of all samples; longest_output of the longest one
     cached_tokens                               prompt tokens whose keys and values were there already
     preemptions                                 how often it was computed anew
-    drafted_tokens, accepted_tokens             drafts that were verified, and those that turned out right
+    draft_tokens, accepted_draft_tokens             drafts that were verified, and those that turned out right
     """
 
     arrived: float = 0.0
@@ -27,8 +27,8 @@ class RequestMetrics:
     longest_output: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
     @property
     def queue_time(self) -> float | None:
@@ -92,19 +92,21 @@ class EngineMetrics:
 
     running: int = _gauge("Sequences that hold pages")
     waiting: int = _gauge("Sequences that wait for pages")
-    pages_free: Mapping[str, int] = _labelled("gauge", "pool", "Free pages of a pool")
+    free_pages: Mapping[str, int] = _labelled("gauge", "pool", "Free pages of a pool")
     pages: Mapping[str, int] = _labelled("gauge", "pool", "All pages of a pool")
     steps: int = _counter("Steps")
     requests: int = _counter("Requests that ended, however")
     errors: int = _counter("Requests that ended with an error")
     prompt_tokens: int = _counter("Prompt tokens of requests that were admitted")
-    cached_tokens: int = _counter("Prompt tokens reused")
+    cached_tokens: int = _counter("Prompt tokens found in the prefix cache")
     output_tokens: int = _counter("Tokens sampled")
-    preemptions: int = _counter("Sequences that gave up their pages")
-    drafted_tokens: int = _counter("Drafts that were verified")
-    accepted_tokens: int = _counter("Drafts that turned out right")
-    drafted_at: dict[int, int] = _labelled("counter", "position", "Drafts that were verified, by their place in a round")
-    accepted_at: dict[int, int] = _labelled("counter", "position", "Drafts that turned out right, by their place in a round")
+    preemptions: int = _counter("Sequences that were preempted")
+    draft_tokens: int = _counter("Draft tokens verified")
+    accepted_draft_tokens: int = _counter("Draft tokens accepted")
+    draft_tokens_at: dict[int, int] = _labelled("counter", "position", "Draft tokens verified, by their position in a round")
+    accepted_draft_tokens_at: dict[int, int] = _labelled(
+        "counter", "position", "Draft tokens accepted, by their position in a round"
+    )
     host_seconds: float = _counter("Time the host spent on steps, without waiting for the device")
 
     def __post_init__(self) -> None:
@@ -118,9 +120,9 @@ class EngineMetrics:
 
     def observe_round(self, drafted: int, accepted: int) -> None:
         """So many draft tokens of a sequence have been verified, and so many of them accepted."""
-        self.drafted_tokens += drafted
-        self.accepted_tokens += accepted
-        for counts, count in ((self.drafted_at, drafted), (self.accepted_at, accepted)):
+        self.draft_tokens += drafted
+        self.accepted_draft_tokens += accepted
+        for counts, count in ((self.draft_tokens_at, drafted), (self.accepted_draft_tokens_at, accepted)):
             for place in range(1, count + 1):
                 counts[place] = counts.get(place, 0) + 1
 

@@ -90,8 +90,8 @@ class OutputProcessor:
                     self.metrics.observe_round(w.drafts, count - 1)
                     if self._length is not None:
                         self._length.observe(w.drafts, count - 1)
-                    request.metrics.drafted_tokens += w.drafts
-                    request.metrics.accepted_tokens += count - 1
+                    request.metrics.draft_tokens += w.drafts
+                    request.metrics.accepted_draft_tokens += count - 1
                 chunk = self._add_tokens(request, sequence, tokens[row : row + count], results, row, now, w.drafts)
                 if chunk is not None:
                     chunks += self._deliver(request, chunk)

@@ -49,8 +49,8 @@ def tokens_of_one_gpu(kind: str, dtype: torch.dtype, mtp: bool, params: Sampling
         return
     if mtp:
         metrics = engine.metrics
-        print(f"{metrics.accepted_tokens} of {metrics.drafted_tokens} drafts accepted", flush=True)
-        assert metrics.accepted_tokens > 0
+        print(f"{metrics.accepted_draft_tokens} of {metrics.draft_tokens} drafts accepted", flush=True)
+        assert metrics.accepted_draft_tokens > 0
     model, _ = load(folder / "target", "cuda", dtype)
     if kind == "moe" and dtype == torch.float32:
         model.set_experts_implementation("batched_mm")  # grouped_mm on a GPU is for bf16

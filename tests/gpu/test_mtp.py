@@ -39,7 +39,7 @@ def serve(
 
 
 def accepted(engine: Engine) -> float:
-    return engine.metrics.accepted_tokens / max(engine.metrics.drafted_tokens, 1)
+    return engine.metrics.accepted_draft_tokens / max(engine.metrics.draft_tokens, 1)
 
 
 @both
@@ -53,7 +53,7 @@ def test_greedy_tokens_are_hugging_faces(name: str, drafts: int) -> None:
         outputs = engine.generate(prompts, SamplingParams(max_tokens=TOKENS, ignore_eos=True))
         found = report(models, outputs, f"{name} K={drafts} x{requests}: {accepted(engine):.2f} of drafts accepted")
         assert all(d.margin <= 1e-3 for d in found)
-        assert engine.metrics.accepted_at[1] > 0.5 * engine.metrics.drafted_at[1]
+        assert engine.metrics.accepted_draft_tokens_at[1] > 0.5 * engine.metrics.draft_tokens_at[1]
         assert engine.runner.graphs is not None and engine.runner.graphs.refused == {} == engine.runner.drafter.refused  # type: ignore[union-attr]
 
 
@@ -65,7 +65,7 @@ def test_bf16(name: str) -> None:
     outputs = engine.generate(models.prompts(64, 300), SamplingParams(max_tokens=TOKENS, ignore_eos=True))
     found = report(models, outputs, f"{name} bf16 K=3: {accepted(engine):.2f} of drafts accepted")
     assert all(d.is_tie for d in found)
-    assert engine.metrics.accepted_at[1] > 0.5 * engine.metrics.drafted_at[1]
+    assert engine.metrics.accepted_draft_tokens_at[1] > 0.5 * engine.metrics.draft_tokens_at[1]
 
 
 @both
@@ -77,7 +77,7 @@ def test_tokens_under_preemption(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     )
     outputs = engine.generate(models.prompts(64, 300), SamplingParams(max_tokens=2 * TOKENS, ignore_eos=True))
     found = report(models, outputs, f"{name}, {engine.metrics.preemptions} preemptions")
-    assert engine.metrics.preemptions > 0 and engine.metrics.accepted_tokens > 0
+    assert engine.metrics.preemptions > 0 and engine.metrics.accepted_draft_tokens > 0
     assert all(d.margin <= 1e-3 for d in found)
 
 
@@ -92,7 +92,7 @@ def test_sampled_tokens_are_those_of_their_seeds() -> None:
     plain = Engine(models.served, config, models.tokenizer).generate(prompts, params)
     engine = serve("e", 3, verification="match")
     assert [o.token_ids for o in engine.generate(prompts, params)] == [o.token_ids for o in plain]
-    assert engine.metrics.accepted_tokens > 0
+    assert engine.metrics.accepted_draft_tokens > 0
 
 
 @both

@@ -90,7 +90,7 @@ def test_preemptions() -> None:
     outputs = engine.generate(models.prompts(6, 60), SamplingParams(max_tokens=50, ignore_eos=True))
     each = [output.metrics.preemptions for output in outputs]
     assert engine.metrics.preemptions == sum(each) > 0 and each[0] == 0, "the oldest goes on"
-    assert engine.metrics.pages_free == engine.metrics.pages and engine.metrics.output_tokens == 300
+    assert engine.metrics.free_pages == engine.metrics.pages and engine.metrics.output_tokens == 300
 
 
 def test_counts(metrics: EngineMetrics) -> None:
@@ -99,7 +99,7 @@ def test_counts(metrics: EngineMetrics) -> None:
     assert metrics.requests == 6, "those that ended, aborted ones too; what was refused never began"
     assert metrics.prompt_tokens == sum(lengths) + lengths[3] + lengths[0]
     assert metrics.output_tokens == 4 * 5 + 2 * 5 + 1
-    assert metrics.pages_free == metrics.pages and set(metrics.pages) == {"full_attention", "sliding_attention"}
+    assert metrics.free_pages == metrics.pages and set(metrics.pages) == {"full_attention", "sliding_attention"}
     assert metrics.steps >= 11 and metrics.host_seconds > 0
     assert {name: h.cumulative()[-1][1] for name, h in metrics.histograms.items()} == {"ttft": 6, "tpot": 5, "queue_time": 6}
 
@@ -117,15 +117,15 @@ def test_running_and_waiting() -> None:
         engine.add_request([5 + token] * 8, SamplingParams(max_tokens=8, ignore_eos=True))
     engine.step()
     assert (engine.metrics.running, engine.metrics.waiting) == (8, 4)
-    assert all(engine.metrics.pages_free[kind] == count - 8 for kind, count in engine.metrics.pages.items())
+    assert all(engine.metrics.free_pages[kind] == count - 8 for kind, count in engine.metrics.pages.items())
 
 
 def test_prometheus_reads_all_of_it(metrics: EngineMetrics) -> None:
     families = {family.name: family for family in text_string_to_metric_families(metrics.prometheus())}
     kinds = {name.removeprefix("gemma4_compile_"): family.type for name, family in families.items()}
-    assert kinds == dict.fromkeys(("running", "waiting", "pages_free", "pages"), "gauge") | dict.fromkeys(
+    assert kinds == dict.fromkeys(("running", "waiting", "free_pages", "pages"), "gauge") | dict.fromkeys(
         ("steps", "requests", "errors", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "host_seconds",
-         "drafted_tokens", "accepted_tokens", "drafted_at", "accepted_at"),
+         "draft_tokens", "accepted_draft_tokens", "draft_tokens_at", "accepted_draft_tokens_at"),
         "counter",
     ) | dict.fromkeys(("ttft_seconds", "tpot_seconds", "queue_time_seconds"), "histogram")  # fmt: skip
     assert all(family.documentation for family in families.values())
@@ -148,7 +148,7 @@ def test_rounds_are_counted_by_position() -> None:
     found = EngineMetrics()
     for drafted, accepted in ((3, 2), (3, 0), (1, 1)):
         found.observe_round(drafted, accepted)
-    assert (found.drafted_tokens, found.accepted_tokens) == (7, 3)
+    assert (found.draft_tokens, found.accepted_draft_tokens) == (7, 3)
     samples = [s for f in text_string_to_metric_families(found.prometheus()) for s in f.samples]
     values = {(s.name, s.labels["position"]): s.value for s in samples if "position" in s.labels}
     assert values == {

@@ -108,10 +108,16 @@ def test_greedy_tokens_are_hugging_faces(name: str, drafts: int, record_property
     assert [models.divergence(output) for output in outputs] == [None] * 12
     assert_empty(engine)
     metrics = engine.metrics
-    assert sum(o.metrics.drafted_tokens for o in outputs) == metrics.drafted_tokens == sum(metrics.drafted_at.values()) > 0
-    assert sum(o.metrics.accepted_tokens for o in outputs) == metrics.accepted_tokens == sum(metrics.accepted_at.values())
-    shares = {place: metrics.accepted_at.get(place, 0) / count for place, count in metrics.drafted_at.items()}
-    print(f"{name}, K={drafts}: {metrics.accepted_tokens / metrics.drafted_tokens:.2f} of drafts accepted, by place {shares}")
+    assert sum(o.metrics.draft_tokens for o in outputs) == metrics.draft_tokens == sum(metrics.draft_tokens_at.values()) > 0
+    assert (
+        sum(o.metrics.accepted_draft_tokens for o in outputs)
+        == metrics.accepted_draft_tokens
+        == sum(metrics.accepted_draft_tokens_at.values())
+    )
+    shares = {place: metrics.accepted_draft_tokens_at.get(place, 0) / count for place, count in metrics.draft_tokens_at.items()}
+    print(
+        f"{name}, K={drafts}: {metrics.accepted_draft_tokens / metrics.draft_tokens:.2f} of drafts accepted, by place {shares}"
+    )
     assert shares[1] > 0.5, "the assistant reads other keys than its target's"
 
 
@@ -137,7 +143,7 @@ def test_any_length_at_any_time(drafts: Any) -> None:
     while engine.has_work:
         outputs += [c.output for c in engine.step() if c.output]
     assert [models.divergence(output) for output in outputs] == [None] * 12
-    assert len(lengths) > 2 and engine.metrics.accepted_tokens > 0
+    assert len(lengths) > 2 and engine.metrics.accepted_draft_tokens > 0
     assert_empty(engine)
 
 
@@ -166,7 +172,7 @@ def test_tokens_whoever_drafts(who: str) -> None:
     engine.runner.drafter = Scripted(engine, texts, 4, change)
     assert ids(engine.generate(prompts, params)) == ids(expected)
     assert_empty(engine)
-    share = engine.metrics.accepted_tokens / engine.metrics.drafted_tokens
+    share = engine.metrics.accepted_draft_tokens / engine.metrics.draft_tokens
     assert {"right": share == 1, "wrong": share == 0, "random": 0.1 < share < 0.9}[who]
 
 
@@ -181,7 +187,7 @@ def test_sampled_tokens_are_those_of_their_seeds(name: str) -> None:
     params = [SamplingParams(max_tokens=20, ignore_eos=True, seed=i, **more) for i, more in enumerate(given)]
     for output, other in zip(engine.generate(prompts, params), plain(name).generate(prompts, params), strict=True):
         same(output, other)
-    assert engine.metrics.accepted_tokens > 0
+    assert engine.metrics.accepted_draft_tokens > 0
     assert_empty(engine)
 
 
@@ -194,7 +200,7 @@ def test_sampled_text_is_distributed_as_the_targets() -> None:
         SamplingParams(max_tokens=6, ignore_eos=True, temperature=temperature, top_k=top_k, seed=i) for i in range(500)
     ]  # fmt: skip
     found = Counter(tuple(tokens[:3]) for tokens in ids(engine.generate([prompt] * len(params), params)))
-    assert engine.metrics.accepted_tokens > 0.5 * len(params)
+    assert engine.metrics.accepted_draft_tokens > 0.5 * len(params)
 
     expected: dict[tuple[int, ...], float] = {(): float(len(params))}
     for _ in range(3):
@@ -231,7 +237,7 @@ def test_seeds_and_parameters_of_rejection_sampling() -> None:
         engine = serve("e", 3, verification="block")
         outputs = engine.generate(prompts, params)
         texts.append([[s.token_ids for s in output.samples] for output in outputs])
-        assert engine.metrics.accepted_tokens > 0
+        assert engine.metrics.accepted_draft_tokens > 0
         assert_empty(engine)
     assert texts[0] == texts[1] and models.divergence(outputs[0]) is None
     assert len(texts[0][3]) == 2 and len(texts[0][5][0]) >= 7
@@ -274,7 +280,7 @@ def test_requests_end_in_the_middle_of_an_accepted_run() -> None:
     outputs, others = (made.generate([prompt] * len(cases), params) for made in (engine, plain("e")))
     for output, other in zip(outputs, others, strict=True):
         same(output, other)
-    assert engine.metrics.accepted_tokens > len(cases)
+    assert engine.metrics.accepted_draft_tokens > len(cases)
     assert_empty(engine)
 
 
@@ -297,7 +303,7 @@ def test_async_engine() -> None:
         made = AsyncEngine(models.served, SMALL, models.tokenizer, speculative=SpeculativeConfig(assistant("e")))
         async with made as engine:
             found = await asyncio.gather(*(engine.generate(prompt, params) for prompt in prompts))
-            assert engine.engine.metrics.accepted_tokens > 0
+            assert engine.engine.metrics.accepted_draft_tokens > 0
             return list(found)
 
     assert [models.divergence(output) for output in asyncio.run(serve_all())] == [None] * 3
@@ -316,7 +322,7 @@ def test_requests_that_it_does_not_serve_run_beside_those_it_does() -> None:
     outputs = engine.generate(prompts, params)
     for output, other in zip(outputs, plain("e").generate(prompts, params), strict=True):
         same(output, other)
-    assert [output.metrics.drafted_tokens > 0 for output in outputs] == [True, False] * 3
+    assert [output.metrics.draft_tokens > 0 for output in outputs] == [True, False] * 3
     assert_empty(engine)
 
 
@@ -335,7 +341,7 @@ def test_tokens_under_preemption(name: str) -> None:
     while engine.has_work:
         outputs += [c.output for c in engine.step() if c.output]
     assert [models.divergence(output) for output in outputs] == [None] * 12
-    assert engine.metrics.preemptions > 0 and engine.metrics.accepted_tokens > 0
+    assert engine.metrics.preemptions > 0 and engine.metrics.accepted_draft_tokens > 0
     assert_empty(engine)
 
 

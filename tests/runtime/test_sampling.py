@@ -373,7 +373,7 @@ def test_samples_share_their_prompts_pages() -> None:
     engine.add_request(prompt, SamplingParams(**HOT, n=3, seed=5))
     engine.step()
     assert [s.cached for s in engine.scheduler.running] == [0, 112, 112]
-    full = engine.metrics.pages["full_attention"] - engine.metrics.pages_free["full_attention"]
+    full = engine.metrics.pages["full_attention"] - engine.metrics.free_pages["full_attention"]
     assert full == 7 + 3
     while engine.has_work:
         engine.step()
