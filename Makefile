@@ -1,4 +1,4 @@
-.PHONY: lint format test test-oldest bench
+.PHONY: lint format test test-slow test-all test-oldest bench
 
 lint:
 	ruff check .
@@ -9,15 +9,21 @@ format:
 	ruff check --fix .
 	ruff format .
 
+# Ten minutes on two cores. What is slow runs behind it.
 test:
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+
+test-slow:
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m slow
+
+test-all: test test-slow
 
 # Hugging Face's own calls on the oldest torch and transformers that pyproject.toml allows, and what is slow.
 test-oldest:
 	python3 -m venv .oldest
 	.oldest/bin/pip install --quiet torch==2.11.0 transformers==5.17.0 -e '.[dev]'
 	.oldest/bin/python -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
-	.oldest/bin/python -m pytest -n 2 --dist loadfile -q -m 'slow or not slow' tests/hf tests/test_optimize.py tests/test_demo_models.py \
+	.oldest/bin/python -m pytest -n 2 --dist loadfile -q -m 'oldest or not oldest' tests/hf tests/test_optimize.py tests/test_demo_models.py \
 		tests/test_changes.py tests/test_context.py tests/passes/test_edits.py tests/test_report.py
 
 # On a GPU.

@@ -25,7 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.oldest), torch.bfloat16])
 @pytest.mark.parametrize("name", TEXT_CONFIGS)
 def test_every_site_of_the_released_models(name: str, dtype: torch.dtype) -> None:
     """Prefill and decode, lengths that change, a batch of 4, and of 1 in the dtype of the releases; all fusions on."""

@@ -28,7 +28,7 @@ def test_inductor_knows_every_op() -> None:
     assert not missing and names
 
 
-@pytest.mark.slow
+@pytest.mark.oldest
 def test_a_model_of_full_depth_compiles_once() -> None:
     """As many layers as E2B has, by Inductor itself. It knows each op by the lowering that it was told: one that it had to make
     up itself, while it compiled, would have taken it hours on torch 2.11."""
