@@ -4,7 +4,9 @@ The passes run on each compilation before Inductor looks into its cache, so what
 """
 
 import hashlib
+import inspect
 import platform
+import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -37,9 +39,19 @@ def _source_digest() -> str:
     return hashlib.sha256(digest.digest() + repr(versions).encode()).hexdigest()
 
 
+def _file_of(function: Callable[..., Any]) -> str:
+    """A digest of the file that a function is written in; of one typed in, another each time, so that no cache knows it."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
+    except (TypeError, OSError):
+        return secrets.token_hex()
+
+
 def uuid(config: OptimizeConfig, enabled: frozenset[str]) -> str:
-    """Changes with any source file of the package, the enabled fusions, the options and the versions of what compiles."""
-    options = (sorted(enabled), config.cuda_graphs, sorted(config.inductor.items(), key=repr))
+    """Changes with any source file of the package, the enabled fusions, the files of the user's own, the options and the
+    versions of what compiles."""
+    own = [(fusion.name, _file_of(fusion.rewrites)) for fusion in config.fusions]
+    options = (sorted(enabled), own, config.cuda_graphs, sorted(config.inductor.items(), key=repr))
     return hashlib.sha256(f"{_source_digest()} {options!r}".encode()).hexdigest()
 
 
@@ -64,7 +76,7 @@ class Backend:
     cuda_graph: bool = False
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        record = run(pipeline(self.enabled), gm.graph)
+        record = run(pipeline(self.enabled, self.config.fusions), gm.graph)
         gm.recompile()
         self.records.append(record)
         title = f"compiling graph {len(self.records)} ({len(gm.graph.nodes)} nodes)"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .passes import SWITCHES
+from .passes import SWITCHES, Fusion
 
 DISABLE_VARIABLE = "GEMMA4_COMPILE_DISABLE"
 
@@ -26,10 +26,11 @@ class OptimizeConfig:
     max_graphs      graphs of the whole model that one model may compile, at least 2 (prefill and decode); further kinds of
                     calls run uncompiled
     cache_dir       folder for the compiled pieces of packed steps; None puts them beside Inductor's cache
+    fusions         Fusions of your own, looked for behind ours, whose ops are in the graph by then (examples/own_fusion.py)
     progress        show a progress bar on stderr while a graph compiles
     inductor        further Inductor options, such as {"max_autotune": True}
 
-    Raises ValueError for an unknown fusion, a fusion both enabled and disabled, or a value out of range.
+    Raises ValueError for an unknown fusion, one both enabled and disabled, two of one name, or a value out of range.
     """
 
     enable: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class OptimizeConfig:
     packed: bool = True
     max_graphs: int = 32
     cache_dir: str | None = None
+    fusions: tuple[Fusion, ...] = ()
     progress: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -50,6 +52,10 @@ class OptimizeConfig:
             object.__setattr__(self, option, tuple(value))
         check_names(self.enable, "enable")
         check_names(self.disable, "disable")
+        object.__setattr__(self, "fusions", tuple(self.fusions))
+        names = [*SWITCHES, *(fusion.name for fusion in self.fusions)]
+        if taken := next((name for name in names if names.count(name) > 1), ""):
+            raise ValueError(f"a fusion of your own must have a name of its own, got {taken!r}; choose another")
         if both := sorted(set(self.enable) & set(self.disable)):
             raise ValueError(f"a fusion is enabled or disabled, got both for {', '.join(both)}; name it once")
         if self.device not in (None, "cpu", "cuda"):

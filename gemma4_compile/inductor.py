@@ -18,12 +18,12 @@ class Gemma4Pass(CustomGraphPass):
     """
 
     def __init__(self, config: OptimizeConfig):
-        self.enabled = config.enabled()
+        self.config, self.enabled = config, config.enabled()
         self.records: list[Record] = []
         self._uuid = uuid(config, self.enabled)
 
     def __call__(self, graph: Graph) -> None:
-        self.records.append(run(pipeline(self.enabled), graph))
+        self.records.append(run(pipeline(self.enabled, self.config.fusions), graph))
 
     def uuid(self) -> str:
         """Part of Inductor's cache key: sources, enabled fusions, options and versions."""
@@ -38,7 +38,7 @@ def inductor_options(config: OptimizeConfig | None = None) -> dict[str, Any]:
     Run the compiled model under torch.no_grad() or inference_mode(). Raises ValueError as OptimizeConfig does.
     """
     config = config or OptimizeConfig()
-    prepare()
+    prepare(config.fusions)
     options: dict[str, Any] = dict(config.inductor) | {"pre_grad_custom_pass": Gemma4Pass(config)}
     if config.cuda_graphs:
         options["triton.cudagraphs"] = True

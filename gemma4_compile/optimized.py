@@ -53,7 +53,7 @@ def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Modul
     previous = existing_state(target)
     if previous is not None and (previous.backend.config, previous.backend.enabled) == (config, enabled):
         return model
-    prepare()
+    prepare(config.fusions)
     if reason := switched_off():
         warnings.warn(f"gemma4_compile leaves the model plain: {reason}", stacklevel=2)
     restore(model)

@@ -8,7 +8,7 @@ from torch import nn
 
 from .geometry import WHOLE_MODEL
 from .optimized import state_of
-from .passes import SWITCHES, Record
+from .passes import SWITCHES, Fusion, Record
 
 _LAYER = re.compile(r"layers\.\d+")
 
@@ -99,14 +99,17 @@ def report(model: nn.Module) -> Report:
     programs = state.programs
     records = state.backend.records + [program.spec.record for program in programs]
     fusions = {}
-    for name, fusion in SWITCHES.items():
+    own = {fusion.name: fusion for fusion in state.backend.config.fusions}
+    for name, fusion in (SWITCHES | own).items():
         sites = fusion.sites(state.geometry) if programs or not fusion.packed else ()
         first = len(state.backend.records) if fusion.packed else 0  # the records of packed steps are the last
-        enabled = name in state.backend.enabled
+        enabled = name in own or name in state.backend.enabled
         if not enabled:
             fusions[name] = FusionReport(name, False, len(sites), 0, note=state.backend.config.why_off(name))
             continue
-        unmatched = [u for i, record in enumerate(records[first:], first + 1) for u in unmatched_sites(record, name, sites, i)]
+        unmatched = [
+            u for i, record in enumerate(records[first:], first + 1) for u in unmatched_sites(record, fusion, sites, i)
+        ]
         missing = {u.site for u in unmatched} if records else set(sites)
         fusions[name] = FusionReport(
             name,
@@ -128,10 +131,10 @@ def report(model: nn.Module) -> Report:
     return Report(fusions, len(records) - loaded, pieces, unique, seconds, len(programs), loaded, dict(ways.calls), reasons)
 
 
-def unmatched_sites(record: Record, fusion: str, sites: tuple[str, ...], graph: int = 1) -> list[Unmatched]:
+def unmatched_sites(record: Record, fusion: Fusion, sites: tuple[str, ...], graph: int = 1) -> list[Unmatched]:
     """The expected sites of one fusion that one graph lacks, with the nearest pattern's reason."""
-    matched = {site_of(site.path) for site in record.matched(fusion) if SWITCHES[fusion].promised(site.path)}
-    return [Unmatched(site, graph, *_reason(record, fusion, site)) for site in sites if site not in matched]
+    matched = {site_of(site.path) for site in record.matched(fusion.name) if fusion.promised(site.path)}
+    return [Unmatched(site, graph, *_reason(record, fusion.name, site)) for site in sites if site not in matched]
 
 
 def _left(record: Record, fusion: str, graph: int) -> list[str]:

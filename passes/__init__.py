@@ -6,7 +6,7 @@ All of it works on Dynamo's graph, before AOT: there a norm is the same nine nod
 order is program order, and the passes run on each compile, also where Inductor's cache already holds the code.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from gemma4_compile.dynamo import own_state
 from gemma4_compile.ops.library import register_fallbacks
@@ -55,19 +55,22 @@ FUSIONS: dict[str, Fusion] = {fusion.name: fusion for fusion in (*_RAISED, exper
 SWITCHES: dict[str, Fusion] = FUSIONS | {yoco.FUSION.name: yoco.FUSION}
 
 
-def prepare() -> None:
+def prepare(own: Iterable[Fusion] = ()) -> None:
     """Before a compilation: Inductor knows our ops, and all patterns are traced. Within it, capturing is nested and counted
-    there."""
+    there.
+
+    own  fusions of the user's"""
     register_fallbacks()
     with own_state():
-        for step in pipeline(FUSIONS):
+        for step in pipeline(FUSIONS, own):
             if isinstance(step, PatternPass):
                 for rewrite in step.rewrites():
                     _ = rewrite.searched, rewrite.replacement
 
 
-def pipeline(enabled: Collection[str]) -> tuple[Pass, ...]:
-    """The steps with the fusions in `enabled`; every other fusion's sites are left to Inductor."""
+def pipeline(enabled: Collection[str], own: Iterable[Fusion] = ()) -> tuple[Pass, ...]:
+    """The steps with the fusions in `enabled`, and behind them the user's own; every other fusion's sites are left to
+    Inductor."""
     return (
         DropUnread(),  # first: an unread view of shared keys is no reason to leave them out of a fusion
         Shards(),  # before fuse: a fused op stands before its first output, and its weights must be there
@@ -81,7 +84,7 @@ def pipeline(enabled: Collection[str]) -> tuple[Pass, ...]:
         # Behind raise, so that it knows each operation; before fuse, as a norm cannot join the layer before across a gather.
         *((Yoco(),) if yoco.FUSION.name in enabled else ()),
         *(PatternPass(fusion.name, fusion.rewrites) for fusion in _FUSED if fusion.name in enabled),
-        Lower(
-            keep=frozenset(fusion.name for fusion in _RAISED if fusion.name in enabled)
-        ),  # last: no raised op is left as a wall
+        *(PatternPass(fusion.name, fusion.rewrites) for fusion in own),
+        # Last: no raised op is left as a wall.
+        Lower(keep=frozenset(fusion.name for fusion in _RAISED if fusion.name in enabled)),
     )

@@ -8,7 +8,8 @@ import pytest
 from gemma4_compile import OptimizeConfig, inductor_options
 from gemma4_compile import backend as backend_module
 from gemma4_compile.backend import uuid
-from gemma4_compile.passes import SWITCHES
+from gemma4_compile.passes import SWITCHES, Fusion
+from gemma4_compile.patterns.fusion import every_layer
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,7 @@ from gemma4_compile.passes import SWITCHES
         ({"disable": "route"}, "disable must be a sequence of fusion names, got the string 'route'; write ('route',)"),
         ({"disable": ("route",), "enable": ("route",)}, "got both for route"),
         ({"device": "tpu"}, 'device must be "cpu", "cuda" or None, got \'tpu\''),
+        ({"fusions": (Fusion("route", "", every_layer),)}, "must have a name of its own, got 'route'; choose another"),
         ({"max_graphs": 1}, "max_graphs must be an integer of at least 2"),
         ({"max_graphs": "8"}, "max_graphs must be an integer"),
     ],
@@ -54,7 +56,13 @@ def test_uuid_follows_config_sources_and_versions(monkeypatch: pytest.MonkeyPatc
         uuid(OptimizeConfig(cuda_graphs=True), config.enabled()),
         uuid(OptimizeConfig(inductor={"max_autotune": True}), config.enabled()),
     }
-    assert len(keys) == 4
+    own = Fusion("own", "", every_layer, rewrites=lambda: ())
+    keys |= {uuid(OptimizeConfig(fusions=(own,)), config.enabled())}
+    typed = Fusion("own", "", every_layer, rewrites=eval("lambda: ()"))
+    keys |= {
+        uuid(OptimizeConfig(fusions=(typed,)), config.enabled()) for _ in range(2)
+    }  # no file says what it is: never the same
+    assert len(keys) == 7
     assert uuid(OptimizeConfig(), config.enabled()) in keys
 
     (tmp_path / "pattern.py").write_text("a")

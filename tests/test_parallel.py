@@ -22,6 +22,7 @@ from tests.models import CONFIGS, tiny
 
 pytest.importorskip("accelerate", reason="transformers' tensor parallel needs accelerate: NOT tested without it")
 ROOT = Path(__file__).parents[1]
+slow = pytest.mark.slow
 CASES = [
     ("e", "static", "plain"),
     ("multimodal", "dynamic", "plain"),
@@ -61,6 +62,7 @@ def in_parallel(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     return {line.pop("case"): line for line in lines}
 
 
+@slow
 @pytest.mark.parametrize(("kind", "cache", "mode"), CASES)
 def test_two_processes_give_the_tokens_of_one(
     kind: str, cache: str, mode: str, folders: dict[str, Path], in_parallel: dict[str, dict[str, Any]]
@@ -73,6 +75,7 @@ def test_two_processes_give_the_tokens_of_one(
         assert found["counts"]["all_reduce_norm"][1] == len(alone.model.layers)
 
 
+@slow
 @pytest.mark.parametrize(("kind", "verification"), ENGINES)
 def test_an_engine_of_two_ranks_gives_the_tokens_of_transformers(
     kind: str, verification: str, in_parallel: dict[str, dict[str, Any]]
@@ -134,10 +137,12 @@ def _check_logprobs(found: list[Any], rows: torch.Tensor, tokens: list[int], top
         )
 
 
+@slow
 def test_each_op_sums_in_the_order_of_the_ranks(in_parallel: dict[str, dict[str, Any]]) -> None:
     assert in_parallel["ops"]["wrong"] == []
 
 
+@slow
 def test_a_divided_vocabulary_gives_what_a_whole_one_does(in_parallel: dict[str, dict[str, Any]]) -> None:
     assert in_parallel["vocabulary"]["wrong"] == []
 

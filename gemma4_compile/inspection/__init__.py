@@ -77,10 +77,10 @@ def inspect(
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_folder(folder, force)
-    prepare()
+    prepare(config.fusions)
 
     described = {"kind": step, "batch": batch, "context": context, "static_cache": static_cache}
-    steps = {OURS: pipeline(enabled)} | ({PLAIN: ()} if compare else {})
+    steps = {OURS: pipeline(enabled, config.fusions)} | ({PLAIN: ()} if compare else {})
     with whole_or_nothing(folder) if folder else nullcontext() as draft:
         runs = {
             variant: run_variant(
@@ -140,7 +140,7 @@ def _unmatched(record: Record, name: str, sites: tuple[str, ...] | None) -> tupl
     """The sites that a fusion was expected at. A step that promises none lists where its pattern fitted and the guard objected:
     parts of a pattern, such as an addition, are found everywhere."""
     if sites is not None:
-        return tuple(Unmatched(one.site, one.reason, one.pattern) for one in unmatched_sites(record, name, sites))
+        return tuple(Unmatched(one.site, one.reason, one.pattern) for one in unmatched_sites(record, SWITCHES[name], sites))
     refused = [miss for miss in record.misses if miss.fusion == name and miss.missing < 0]
     return tuple(Unmatched(miss.path, miss.reason, miss.source) for miss in refused)
 

@@ -117,7 +117,7 @@ def compile_step(
     weights = weights_of(module)
     if any(weight.is_cuda for weight in weights.values()):
         maybe_warm_pool()  # Inductor's workers start while Dynamo traces; C++ takes none
-    prepare()
+    prepare(backend.config.fusions)
     start = time.perf_counter()
     inputs = {name: t.clone() for name, t in inputs.items()}  # Dynamo makes one input of a tensor that has two names
     for name in varying:
@@ -194,7 +194,7 @@ def _compile(
     """What a program of this graph does, and its unique pieces, compiled."""
     seconds: dict[str, float] = {}
     start = time.perf_counter()
-    record = run(pipeline(backend.enabled), gm.graph)
+    record = run(pipeline(backend.enabled, backend.config.fusions), gm.graph)
     if head is not None:
         _add_hidden(gm, examples, head)
     parts = split(gm.graph)

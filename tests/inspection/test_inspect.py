@@ -30,7 +30,9 @@ from tests.models import CONFIGS, prompt, tiny
 ops = torch.ops.gemma4
 
 
-each_kind, e, moe = (pytest.mark.parametrize("kind", kinds) for kinds in (["e", "moe"], ["e"], ["moe"]))
+slow = pytest.mark.slow
+slow_moe = pytest.param("moe", marks=slow)
+each_kind, e, moe = (pytest.mark.parametrize("kind", kinds) for kinds in (["e", slow_moe], ["e"], [slow_moe]))
 Compared = Callable[[str], tuple[Any, Path]]
 
 
@@ -189,6 +191,7 @@ def test_a_broken_pattern_shows_up_with_its_reason(monkeypatch: pytest.MonkeyPat
     assert "post_attention_norms did not match at layers.1: expected rms_norm" in printed and "test_inspect.py:" in printed
 
 
+@slow
 def test_an_optimized_model_stays_as_it_is_and_a_warm_cache_hides_nothing() -> None:
     model: Any = tiny("dense")
     optimize(model, OptimizeConfig(disable=("qkv_norm_rope",)))
@@ -205,6 +208,7 @@ def test_an_optimized_model_stays_as_it_is_and_a_warm_cache_hides_nothing() -> N
         assert torch.equal(model(ids).logits, expected)
 
 
+@slow
 def test_the_callers_cache_is_not_touched() -> None:
     """Both variants, and each repetition, run the same step."""
     model: Any = tiny("dense")
@@ -221,6 +225,7 @@ def test_the_callers_cache_is_not_touched() -> None:
                 assert 9 in sizes and 15 not in sizes
 
 
+@slow
 def test_a_full_window_is_rolled() -> None:
     """The default step of the real models: the static sliding cache is full, and moves whole."""
     model = tiny("dense")
@@ -231,6 +236,7 @@ def test_a_full_window_is_rolled() -> None:
     assert all(kernel.bytes <= 40 * window for kernel in found.ours.kernels if kernel.kind == "inductor")
 
 
+@slow
 def test_fusions_that_are_off_promise_nothing() -> None:
     found = inspect(tiny("moe"), context=6, config=OptimizeConfig(disable=("route",)), compare="plain")
     rows = {row.name: row for row in found.passes}
@@ -240,8 +246,8 @@ def test_fusions_that_are_off_promise_nothing() -> None:
     assert "route" not in {row.name for row in found.fusions}
 
 
-@pytest.mark.parametrize("static_cache", [True, False])
-@pytest.mark.parametrize("step", ["decode", "prefill"])
+@pytest.mark.parametrize("static_cache", [pytest.param(True, marks=slow), False])
+@pytest.mark.parametrize("step", ["decode", pytest.param("prefill", marks=slow)])
 def test_other_steps(step: str, static_cache: bool) -> None:
     if step == "prefill" and not static_cache:
         pytest.skip("a prefill starts from an empty cache of either kind")
@@ -335,6 +341,7 @@ def test_models() -> None:
         inspect(optimize(tiny("dense")), config=OptimizeConfig(disable=("route",)))
 
 
+@slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIGS["moe"]))
@@ -354,6 +361,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {kernel["layer"] for kernel in found["ours"]["kernels"]} == {2}
 
 
+@slow
 @pytest.mark.parametrize("plain", [False, True])
 def test_raw_dump(plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "config.json"

@@ -29,6 +29,7 @@ from tests.runtime.host_recorder import HostRecorder
 from tests.runtime.soak import soak
 
 both = pytest.mark.parametrize("name", DEMO_NAMES)
+one_is_slow = pytest.mark.parametrize("name", ["e", pytest.param("moe", marks=pytest.mark.slow)])
 SMALL = EngineConfig(max_requests=8, max_batched_tokens=64, page_size=16)
 CONFIGS_SERVED: dict[str, dict[str, Any]] = {
     "one at a time": {"max_requests": 1, "max_batched_tokens": 512},
@@ -57,7 +58,7 @@ def assert_right(engine: Engine, models: Demo, outputs: list[Any]) -> None:
         assert pool.free == pool.pages
 
 
-@both
+@one_is_slow
 def test_tokens_of_held_out_prompts(name: str) -> None:
     models = demo(name)
     engine = serve(name, EngineConfig(max_requests=32, max_batched_tokens=512))
@@ -130,7 +131,7 @@ def test_tokens_through_graphs(name: str) -> None:
     assert with_graphs == [output.token_ids for output in serve(name).generate(models.prompts(4, 60), sampled)]
 
 
-@both
+@one_is_slow
 def test_soak(name: str) -> None:
     """The short form of the 2,000 requests of tests/gpu/test_engine.py."""
     line = soak(demo(name), requests=60, seed=5, tokens=100, longest=60)

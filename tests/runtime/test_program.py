@@ -45,7 +45,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "31B")) for name in RELEASED])
 def test_unique_pieces_of_the_released_models(name: str, traced_only: None) -> None:
     """A piece more than layers, and as few unique ones as the kinds of layers and their order allow."""
     pieces, unique, shared, narrow = RELEASED[name]
