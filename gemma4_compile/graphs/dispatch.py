@@ -131,7 +131,7 @@ class GraphRunner:
             self._give_up(bucket, f"its capture failed: {error}")
             return None
         logits, tokens, hidden, views = self.full.result(bucket.tokens)
-        given, whole = dict(leaves(step)), dict(leaves(views))
+        given, whole = leaves(step), leaves(views)
         cut = {name: whole[name][: array.shape[0]] if array.ndim == 1 else whole[name] for name, array in given.items()}
         inputs = rebuilt(step, cut)
         return FullResult(logits[:, :wanted], None if tokens is None else tokens[:wanted], hidden[:wanted], inputs)

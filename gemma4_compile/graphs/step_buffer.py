@@ -120,7 +120,7 @@ class StepBuffer:
         taken = self._ring.take(8 * layout.size)
         pinned = taken[0].view(torch.int64)
         host = pinned.numpy()
-        arrays = {} if step is None else dict(leaves(step))
+        arrays = {} if step is None else leaves(step)
         padding = {"rows": tokens - 1, "sources": -1, "targets": -1 if self._state is None else len(self._state.last) - 1}
         padding |= {"placement.places": -1} | {f"slots.{kind}": -1 for kind in KINDS}
         for name, at in layout.at.items():

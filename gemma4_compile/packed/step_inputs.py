@@ -4,8 +4,9 @@ T tokens of R requests; N rows whose logits are wanted, S of which a token is sa
 probabilities of; D requests that draft tokens are made for. KIND is a layer type. int64 where nothing else is said.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -167,23 +168,43 @@ class StepInputs(Generic[Array]):
         return self.positions[rows[: len(self.targets)]]
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The arrays of a step, or of a part of it, with their paths: "rows", "slots.full_attention", "speculation.first"."""
-    for name, part in _parts(value).items():
-        if is_dataclass(part) or isinstance(part, Mapping):
-            yield from leaves(part, f"{path}{name}.")
-        elif part is not None:
-            yield f"{path}{name}", part
+def leaves(value: Any) -> dict[str, Any]:
+    """The arrays of a step, or of a part of it, by their paths: "rows", "slots.full_attention", "speculation.first"."""
+    found: dict[str, Any] = {}
+    _collect(value, "", found)
+    return found
 
 
 def rebuilt(value: Any, arrays: Mapping[str, Any], path: str = "") -> Any:
     """The same step, or part, with other arrays, by their paths."""
+    # A step of every engine passes here: no dataclasses.fields, which takes longer than all else.
+    if type(value) is dict:
+        return {name: arrays[path + name] for name in value}
     found = {}
-    for name, part in _parts(value).items():
-        nested = is_dataclass(part) or isinstance(part, Mapping)
-        found[name] = rebuilt(part, arrays, f"{path}{name}.") if nested else part if part is None else arrays[f"{path}{name}"]
-    return found if isinstance(value, Mapping) else replace(value, **found)
+    for name in _names(value.__class__):
+        part = getattr(value, name)
+        if part is not None:
+            part = arrays[path + name] if isinstance(part, _ARRAYS) else rebuilt(part, arrays, f"{path}{name}.")
+        found[name] = part
+    return type(value)(**found)
 
 
-def _parts(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {field.name: getattr(value, field.name) for field in fields(value)}
+def _collect(value: Any, path: str, found: dict[str, Any]) -> None:
+    if type(value) is dict:
+        for name, part in value.items():
+            found[path + name] = part
+        return
+    for name in _names(value.__class__):
+        part = getattr(value, name)
+        if isinstance(part, _ARRAYS):
+            found[path + name] = part
+        elif part is not None:
+            _collect(part, f"{path}{name}.", found)
+
+
+_ARRAYS = (np.ndarray, Tensor)
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))

@@ -22,7 +22,7 @@ class Staging:
 
     def send(self, step: Any) -> Any:
         """A StepInputs, or a part of one, of tensors on the device. On a GPU they are copied in stream order."""
-        return rebuilt(step, self._copied(dict(leaves(step))))
+        return rebuilt(step, self._copied(leaves(step)))
 
     def _copied(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         if self.device.type != "cuda":
