@@ -35,7 +35,7 @@ CONFIGS_SERVED: dict[str, dict[str, Any]] = {
     "one at a time": {"max_requests": 1, "max_batched_tokens": 512},
     "large pages": {"max_requests": 8, "max_batched_tokens": 128, "page_size": 128},
     "odd chunks, overlapped": {"max_requests": 8, "max_batched_tokens": 33, "page_size": 16, "overlap": True},
-    "no reuse": {"max_requests": 16, "max_batched_tokens": 256, "prefix_reuse": False},
+    "no reuse": {"max_requests": 16, "max_batched_tokens": 256, "prefix_caching": False},
 }  # fmt: skip
 
 
