@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .distributed.all_reduce_norm import FORMS, PREFIX
+from .library import OPS
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Draw:
     tokens: int
     dtype: torch.dtype
     device: str
+    eps = 1e-6  # of the models' norms
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=torch.float32).to(self.dtype)
@@ -171,8 +173,6 @@ def _verify(d: Draw) -> tuple:
 
 
 EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
-    "rms_norm": lambda d: (d.states(), d.weight(), EPS),
-    "rms_norm_noscale": lambda d: (d.states(), EPS),
     "rope": lambda d: (d.heads(d.sizes.q_heads), *d.angles()),
     "geglu": lambda d: (d.states(d.sizes.intermediate), d.states(d.sizes.intermediate)),
     "gate_up": lambda d: _projections(d, d.sizes.intermediate, d.sizes.intermediate),
@@ -196,11 +196,11 @@ EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
     "verify": _verify,
 }
 # Of one process alone: what more of them compute is tested where there are more.
-EXAMPLES |= {PREFIX + op: lambda d, op=op: (*EXAMPLES[op](d), "") for op in FORMS}  # type: ignore[misc]
+EXAMPLES |= {PREFIX + op: lambda d, op=op: (*(OPS[op].example or EXAMPLES[op])(d), "") for op in FORMS}  # type: ignore[misc]
 
 
 def example(
     op: str, sizes: Sizes, tokens: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", batch: int = 1
 ) -> tuple[Any, ...]:
     """Fresh random arguments of gemma4::op for `batch` sequences of `tokens` tokens."""
-    return EXAMPLES[op](Draw(sizes, batch, tokens, dtype, device))
+    return (OPS[op].example or EXAMPLES[op])(Draw(sizes, batch, tokens, dtype, device))

@@ -173,7 +173,7 @@ def one_shot_norms(
 
 
 def _norm(space: Workspace, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    check_norm(x, weight)
+    check_norm("rms_norm", x, weight)
     return one_shot_tail(space, x, None, weight, None, None, eps)[0]
 
 
