@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed.all_reduce_norm import FORMS, PREFIX
 from .library import OPS
 
 
@@ -84,6 +83,18 @@ class Draw:
     def matrix(self, rows: int, columns: int) -> Tensor:
         return 0.02 * self.normal(rows, columns)
 
+    def projections(self, *counts: int) -> tuple[Tensor, ...]:
+        """States, and matrices of so many rows for them."""
+        return self.states(), *(self.matrix(count, self.sizes.hidden) for count in counts)
+
+    @property
+    def q_width(self) -> int:
+        return self.sizes.q_heads * self.sizes.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.sizes.kv_heads * self.sizes.head_dim
+
     def scalar(self) -> Tensor:
         return torch.full((1,), 0.75, device=self.device, dtype=self.dtype)
 
@@ -137,23 +148,6 @@ def _two_states(d: Draw) -> tuple[Tensor, Tensor]:
     return d.states(), d.states()
 
 
-def _projections(d: Draw, *counts: int) -> tuple:
-    return d.states(), *(d.matrix(count, d.sizes.hidden) for count in counts)
-
-
-def _attention_heads(d: Draw) -> tuple[int, int]:
-    return d.sizes.q_heads * d.sizes.head_dim, d.sizes.kv_heads * d.sizes.head_dim
-
-
-def _experts(d: Draw) -> tuple:
-    s = d.sizes
-    indices = torch.rand(d.batch * d.tokens, s.experts, device=d.device).argsort(-1)[:, : s.top_k].contiguous()
-    weights = torch.rand(d.batch * d.tokens, s.top_k, device=d.device).softmax(-1)
-    gate_up = s.hidden**-0.5 * d.normal(s.experts, 2 * s.expert_intermediate, s.hidden)
-    down = s.expert_intermediate**-0.5 * d.normal(s.experts, s.hidden, s.expert_intermediate)
-    return d.flat(s.hidden), indices, weights, gate_up, down
-
-
 def _verify(d: Draw) -> tuple:
     """A request a token, with three drafts or fewer of five candidates; four in eight are greedy."""
     requests, most, width = d.batch * d.tokens, 3, d.sizes.vocabulary
@@ -173,14 +167,6 @@ def _verify(d: Draw) -> tuple:
 
 
 EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
-    "rope": lambda d: (d.heads(d.sizes.q_heads), *d.angles()),
-    "geglu": lambda d: (d.states(d.sizes.intermediate), d.states(d.sizes.intermediate)),
-    "gate_up": lambda d: _projections(d, d.sizes.intermediate, d.sizes.intermediate),
-    "linear": lambda d: _projections(d, d.sizes.intermediate),
-    "linear_pair": lambda d: _projections(d, *_attention_heads(d)),
-    "linear_triple": lambda d: _projections(d, *_attention_heads(d), _attention_heads(d)[1]),
-    "route": lambda d: (d.logits(), d.weight(d.sizes.experts), d.sizes.top_k),
-    "experts": _experts,
     "post_attention_norm": lambda d: (*_two_states(d), d.weight(), d.weight(), EPS),
     "post_attention_norms": _post_attention_norms,
     "feed_forward_tail": lambda d: (*_two_states(d), d.weight(), None, EPS),
@@ -195,12 +181,12 @@ EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
     "q_norm_rope": lambda d: (d.heads(d.sizes.q_heads), d.weight(d.sizes.head_dim), *d.angles(), EPS),
     "verify": _verify,
 }
-# Of one process alone: what more of them compute is tested where there are more.
-EXAMPLES |= {PREFIX + op: lambda d, op=op: (*(OPS[op].example or EXAMPLES[op])(d), "") for op in FORMS}  # type: ignore[misc]
 
 
 def example(
     op: str, sizes: Sizes, tokens: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", batch: int = 1
 ) -> tuple[Any, ...]:
     """Fresh random arguments of gemma4::op for `batch` sequences of `tokens` tokens."""
+    if op.startswith("all_reduce_"):
+        return (*example(op.removeprefix("all_reduce_"), sizes, tokens, dtype, device, batch), "")
     return (OPS[op].example or EXAMPLES[op])(Draw(sizes, batch, tokens, dtype, device))

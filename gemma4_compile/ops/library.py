@@ -118,15 +118,16 @@ def op(
     fake     the op's arguments -> results, of which only shapes, dtypes and devices count, where `like` cannot say them;
              neither: the reference. Passes call fakes at hundreds of sites: one should cost no more than its results
     check    raises ValueError for arguments that do not fit; runs before reference, launch and fake. It is given the op's name
-             and those of the op's arguments that it names; those that the op lacks keep their defaults, as do those that the
-             caller left out
+             and, by their names, those of the op's arguments that it has too, or all of them if it takes **others
     example  a Draw of examples.py -> arguments; ops with an example are listed in OPS
     mutates  arguments that are written
     """
 
     def register(function: Callable[P, R]) -> Op[P, R]:
         name, places = function.__name__, {p: i for i, p in enumerate(inspect.signature(function).parameters)}
-        checked = {p: places[p] for p in inspect.signature(check).parameters if p in places} if check else {}
+        wanted = inspect.signature(check).parameters if check else {}
+        every = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
+        checked = {p: i for p, i in places.items() if every or p in wanted}
 
         def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
             if check is None:
