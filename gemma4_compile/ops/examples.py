@@ -107,47 +107,6 @@ class Draw:
         return torch.randint(self.sizes.vocabulary, (self.batch, self.tokens), device=self.device)
 
 
-EPS = 1e-6
-
-
-def _qkv(d: Draw) -> tuple:
-    k = d.heads(d.sizes.kv_heads)
-    v = k if d.sizes.shared_kv else d.heads(d.sizes.kv_heads)
-    return d.heads(d.sizes.q_heads), k, v, d.weight(d.sizes.head_dim), d.weight(d.sizes.head_dim), *d.angles(), EPS
-
-
-def _moe_tail(d: Draw) -> tuple:
-    weights = d.weight(), d.weight(), d.weight()
-    return d.states(), d.flat(d.sizes.hidden), d.states(), *weights, d.scalar()
-
-
-def _ple_tail(d: Draw) -> tuple:
-    s = d.sizes
-    slices = d.normal(d.batch, d.tokens, 3, s.ple)[:, :, 1, :]
-    return d.states(), slices, d.matrix(s.ple, s.hidden), d.matrix(s.hidden, s.ple), d.weight(), d.scalar()
-
-
-def _ple_inputs(d: Draw) -> tuple:
-    s = d.sizes
-    table = 0.02 * d.normal(s.vocabulary, s.layers * s.ple)
-    scale = torch.tensor(s.ple**0.5, device=d.device)
-    return d.ids(), table, scale, d.states(s.layers * s.ple), d.weight(s.ple), s.hidden**-0.5, 2**-0.5, EPS
-
-
-def _ple_combine(d: Draw) -> tuple:
-    s = d.sizes
-    token_inputs = d.normal(d.batch, d.tokens, s.layers, s.ple)
-    return token_inputs, d.states(s.layers * s.ple), d.weight(s.ple), s.hidden**-0.5, 2**-0.5, EPS
-
-
-def _post_attention_norms(d: Draw) -> tuple:
-    return *_two_states(d), d.weight(), d.weight(), d.weight(), d.sizes.hidden**-0.5, d.weight(), EPS
-
-
-def _two_states(d: Draw) -> tuple[Tensor, Tensor]:
-    return d.states(), d.states()
-
-
 def _verify(d: Draw) -> tuple:
     """A request a token, with three drafts or fewer of five candidates; four in eight are greedy."""
     requests, most, width = d.batch * d.tokens, 3, d.sizes.vocabulary
@@ -167,18 +126,6 @@ def _verify(d: Draw) -> tuple:
 
 
 EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
-    "post_attention_norm": lambda d: (*_two_states(d), d.weight(), d.weight(), EPS),
-    "post_attention_norms": _post_attention_norms,
-    "feed_forward_tail": lambda d: (*_two_states(d), d.weight(), None, EPS),
-    "feed_forward_tail_norm": lambda d: (*_two_states(d), d.weight(), d.scalar(), d.weight(), EPS),
-    "moe_feed_forward_tail": lambda d: (*_moe_tail(d), EPS),
-    "moe_feed_forward_tail_norm": lambda d: (*_moe_tail(d), d.weight(), EPS),
-    "ple_tail": lambda d: (*_ple_tail(d), EPS),
-    "ple_tail_norm": lambda d: (*_ple_tail(d), d.weight(), EPS),
-    "ple_inputs": _ple_inputs,
-    "ple_combine": _ple_combine,
-    "qkv_norm_rope": _qkv,
-    "q_norm_rope": lambda d: (d.heads(d.sizes.q_heads), d.weight(d.sizes.head_dim), *d.angles(), EPS),
     "verify": _verify,
 }
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.fusions.feed_forward_tail import check_experts, check_tail, finish_tail
-from gemma4_compile.ops.fusions.post_attention_norms import check_norms, finish_norms
+from gemma4_compile.ops.fusions.feed_forward_tail import check_moe_tail, check_tail, finish_tail
+from gemma4_compile.ops.fusions.post_attention_norms import check_norm_pair, check_norms, finish_norms
 from gemma4_compile.ops.library import OPS, as_rows, fresh, jit, pinned, register, tl
 from gemma4_compile.ops.plans import one_shot_pays, one_shot_plan
 from gemma4_compile.ops.rms_norm import check_norm
@@ -178,19 +178,19 @@ def _norm(space: Workspace, x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _post_attention(space: Workspace, x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float) -> Any:
-    check_norms("post_attention_norm", x, residual, weight, next_weight)
+    check_norm_pair("post_attention_norm", x, residual, weight, next_weight)
     return one_shot_tail(space, x, residual, weight, None, next_weight, eps)
 
 
 def _tail(space: Workspace, x: Tensor, residual: Tensor, weight: Tensor, scalar: Tensor | None, eps: float) -> Tensor:
-    check_tail("feed_forward_tail", x, residual, scalar, weight)
+    check_tail("feed_forward_tail", x, residual, weight, scalar)
     return one_shot_tail(space, x, residual, weight, scalar, None, eps)[0]
 
 
 def _tail_norm(
     space: Workspace, x: Tensor, residual: Tensor, weight: Tensor, scalar: Tensor | None, next_weight: Tensor, eps: float
 ) -> Any:
-    check_tail("feed_forward_tail_norm", x, residual, scalar, weight, next_weight)
+    check_tail("feed_forward_tail_norm", x, residual, weight, scalar, next_weight)
     return one_shot_tail(space, x, residual, weight, scalar, next_weight, eps)
 
 
@@ -207,8 +207,7 @@ def _moe_tail(
 ) -> Any:
     """rest: eps, or the next norm's weight and eps."""
     *next_weight, eps = rest
-    check_tail("moe_feed_forward_tail", dense, residual, scalar, dense_weight, expert_weight, weight, *next_weight)
-    check_experts("moe_feed_forward_tail", experts, residual)
+    check_moe_tail("moe_feed_forward_tail", dense, experts, residual, dense_weight, expert_weight, weight, scalar, *next_weight)
     following = next_weight[0] if next_weight else None
     results = one_shot_tail(space, dense, residual, weight, scalar, following, eps, experts, dense_weight, expert_weight)
     return results if next_weight else results[0]
