@@ -1,11 +1,7 @@
-"""Random arguments for every op at given sizes: one registry for the tests, the benchmark and the docs.
-
-An op without an example fails tests/ops/test_registry.py.
-"""
+"""Random arguments for the ops at given sizes, for tests, benchmarks and docs: what each op's example draws from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,33 +103,10 @@ class Draw:
         return torch.randint(self.sizes.vocabulary, (self.batch, self.tokens), device=self.device)
 
 
-def _verify(d: Draw) -> tuple:
-    """A request a token, with three drafts or fewer of five candidates; four in eight are greedy."""
-    requests, most, width = d.batch * d.tokens, 3, d.sizes.vocabulary
-    counts = torch.arange(requests, device=d.device) % (most + 1)
-    first = (counts + 1).cumsum(0) - counts - 1
-    rows = sum(r % (most + 1) + 1 for r in range(requests))
-    logits = 2 * d.normal(rows, width)
-    tokens = torch.rand((requests, most, width), device=d.device).argsort(-1)[..., :5].contiguous()
-    behind = first[:, None] + torch.minimum(torch.arange(most, device=d.device), counts[:, None])
-    scores = logits[behind].float().gather(2, tokens) + torch.randn(tokens.shape, device=d.device)
-    drafts = tokens.gather(2, (scores - torch.empty_like(scores).exponential_().log()).argmax(2, keepdim=True))[..., 0]
-    temperature = (torch.arange(requests, device=d.device) // 4 + 1) % 2 * 0.8
-    top_k = torch.full((requests,), 7, dtype=torch.int32, device=d.device)
-    top_p, min_p = torch.full_like(temperature, 0.9), torch.full_like(temperature, 0.01)
-    seeds = torch.randint(2**62, (requests,), device=d.device)
-    return logits, first, counts, drafts, scores, tokens, temperature, top_k, top_p, min_p, seeds, seeds % 1000, True
-
-
-EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
-    "verify": _verify,
-}
-
-
 def example(
     op: str, sizes: Sizes, tokens: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", batch: int = 1
 ) -> tuple[Any, ...]:
     """Fresh random arguments of gemma4::op for `batch` sequences of `tokens` tokens."""
-    if op.startswith("all_reduce_"):
-        return (*example(op.removeprefix("all_reduce_"), sizes, tokens, dtype, device, batch), "")
-    return (OPS[op].example or EXAMPLES[op])(Draw(sizes, batch, tokens, dtype, device))
+    draw = OPS[op].example
+    assert draw is not None  # what has none is not in OPS
+    return draw(Draw(sizes, batch, tokens, dtype, device))

@@ -71,24 +71,43 @@ class Op(Generic[P, R]):
 
     reference  what it computes, in PyTorch, rounding where the kernels round
     launch     the same by its kernels, which run under TRITON_INTERPRET=1 too; some take options by keyword
+    check      what both begin with: raises ValueError for arguments that do not fit
     example    draws arguments (examples.py); None: the op is not in OPS
-
-    Both raise ValueError for arguments that do not fit, as the op does.
     """
 
     def __init__(
         self,
         function: Callable[P, R],
-        reference: Callable[P, R],
-        launch: Callable[..., R],
+        launch: Callable[..., Any],
+        check: Callable[..., None] | None,
         example: Callable[[Any], tuple[Any, ...]] | None,
     ) -> None:
         functools.update_wrapper(self, function)  # docstring and signature
         self.name: str = function.__name__
-        self.reference, self.launch, self.example = reference, launch, example
+        self.places = {name: i for i, name in enumerate(inspect.signature(function).parameters)}
+        self.reference: Callable[P, R] = self.checked(function) if check else function
+        self.launch: Callable[..., R] = self.checked(launch) if check else launch
+        self.example = example
+        self._check = check
+        wanted = inspect.signature(check).parameters if check else {}
+        every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+        self._checked = {name: i for name, i in self.places.items() if every or name in wanted}
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return getattr(torch.ops.gemma4, self.name)(*args, **kwargs)
+
+    def check(self, *args: Any) -> None:
+        if self._check:
+            # PyTorch's dispatcher leaves out arguments at the end that equal their defaults.
+            self._check(self.name, **{name: args[i] for name, i in self._checked.items() if i < len(args)})
+
+    def checked(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(run)
+        def call(*args: Any, **options: Any) -> Any:
+            self.check(*args)
+            return run(*args, **options)
+
+        return call
 
 
 # Those with an example. They compute on their arguments alone: tests and benchmarks treat them all alike.
@@ -124,28 +143,12 @@ def op(
     """
 
     def register(function: Callable[P, R]) -> Op[P, R]:
-        name, places = function.__name__, {p: i for i, p in enumerate(inspect.signature(function).parameters)}
-        wanted = inspect.signature(check).parameters if check else {}
-        every = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
-        checked = {p: i for p, i in places.items() if every or p in wanted}
-
-        def guarded(run: Callable[..., Any]) -> Callable[..., Any]:
-            if check is None:
-                return run
-
-            @functools.wraps(run)
-            def call(*args: Any, **options: Any) -> Any:
-                # PyTorch's dispatcher leaves out arguments at the end that equal their defaults.
-                check(name, **{p: args[i] for p, i in checked.items() if i < len(args)})
-                return run(*args, **options)
-
-            return call
-
-        made: Op[P, R] = Op(function, guarded(function), guarded(launch), example)
-        shapes = fake or (_fake_like(like, places) if like else function)
-        _define(made, torch.library.infer_schema(function, mutates_args=mutates, op_name=name), guarded(shapes))
+        made: Op[P, R] = Op(function, launch, check, example)
+        shapes = fake or (_fake_like(like, made.places) if like else function)
+        schema = torch.library.infer_schema(function, mutates_args=mutates, op_name=made.name)
+        _define(made, schema, made.checked(shapes) if check else shapes)
         if example:
-            OPS[name] = made
+            OPS[made.name] = made
         return made
 
     return register
@@ -261,19 +264,3 @@ def exponential(x):
     whole = tl.floor(x * 1.4426950408889634 + 0.5)
     part = tl.fma(x, 1.4426950408889634, -whole) + x * 1.925963033500e-8
     return tl.where(x == float("-inf"), 0.0, tl.exp2(part) * tl.exp2(whole))
-
-
-def register(schema: str, *, reference: Callable, launch: Callable, fake: Callable) -> None:
-    """Until all ops are decorated."""
-    from types import SimpleNamespace
-
-    name = schema.split("(", 1)[0]
-    OPS[name] = made = SimpleNamespace(name=name, reference=reference, launch=launch, example=None)  # type: ignore
-    _define(made, schema, fake)  # type: ignore
-
-
-def define(schema: str, *, reference: Callable, launch: Callable, fake: Callable) -> None:
-    """Until all ops are decorated."""
-    from types import SimpleNamespace
-
-    _define(SimpleNamespace(name=schema.split("(", 1)[0], reference=reference, launch=launch), schema, fake)  # type: ignore

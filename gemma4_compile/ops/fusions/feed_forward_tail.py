@@ -185,15 +185,10 @@ def _moe_example(d: Draw) -> tuple[Any, ...]:
     return d.states(), d.flat(d.sizes.hidden), d.states(), d.weight(), d.weight(), d.weight(), d.scalar()
 
 
-def _launch_moe(
-    dense: Tensor, experts: Tensor, residual: Tensor, dense_weight: Tensor, expert_weight: Tensor, weight: Tensor,
-    layer_scalar: Tensor | None, next_weight: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return launch_tail(dense, residual, weight, layer_scalar, next_weight, eps, experts, dense_weight, expert_weight)
-
-
 @op(
-    launch=lambda *args: _launch_moe(*args[:-1], None, args[-1])[0],
+    launch=lambda dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, eps: launch_tail(
+        dense, residual, weight, layer_scalar, None, eps, experts, dense_weight, expert_weight
+    )[0],
     like="residual",
     check=check_moe_tail,
     example=lambda d: (*_moe_example(d), d.eps),
@@ -217,7 +212,9 @@ def moe_feed_forward_tail(
 
 
 @op(
-    launch=_launch_moe,
+    launch=lambda dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, next_weight, eps: launch_tail(
+        dense, residual, weight, layer_scalar, next_weight, eps, experts, dense_weight, expert_weight
+    ),
     like=("residual", "residual"),
     check=check_moe_tail,
     example=lambda d: (*_moe_example(d), d.weight(), d.eps),

@@ -153,7 +153,9 @@ def _example(d: Draw) -> tuple[Any, ...]:
 
 
 @op(
-    launch=lambda *args: _launch(*args[:-1], None, args[-1])[0],
+    launch=lambda hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, eps: _launch(
+        hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, None, eps
+    )[0],
     like="hidden",
     check=_check,
     example=lambda d: (*_example(d), d.eps),
