@@ -23,7 +23,7 @@ def normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return normed.type_as(x)
 
 
-def check_norm(op: str, x: Tensor, weight: Tensor) -> None:
+def _check(op: str, x: Tensor, weight: Tensor) -> None:
     expect(op, "weight must be [H] for x [..., H]", weight.shape, x.shape[-1:], "pass the weight of this norm")
 
 
@@ -54,7 +54,7 @@ def _launch(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return out
 
 
-@op(launch=_launch, like="x", check=check_norm, example=lambda d: (d.states(), d.weight(), d.eps))
+@op(launch=_launch, like="x", check=_check, example=lambda d: (d.states(), d.weight(), d.eps))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, times weight.
 

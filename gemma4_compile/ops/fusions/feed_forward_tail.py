@@ -26,17 +26,20 @@ def scale_by(hidden: Tensor, layer_scalar: Tensor | None) -> Tensor:
     return hidden if layer_scalar is None else (hidden * layer_scalar).to(hidden.dtype)
 
 
-def check_tail(
-    op: str, x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor | None = None
+def _check(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, **others: Tensor | float) -> None:
+    expect(op, "residual must have the input's shape", residual.shape, x.shape, "pass the state before the block")
+    expect(op, "residual must have the input's dtype", residual.dtype, x.dtype, "cast one of them")
+    for weight in others.values():
+        if isinstance(weight, Tensor):
+            expect(op, "each weight must be [H] for [..., H]", weight.shape, x.shape[-1:], "pass this layer's weights")
+    if layer_scalar is not None:
+        expect(op, "layer_scalar must be one number", layer_scalar.numel(), 1, "pass the layer's buffer, or None")
+
+
+def _check_moe(
+    op: str, dense: Tensor, experts: Tensor, residual: Tensor, layer_scalar: Tensor | None, **others: Tensor | float
 ) -> None:
-    _check(op, x, residual, layer_scalar, weight, next_weight)
-
-
-def check_moe_tail(
-    op: str, dense: Tensor, experts: Tensor, residual: Tensor, dense_weight: Tensor, expert_weight: Tensor, weight: Tensor,
-    layer_scalar: Tensor | None, next_weight: Tensor | None = None,
-) -> None:  # fmt: skip
-    _check(op, dense, residual, layer_scalar, dense_weight, expert_weight, weight, next_weight)
+    _check(op, dense, residual, layer_scalar, **others)
     expect(
         op,
         "experts must be [..., H] with as many elements as residual",
@@ -45,16 +48,6 @@ def check_moe_tail(
         "pass the experts' output for the same tokens",
     )
     expect(op, "experts must have residual's dtype", experts.dtype, residual.dtype, "cast one of them")
-
-
-def _check(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, *weights: Tensor | None) -> None:
-    expect(op, "residual must have the input's shape", residual.shape, x.shape, "pass the state before the block")
-    expect(op, "residual must have the input's dtype", residual.dtype, x.dtype, "cast one of them")
-    for weight in weights:
-        if weight is not None:
-            expect(op, "each weight must be [H] for [..., H]", weight.shape, x.shape[-1:], "pass this layer's weights")
-    if layer_scalar is not None:
-        expect(op, "layer_scalar must be one number", layer_scalar.numel(), 1, "pass the layer's buffer, or None")
 
 
 @jit
@@ -147,7 +140,7 @@ def launch_tail(
 @op(
     launch=lambda x, residual, weight, layer_scalar, eps: launch_tail(x, residual, weight, layer_scalar, None, eps)[0],
     like="residual",
-    check=check_tail,
+    check=_check,
     example=lambda d: (d.states(), d.states(), d.weight(), None, d.eps),
 )
 def feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
@@ -166,7 +159,7 @@ def feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar:
 @op(
     launch=launch_tail,
     like=("residual", "residual"),
-    check=check_tail,
+    check=_check,
     example=lambda d: (d.states(), d.states(), d.weight(), d.scalar(), d.weight(), d.eps),
 )
 def feed_forward_tail_norm(
@@ -190,7 +183,7 @@ def _moe_example(d: Draw) -> tuple[Any, ...]:
         dense, residual, weight, layer_scalar, None, eps, experts, dense_weight, expert_weight
     )[0],
     like="residual",
-    check=check_moe_tail,
+    check=_check_moe,
     example=lambda d: (*_moe_example(d), d.eps),
 )
 def moe_feed_forward_tail(
@@ -216,7 +209,7 @@ def moe_feed_forward_tail(
         dense, residual, weight, layer_scalar, next_weight, eps, experts, dense_weight, expert_weight
     ),
     like=("residual", "residual"),
-    check=check_moe_tail,
+    check=_check_moe,
     example=lambda d: (*_moe_example(d), d.weight(), d.eps),
 )
 def moe_feed_forward_tail_norm(

@@ -28,22 +28,12 @@ from gemma4_compile.ops.rows import (
 from .feed_forward_tail import launch_tail
 
 
-def check_norm_pair(op: str, x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor) -> None:
-    _check(op, x, residual, weight, next_weight)
-
-
-def check_norms(
-    op: str, x: Tensor, residual: Tensor, weight: Tensor, feed_forward_weight: Tensor, router_scale: Tensor,
-    expert_weight: Tensor,
-) -> None:  # fmt: skip
-    _check(op, x, residual, weight, feed_forward_weight, router_scale, expert_weight)
-
-
-def _check(op: str, x: Tensor, residual: Tensor, *weights: Tensor) -> None:
+def _check(op: str, x: Tensor, residual: Tensor, **others: Tensor | float) -> None:
     expect(op, "residual must have x's shape", residual.shape, x.shape, "pass the hidden state before attention")
     expect(op, "residual must have x's dtype", residual.dtype, x.dtype, "cast one of them")
-    for weight in weights:
-        expect(op, "each weight must be [H] for x [..., H]", weight.shape, x.shape[-1:], "pass this layer's weights")
+    for weight in others.values():
+        if isinstance(weight, Tensor):
+            expect(op, "each weight must be [H] for x [..., H]", weight.shape, x.shape[-1:], "pass this layer's weights")
 
 
 @jit
@@ -109,7 +99,7 @@ def _launch(
 @op(
     launch=lambda x, residual, weight, next_weight, eps: launch_tail(x, residual, weight, None, next_weight, eps),
     like=("x", "x"),
-    check=check_norm_pair,
+    check=_check,
     example=lambda d: (d.states(), d.states(), d.weight(), d.weight(), d.eps),
 )
 def post_attention_norm(x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -128,7 +118,7 @@ def post_attention_norm(x: Tensor, residual: Tensor, weight: Tensor, next_weight
 @op(
     launch=_launch,
     like=("x", "x", "x", "x"),
-    check=check_norms,
+    check=_check,
     example=lambda d: (
         d.states(), d.states(), d.weight(), d.weight(), d.weight(), d.sizes.hidden**-0.5, d.weight(), d.eps
     ),
