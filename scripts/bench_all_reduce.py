@@ -36,11 +36,11 @@ from torch import Tensor  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 from gemma4_compile.ops import OPS  # noqa: E402
-from gemma4_compile.ops.distributed import flashinfer_all_reduce  # noqa: E402
 from gemma4_compile.ops.distributed.all_reduce_norm import FORMS, by_nccl, by_one_shot, slot_bytes  # noqa: E402
 from gemma4_compile.ops.distributed.symmetric import forget  # noqa: E402
 from gemma4_compile.ops.examples import example  # noqa: E402
 from gemma4_compile.ops.plans import one_shot_pays  # noqa: E402
+from scripts import _flashinfer_all_reduce  # noqa: E402
 from scripts._bandwidth import copy_bandwidth, median_seconds  # noqa: E402
 from scripts.bench_ops import DENSE, MOE, ROTATE_BYTES, tensors  # noqa: E402
 
@@ -73,8 +73,8 @@ def ways(op: str, group: str) -> dict[str, Callable[..., Any]]:
         "inductor": torch.compile(unfused, dynamic=False, fullgraph=True),
         "nccl": sums_alone,
     }
-    if flashinfer_all_reduce.installed():
-        found["flashinfer"] = lambda *args: flashinfer_all_reduce.by_flashinfer(op, *args, group)
+    if _flashinfer_all_reduce.installed():
+        found["flashinfer"] = lambda *args: _flashinfer_all_reduce.by_flashinfer(op, *args, group)
     return found
 
 
@@ -224,7 +224,7 @@ def main() -> int:
     if options.out and dist.get_rank() == 0:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     forget()
-    flashinfer_all_reduce.forget()
+    _flashinfer_all_reduce.forget()
     dist.destroy_process_group()
     return 0
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
-from gemma4_compile.ops.attention import launch_attention
+from gemma4_compile.ops.attention import attention
 from gemma4_compile.ops.examples import Sizes, example
-from gemma4_compile.ops.fusions.attention_qkv import launch_attention_qkv
-from gemma4_compile.ops.fusions.qkv_norm_rope import launch_into_pages, launch_qkv_norm_rope
+from gemma4_compile.ops.fusions.attention_qkv import attention_qkv
+from gemma4_compile.ops.fusions.qkv_norm_rope import launch_into_pages, qkv_norm_rope
 from gemma4_compile.ops.library import fresh
 from scripts.bench_ops import E2B, E2B_FULL, MOE, MOE_FULL, ROTATE_BYTES, TOKENS, launches, microseconds
 
@@ -48,15 +48,15 @@ def step(sizes: Sizes, window: int, tokens: int, dtype: torch.dtype) -> tuple[An
 
 
 def apart(*args: Any) -> Tensor:
-    q, k, v = launch_qkv_norm_rope(*args[:8])
-    return launch_attention(q, k, v, *args[8:])
+    q, k, v = qkv_norm_rope.launch(*args[:8])
+    return attention.launch(q, k, v, *args[8:])
 
 
 def norms_then_write(*args: Any) -> tuple[Tensor, ...]:
     """Attention of no rows writes and does nothing else."""
-    q, k, v = launch_qkv_norm_rope(*args[:8])
+    q, k, v = qkv_norm_rope.launch(*args[:8])
     keys, values, slots, table, positions, *rest = args[8:]
-    launch_attention(q[:, :0], k, v, keys, values, slots, table, positions[:0], *rest)
+    attention.launch(q[:, :0], k, v, keys, values, slots, table, positions[:0], *rest)
     return q, k, v
 
 
@@ -72,7 +72,7 @@ def measure(layer: str, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
     count = int(min(32, max(16 if tokens <= 512 else 4, ROTATE_BYTES // size)))
     sets = [first, *(step(*LAYERS[layer], tokens, dtype) for _ in range(count - 1))]
     two, one = microseconds([norms_then_write, norms_with_write], sets)
-    whole_two, whole_one = microseconds([apart, launch_attention_qkv], sets)
+    whole_two, whole_one = microseconds([apart, attention_qkv.launch], sets)
     return {
         "op": "attention_qkv",
         "model": layer,
@@ -81,7 +81,7 @@ def measure(layer: str, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
         "norms_with_write_us": round(one, 3),
         "apart_us": round(whole_two, 3),
         "fused_us": round(whole_one, 3),
-        "launches": [launches(apart, first), launches(launch_attention_qkv, first)],
+        "launches": [launches(apart, first), launches(attention_qkv.launch, first)],
     }
 
 

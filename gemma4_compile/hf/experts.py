@@ -17,7 +17,7 @@ from transformers.activations import GELUTanh
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
-from gemma4_compile.ops.library import define
+from gemma4_compile.ops.library import op
 from gemma4_compile.patterns.template import source_of
 
 PREFIX = "gemma4_compile:"
@@ -68,8 +68,11 @@ def _unchanged(x: Tensor, reason: str) -> Tensor:
     return x.clone()  # an op may not return its input
 
 
-# Carries the reason into the graph, where the pass `experts` takes it away again.
-define("leave_experts(Tensor x, str reason) -> Tensor", reference=_unchanged, launch=_unchanged, fake=_unchanged)
+@op(launch=_unchanged)
+def leave_experts(x: Tensor, reason: str) -> Tensor:
+    """x, with the reason in the graph why the op is not there; the pass `experts` takes it away again."""
+    return _unchanged(x, reason)
+
 
 _LOCK = threading.Lock()
 _USERS: dict[int, int] = {}  # id of a config -> calls under way that have switched it

@@ -110,7 +110,7 @@ def classify(name: str, generated: bool) -> Kind:
 def source_of(op: str) -> str:
     """Source of an op's kernels and launchers, those that it shares with other ops too."""
     found: dict[str, str] = {}
-    pending: list[Any] = [OPS[op].launch]
+    pending: list[Any] = [inspect.unwrap(OPS[op].launch)]
     while pending:
         function = pending.pop()
         function = getattr(function, "fn", function)  # the Python under triton.jit

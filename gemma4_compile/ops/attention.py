@@ -15,42 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import define, expect, exponential, fresh, jit, pinned, power_of_two, tl, triton, unit_stride
+from .library import expect, exponential, fresh, jit, op, pinned, power_of_two, tl, triton, unit_stride
 
 PROCESSORS = 132  # of an H200; plans depend on shapes alone, so that a captured graph fits any contents
-
-
-def attention_reference(
-    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
-    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float, visible: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    check_attention(q, k, v, keys, values, slots, table, positions, starts)
-    check_lengths(q, k, slots, table, positions, starts, visible)
-    if k is not None and v is not None:
-        write_reference(k, v, keys, values, slots)
-    out = q.new_zeros(q.shape)
-    page = keys.shape[1]
-    bounds = starts.tolist()
-    for request, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        if first == last:
-            continue
-        rows = positions[first:last]
-        length = int(rows.max()) + 1
-        pages = table[request, : -(-length // page)].long()
-        seen_keys, seen_values = (cache[pages].flatten(0, 1)[:length].transpose(0, 1)[None] for cache in (keys, values))
-        column = torch.arange(length, device=q.device)
-        seen = column <= rows[:, None]
-        if window:
-            seen &= column > rows[:, None] - window
-        if masks(visible):
-            seen &= visible[request, :length]
-        # Heads are expanded here: enable_gqa takes another path, with another sum, for one query row.
-        group = q.shape[2] // keys.shape[2]
-        seen_keys, seen_values = (rows.to(q.dtype).repeat_interleave(group, dim=1) for rows in (seen_keys, seen_values))
-        queries = q[:, first:last].transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(queries, seen_keys, seen_values, seen[None, None], scale=scale)
-        out[:, first:last] = mixed.transpose(1, 2)
-    return out
 
 
 def masks(visible: Tensor | None) -> TypeGuard[Tensor]:
@@ -67,10 +34,9 @@ def write_reference(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: T
 
 
 def check_attention(
-    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
+    op: str, q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
     positions: Tensor, starts: Tensor,
 ) -> None:  # fmt: skip
-    op = "attention"
     expect(op, "q must be [1, N, Hq, D]", (q.dim(), q.shape[0]), (4, 1), "pack the requests into one row of tokens")
     expect(op, "keys must be [P, page, Hk, D]", (keys.dim(), keys.shape[-1]), (4, q.shape[3]), "pass this layer's pages")
     expect(op, "values must have the shape of keys", values.shape, keys.shape, "pass both of one layer")
@@ -109,14 +75,6 @@ def check_pages(keys: Tensor, values: Tensor) -> None:
     expect(op, "the page size must be a multiple of 16", keys.shape[1] % 16, 0, "blocks of keys lie within one page")
     strides = keys.stride(3), values.stride(3)
     expect(op, "keys and values must have unit stride in D", strides, (1, 1), "allocate D last")
-
-
-def _attention_fake(
-    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
-    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float, visible: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    check_attention(q, k, v, keys, values, slots, table, positions, starts)
-    return fresh(q)
 
 
 @jit
@@ -405,11 +363,10 @@ def _dim_block(dim: int) -> int:
     return max(16, power_of_two(dim))  # a product of tiles takes no side below 16
 
 
-def launch_attention(
+def _launch(
     q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
     positions: Tensor, starts: Tensor, layer: int, window: int, scale: float, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    check_attention(q, k, v, keys, values, slots, table, positions, starts)
     out = fresh(q)
     launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale, visible=visible)
     return out
@@ -458,18 +415,10 @@ def launch_planned(
         _combine_kernel[(rows * heads,)](mixed, tops, totals, out, dim, dim_block, splits, num_warps=4)
 
 
-define(
-    "attention(Tensor q, Tensor? k, Tensor? v, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor table,"
-    " Tensor positions, Tensor starts, int layer, int window, float scale, Tensor? visible=None) -> Tensor",
-    reference=attention_reference,
-    launch=launch_attention,
-    fake=_attention_fake,
-)
-
-
+@op(launch=_launch, like="q", check=check_attention, mutates=("keys", "values"))
 def attention(
     q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
-    positions: Tensor, starts: Tensor, layer: int, window: int = 0, scale: float = 1.0, visible: Tensor | None = None,
+    positions: Tensor, starts: Tensor, layer: int, window: int, scale: float, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of N packed query rows of R requests over their pages.
 
@@ -489,7 +438,32 @@ def attention(
 
     Raises ValueError for shapes that do not fit.
     """
-    return torch.ops.gemma4.attention(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible)
+    check_lengths(q, k, slots, table, positions, starts, visible)
+    if k is not None and v is not None:
+        write_reference(k, v, keys, values, slots)
+    out = q.new_zeros(q.shape)
+    page = keys.shape[1]
+    bounds = starts.tolist()
+    for request, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if first == last:
+            continue
+        rows = positions[first:last]
+        length = int(rows.max()) + 1
+        pages = table[request, : -(-length // page)].long()
+        seen_keys, seen_values = (cache[pages].flatten(0, 1)[:length].transpose(0, 1)[None] for cache in (keys, values))
+        column = torch.arange(length, device=q.device)
+        seen = column <= rows[:, None]
+        if window:
+            seen &= column > rows[:, None] - window
+        if masks(visible):
+            seen &= visible[request, :length]
+        # Heads are expanded here: enable_gqa takes another path, with another sum, for one query row.
+        group = q.shape[2] // keys.shape[2]
+        seen_keys, seen_values = (rows.to(q.dtype).repeat_interleave(group, dim=1) for rows in (seen_keys, seen_values))
+        queries = q[:, first:last].transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(queries, seen_keys, seen_values, seen[None, None], scale=scale)
+        out[:, first:last] = mixed.transpose(1, 2)
+    return out
 
 
 def attention_into(
@@ -497,12 +471,12 @@ def attention_into(
     positions: Tensor, starts: Tensor, layer: int, window: int = 0, scale: float = 1.0, visible: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As `attention`, written to `out`: [1, N, Hq, D], contiguous, q.dtype. For a CUDA graph whose output has one address."""
-    check_attention(q, k, v, keys, values, slots, table, positions, starts)
+    check_attention("attention", q, k, v, keys, values, slots, table, positions, starts)
     if takes(out, q):
         with torch.cuda.device(q.device):  # Triton launches on the current device, whatever the tensors' own is
             launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale, visible=visible)
     else:
-        out.copy_(attention_reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible))
+        out.copy_(attention.reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible))
 
 
 def takes(out: Tensor, q: Tensor) -> bool:

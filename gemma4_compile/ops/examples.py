@@ -1,18 +1,14 @@
-"""Random arguments for every op at given sizes: one registry for the tests, the benchmark and the docs.
-
-An op without an example fails tests/ops/test_registry.py.
-"""
+"""Random arguments for the ops at given sizes, for tests, benchmarks and docs: what each op's example draws from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .distributed.all_reduce_norm import FORMS, PREFIX
+from .library import OPS
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,7 @@ class Draw:
     tokens: int
     dtype: torch.dtype
     device: str
+    eps = 1e-6  # of the models' norms
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=torch.float32).to(self.dtype)
@@ -82,6 +79,18 @@ class Draw:
     def matrix(self, rows: int, columns: int) -> Tensor:
         return 0.02 * self.normal(rows, columns)
 
+    def projections(self, *counts: int) -> tuple[Tensor, ...]:
+        """States, and matrices of so many rows for them."""
+        return self.states(), *(self.matrix(count, self.sizes.hidden) for count in counts)
+
+    @property
+    def q_width(self) -> int:
+        return self.sizes.q_heads * self.sizes.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.sizes.kv_heads * self.sizes.head_dim
+
     def scalar(self) -> Tensor:
         return torch.full((1,), 0.75, device=self.device, dtype=self.dtype)
 
@@ -94,113 +103,10 @@ class Draw:
         return torch.randint(self.sizes.vocabulary, (self.batch, self.tokens), device=self.device)
 
 
-EPS = 1e-6
-
-
-def _qkv(d: Draw) -> tuple:
-    k = d.heads(d.sizes.kv_heads)
-    v = k if d.sizes.shared_kv else d.heads(d.sizes.kv_heads)
-    return d.heads(d.sizes.q_heads), k, v, d.weight(d.sizes.head_dim), d.weight(d.sizes.head_dim), *d.angles(), EPS
-
-
-def _moe_tail(d: Draw) -> tuple:
-    weights = d.weight(), d.weight(), d.weight()
-    return d.states(), d.flat(d.sizes.hidden), d.states(), *weights, d.scalar()
-
-
-def _ple_tail(d: Draw) -> tuple:
-    s = d.sizes
-    slices = d.normal(d.batch, d.tokens, 3, s.ple)[:, :, 1, :]
-    return d.states(), slices, d.matrix(s.ple, s.hidden), d.matrix(s.hidden, s.ple), d.weight(), d.scalar()
-
-
-def _ple_inputs(d: Draw) -> tuple:
-    s = d.sizes
-    table = 0.02 * d.normal(s.vocabulary, s.layers * s.ple)
-    scale = torch.tensor(s.ple**0.5, device=d.device)
-    return d.ids(), table, scale, d.states(s.layers * s.ple), d.weight(s.ple), s.hidden**-0.5, 2**-0.5, EPS
-
-
-def _ple_combine(d: Draw) -> tuple:
-    s = d.sizes
-    token_inputs = d.normal(d.batch, d.tokens, s.layers, s.ple)
-    return token_inputs, d.states(s.layers * s.ple), d.weight(s.ple), s.hidden**-0.5, 2**-0.5, EPS
-
-
-def _post_attention_norms(d: Draw) -> tuple:
-    return *_two_states(d), d.weight(), d.weight(), d.weight(), d.sizes.hidden**-0.5, d.weight(), EPS
-
-
-def _two_states(d: Draw) -> tuple[Tensor, Tensor]:
-    return d.states(), d.states()
-
-
-def _projections(d: Draw, *counts: int) -> tuple:
-    return d.states(), *(d.matrix(count, d.sizes.hidden) for count in counts)
-
-
-def _attention_heads(d: Draw) -> tuple[int, int]:
-    return d.sizes.q_heads * d.sizes.head_dim, d.sizes.kv_heads * d.sizes.head_dim
-
-
-def _experts(d: Draw) -> tuple:
-    s = d.sizes
-    indices = torch.rand(d.batch * d.tokens, s.experts, device=d.device).argsort(-1)[:, : s.top_k].contiguous()
-    weights = torch.rand(d.batch * d.tokens, s.top_k, device=d.device).softmax(-1)
-    gate_up = s.hidden**-0.5 * d.normal(s.experts, 2 * s.expert_intermediate, s.hidden)
-    down = s.expert_intermediate**-0.5 * d.normal(s.experts, s.hidden, s.expert_intermediate)
-    return d.flat(s.hidden), indices, weights, gate_up, down
-
-
-def _verify(d: Draw) -> tuple:
-    """A request a token, with three drafts or fewer of five candidates; four in eight are greedy."""
-    requests, most, width = d.batch * d.tokens, 3, d.sizes.vocabulary
-    counts = torch.arange(requests, device=d.device) % (most + 1)
-    first = (counts + 1).cumsum(0) - counts - 1
-    rows = sum(r % (most + 1) + 1 for r in range(requests))
-    logits = 2 * d.normal(rows, width)
-    tokens = torch.rand((requests, most, width), device=d.device).argsort(-1)[..., :5].contiguous()
-    behind = first[:, None] + torch.minimum(torch.arange(most, device=d.device), counts[:, None])
-    scores = logits[behind].float().gather(2, tokens) + torch.randn(tokens.shape, device=d.device)
-    drafts = tokens.gather(2, (scores - torch.empty_like(scores).exponential_().log()).argmax(2, keepdim=True))[..., 0]
-    temperature = (torch.arange(requests, device=d.device) // 4 + 1) % 2 * 0.8
-    top_k = torch.full((requests,), 7, dtype=torch.int32, device=d.device)
-    top_p, min_p = torch.full_like(temperature, 0.9), torch.full_like(temperature, 0.01)
-    seeds = torch.randint(2**62, (requests,), device=d.device)
-    return logits, first, counts, drafts, scores, tokens, temperature, top_k, top_p, min_p, seeds, seeds % 1000, True
-
-
-EXAMPLES: dict[str, Callable[[Draw], tuple]] = {
-    "rms_norm": lambda d: (d.states(), d.weight(), EPS),
-    "rms_norm_noscale": lambda d: (d.states(), EPS),
-    "rope": lambda d: (d.heads(d.sizes.q_heads), *d.angles()),
-    "geglu": lambda d: (d.states(d.sizes.intermediate), d.states(d.sizes.intermediate)),
-    "gate_up": lambda d: _projections(d, d.sizes.intermediate, d.sizes.intermediate),
-    "linear": lambda d: _projections(d, d.sizes.intermediate),
-    "linear_pair": lambda d: _projections(d, *_attention_heads(d)),
-    "linear_triple": lambda d: _projections(d, *_attention_heads(d), _attention_heads(d)[1]),
-    "route": lambda d: (d.logits(), d.weight(d.sizes.experts), d.sizes.top_k),
-    "experts": _experts,
-    "post_attention_norm": lambda d: (*_two_states(d), d.weight(), d.weight(), EPS),
-    "post_attention_norms": _post_attention_norms,
-    "feed_forward_tail": lambda d: (*_two_states(d), d.weight(), None, EPS),
-    "feed_forward_tail_norm": lambda d: (*_two_states(d), d.weight(), d.scalar(), d.weight(), EPS),
-    "moe_feed_forward_tail": lambda d: (*_moe_tail(d), EPS),
-    "moe_feed_forward_tail_norm": lambda d: (*_moe_tail(d), d.weight(), EPS),
-    "ple_tail": lambda d: (*_ple_tail(d), EPS),
-    "ple_tail_norm": lambda d: (*_ple_tail(d), d.weight(), EPS),
-    "ple_inputs": _ple_inputs,
-    "ple_combine": _ple_combine,
-    "qkv_norm_rope": _qkv,
-    "q_norm_rope": lambda d: (d.heads(d.sizes.q_heads), d.weight(d.sizes.head_dim), *d.angles(), EPS),
-    "verify": _verify,
-}
-# Of one process alone: what more of them compute is tested where there are more.
-EXAMPLES |= {PREFIX + op: lambda d, op=op: (*EXAMPLES[op](d), "") for op in FORMS}  # type: ignore[misc]
-
-
 def example(
     op: str, sizes: Sizes, tokens: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", batch: int = 1
 ) -> tuple[Any, ...]:
     """Fresh random arguments of gemma4::op for `batch` sequences of `tokens` tokens."""
-    return EXAMPLES[op](Draw(sizes, batch, tokens, dtype, device))
+    draw = OPS[op].example
+    assert draw is not None  # what has none is not in OPS
+    return draw(Draw(sizes, batch, tokens, dtype, device))

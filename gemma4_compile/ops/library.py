@@ -6,11 +6,13 @@ CPU references and the fakes still register, and a CUDA call says what is missin
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,10 @@ except ModuleNotFoundError:  # CPU-only installs and platforms without Triton wh
 
     def jit(kernel: Callable | None = None, **_: Any) -> Any:
         return kernel if kernel is not None else jit
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def constant(value: Any) -> Any:
@@ -60,15 +66,52 @@ def own_dtypes() -> AbstractContextManager[Any]:
     return torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
-class Op(NamedTuple):
-    """One registered op: what it computes, and the launcher of its kernel (runs under TRITON_INTERPRET=1 too)."""
+class Op(Generic[P, R]):
+    """One registered op. A call runs torch.ops.gemma4.<name>: by the tensors' device the reference or the kernels.
 
-    name: str
-    reference: Callable[..., Any]
-    launch: Callable[..., Any]
+    reference  what it computes, in PyTorch, rounding where the kernels round
+    launch     the same by its kernels, which run under TRITON_INTERPRET=1 too; some take options by keyword
+    check      what both begin with: raises ValueError for arguments that do not fit
+    example    draws arguments (examples.py); None: the op is not in OPS
+    """
+
+    def __init__(
+        self,
+        function: Callable[P, R],
+        launch: Callable[..., Any],
+        check: Callable[..., None] | None,
+        example: Callable[[Any], tuple[Any, ...]] | None,
+    ) -> None:
+        functools.update_wrapper(self, function)  # docstring and signature
+        self.name: str = function.__name__
+        self.places = {name: i for i, name in enumerate(inspect.signature(function).parameters)}
+        self.reference: Callable[P, R] = self.checked(function) if check else function
+        self.launch: Callable[..., R] = self.checked(launch) if check else launch
+        self.example = example
+        self._check = check
+        wanted = inspect.signature(check).parameters if check else {}
+        every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
+        self._checked = {name: i for name, i in self.places.items() if every or name in wanted}
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return getattr(torch.ops.gemma4, self.name)(*args, **kwargs)
+
+    def check(self, *args: Any) -> None:
+        if self._check:
+            # PyTorch's dispatcher leaves out arguments at the end that equal their defaults.
+            self._check(self.name, **{name: args[i] for name, i in self._checked.items() if i < len(args)})
+
+    def checked(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(run)
+        def call(*args: Any, **options: Any) -> Any:
+            self.check(*args)
+            return run(*args, **options)
+
+        return call
 
 
-OPS: dict[str, Op] = {}
+# Those with an example. They compute on their arguments alone: tests and benchmarks treat them all alike.
+OPS: dict[str, Op[Any, Any]] = {}
 _DEFINED: list[str] = []
 # A fragment: other parts of the package define their own ops in the same namespace.
 LIBRARY = torch.library.Library("gemma4", "FRAGMENT")
@@ -78,15 +121,50 @@ UNFUSED = {"enable_fp_fusion": False}
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def register(schema: str, *, reference: Callable, launch: Callable, fake: Callable) -> None:
-    """Define one pure op and list it in OPS."""
-    name = define(schema, reference=reference, launch=launch, fake=fake)
-    OPS[name] = Op(name, reference, launch)
+def op(
+    *,
+    launch: Callable[..., Any],
+    like: str | tuple[str, ...] = (),
+    fake: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
+    example: Callable[[Any], tuple[Any, ...]] | None = None,
+    mutates: tuple[str, ...] = (),
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Make a reference the op of its name, with the schema of its signature.
+
+    launch   the op's arguments -> its results, by its kernels
+    like     the argument, or for several results the arguments, whose shape, dtype and device each result has
+    fake     the op's arguments -> results, of which only shapes, dtypes and devices count, where `like` cannot say them;
+             neither: the reference. Passes call fakes at hundreds of sites: one should cost no more than its results
+    check    raises ValueError for arguments that do not fit; runs before reference, launch and fake. It is given the op's name
+             and, by their names, those of the op's arguments that it has too, or all of them if it takes **others
+    example  a Draw of examples.py -> arguments; ops with an example are listed in OPS
+    mutates  arguments that are written
+    """
+
+    def register(function: Callable[P, R]) -> Op[P, R]:
+        made: Op[P, R] = Op(function, launch, check, example)
+        shapes = fake or (_fake_like(like, made.places) if like else function)
+        schema = torch.library.infer_schema(function, mutates_args=mutates, op_name=made.name)
+        _define(made, schema, made.checked(shapes) if check else shapes)
+        if example:
+            OPS[made.name] = made
+        return made
+
+    return register
 
 
-def define(schema: str, *, reference: Callable, launch: Callable, fake: Callable) -> str:
-    """Define one op: the reference on CPU, the kernel on CUDA, and the fake that tracing uses. Returns its name."""
-    name = schema.split("(", 1)[0]
+def _fake_like(like: str | tuple[str, ...], places: dict[str, int]) -> Callable[..., Any]:
+    if isinstance(like, str):
+        place = places[like]
+        return lambda *args: fresh(args[place])
+    chosen = [places[name] for name in like]
+    return lambda *args: tuple(fresh(args[i]) for i in chosen)
+
+
+def _define(op: Op[Any, Any], schema: str, fake: Callable[..., Any]) -> None:
+    """The reference on CPU, the kernels on CUDA, and the fake that tracing uses."""
+    name, reference, launch = op.name, op.reference, op.launch
 
     def on_cpu(*args: Any) -> Any:
         with own_dtypes():
@@ -102,6 +180,8 @@ def define(schema: str, *, reference: Callable, launch: Callable, fake: Callable
         with torch.cuda.device(device), own_dtypes():
             return launch(*args)
 
+    # Integers are constants of a kernel, not sizes of tensors: no graph shall hold one that varies.
+    schema = schema.replace("SymInt", "int")
     # The launchers take any strides. Without the tag, Inductor copies each argument that is no buffer yet, for each call anew:
     # cos and sin once a layer.
     LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
@@ -109,7 +189,6 @@ def define(schema: str, *, reference: Callable, launch: Callable, fake: Callable
     LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"gemma4::{name}", fake, lib=LIBRARY)
     _DEFINED.append(name)
-    return name
 
 
 def register_fallbacks() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import as_rows, expect, fresh, jit, pinned, register, tl
+from .library import as_rows, expect, fresh, jit, op, pinned, tl
 from .plans import row_plan
 from .rows import chunk_size, inverse_rms, load_row, scale_row, store_row
 
@@ -23,17 +23,8 @@ def normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return normed.type_as(x)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    check_norm(x, weight)
-    return normalize(x, weight, eps)
-
-
-def rms_norm_noscale_reference(x: Tensor, eps: float) -> Tensor:
-    return normalize(x, None, eps)
-
-
-def check_norm(x: Tensor, weight: Tensor) -> None:
-    expect("rms_norm", "weight must be [H] for x [..., H]", weight.shape, x.shape[-1:], "pass the weight of this norm")
+def _check(op: str, x: Tensor, weight: Tensor) -> None:
+    expect(op, "weight must be [H] for x [..., H]", weight.shape, x.shape[-1:], "pass the weight of this norm")
 
 
 @jit
@@ -51,9 +42,8 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, eps, WIDTH: tl.conste
     store_row(out_ptr + row * WIDTH, out, WIDTH, CHUNK)
 
 
-def launch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def _launch(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is not None:
-        check_norm(x, weight)
         weight = weight.contiguous()
     rows, out = as_rows(x), fresh(x)
     if out.numel():
@@ -64,47 +54,24 @@ def launch_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return out
 
 
-def launch_rms_norm_noscale(x: Tensor, eps: float) -> Tensor:
-    return launch_rms_norm(x, None, eps)
-
-
-def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    check_norm(x, weight)
-    return fresh(x)
-
-
-def _rms_norm_noscale_fake(x: Tensor, eps: float) -> Tensor:
-    return fresh(x)
-
-
-register(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    reference=rms_norm_reference,
-    launch=launch_rms_norm,
-    fake=_rms_norm_fake,
-)
-register(
-    "rms_norm_noscale(Tensor x, float eps) -> Tensor",
-    reference=rms_norm_noscale_reference,
-    launch=launch_rms_norm_noscale,
-    fake=_rms_norm_noscale_fake,
-)
-
-
+@op(launch=_launch, like="x", check=_check, example=lambda d: (d.states(), d.weight(), d.eps))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, times weight.
 
     x        [..., H]  fp32, fp16 or bf16
     weight   [H]
     returns  [..., H]  x.dtype, contiguous
+
+    Raises ValueError for a weight of another width.
     """
-    return torch.ops.gemma4.rms_norm(x, weight, eps)
+    return normalize(x, weight, eps)
 
 
+@op(launch=lambda x, eps: _launch(x, None, eps), like="x", example=lambda d: (d.states(), d.eps))
 def rms_norm_noscale(x: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, without a weight.
 
     x        [..., H]  fp32, fp16 or bf16
     returns  [..., H]  x.dtype, contiguous
     """
-    return torch.ops.gemma4.rms_norm_noscale(x, eps)
+    return normalize(x, None, eps)

@@ -9,17 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import (
-    UNFUSED,
-    expect,
-    fresh,
-    jit,
-    power_of_two,
-    register,
-    rounded,
-    tl,
-    unit_stride,
-)
+from .library import UNFUSED, expect, fresh, jit, op, power_of_two, rounded, tl, unit_stride
 from .plans import head_plan
 
 
@@ -51,11 +41,6 @@ def aligned(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int]:
     if sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     return cos, sin, (0 if cos.shape[0] == 1 else cos.stride(0)), cos.stride(1)
-
-
-def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    check_rope("rope", x, cos, sin)
-    return rotate(x, cos, sin)
 
 
 @jit
@@ -96,8 +81,7 @@ def _rope_kernel(
     tl.store(out_ptr + HALF + column, out_high, inside)
 
 
-def launch_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    check_rope("rope", x, cos, sin)
+def _launch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x = unit_stride(x)
     cos, sin, *angle_strides = aligned(cos, sin)
     out = fresh(x)
@@ -112,24 +96,14 @@ def launch_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    check_rope("rope", x, cos, sin)
-    return fresh(x)
-
-
-register(
-    "rope(Tensor x, Tensor cos, Tensor sin) -> Tensor",
-    reference=rope_reference,
-    launch=launch_rope,
-    fake=_rope_fake,
-)
-
-
+@op(launch=_launch, like="x", check=check_rope, example=lambda d: (d.heads(d.sizes.q_heads), *d.angles()))
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the heads of x by their positions.
 
     x         [B, T, N, D]     fp32, fp16 or bf16, D even
-    cos, sin  [B or 1, T, D]
+    cos, sin  [B or 1, T, D]   x.dtype
     returns   [B, T, N, D]     x.dtype, contiguous
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return torch.ops.gemma4.rope(x, cos, sin)
+    return rotate(x, cos, sin)

@@ -29,12 +29,12 @@ from torch import Tensor  # noqa: E402
 
 from gemma4_compile import OptimizeConfig, demo_checkpoint, optimize, report  # noqa: E402
 from gemma4_compile.ops import OPS, Vocabulary, all_reduce_norm  # noqa: E402
-from gemma4_compile.ops.distributed import flashinfer_all_reduce  # noqa: E402
 from gemma4_compile.ops.distributed.all_reduce_norm import FORMS, by_nccl, by_one_shot, slot_bytes, sum_over_ranks  # noqa: E402
 from gemma4_compile.ops.distributed.symmetric import forget, workspace  # noqa: E402
 from gemma4_compile.ops.examples import SMALL  # noqa: E402
 from gemma4_compile.ops.sampling.local_sample import local_highest, token_of  # noqa: E402
 from gemma4_compile.ops.sampling.logits import logprobs_of  # noqa: E402
+from scripts import _flashinfer_all_reduce  # noqa: E402
 from tests.gpu.times import microseconds  # noqa: E402
 from tests.ops.accuracy import assert_as_accurate  # noqa: E402
 from tests.ops.all_reduce_cases import arguments  # noqa: E402
@@ -105,7 +105,7 @@ def chosen(op: str, mine: list[Any]) -> Result:
 
 
 def flashinfer(op: str, mine: list[Any]) -> Result:
-    found = flashinfer_all_reduce.by_flashinfer(op, *mine, group())
+    found = _flashinfer_all_reduce.by_flashinfer(op, *mine, group())
     assert found is not None, "no memory that all ranks read: see the warning above"
     return outputs(found)
 
@@ -194,7 +194,7 @@ def many_tokens() -> None:
 
 def by_flashinfer(count: int) -> None:
     """What one_shot is tested with; and FlashInfer's memory must be without multicast."""
-    if not flashinfer_all_reduce.installed():
+    if not _flashinfer_all_reduce.installed():
         raise Skipped("FlashInfer is not installed: its all-reduce was NOT tested")
     for op in FORMS:
         form(op, flashinfer)
@@ -354,7 +354,7 @@ def run(cases: dict[str, Callable[[], None]], wanted: Sequence[str]) -> None:
             print(f"{name}: {next((e for e in errors if e), 'ok')}", flush=True)
             print(f"    {time.monotonic() - start:.0f} s", flush=True)
     forget()
-    flashinfer_all_reduce.forget()
+    _flashinfer_all_reduce.forget()
     dist.destroy_process_group()
 
 

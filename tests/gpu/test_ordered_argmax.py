@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.ops import ordered_argmax
-from gemma4_compile.ops.sampling.ordered_argmax import ordered_argmax_reference
 from tests.gpu.times import microseconds
 from tests.ops.ordered_argmax_cases import CASES
 
@@ -31,9 +30,9 @@ def test_real_size(rows: int) -> None:
     scores = torch.randn((rows, CLUSTERS), device="cuda", generator=generator)
     assert torch.equal(
         ordered_argmax(states, scores, ordering, weight, TOP_K),
-        ordered_argmax_reference(states, scores, ordering, weight, TOP_K),
+        ordered_argmax.reference(states, scores, ordering, weight, TOP_K),
     )
-    compiled = torch.compile(ordered_argmax_reference, dynamic=False)
+    compiled = torch.compile(ordered_argmax.reference, dynamic=False)
     times = []
     for function in (ordered_argmax, compiled):
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gemma4_compile import ops
+from gemma4_compile.ops.sampling import local_sample
 from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
 from tests.ops.vocabulary_cases import Ranks
 
@@ -37,15 +38,15 @@ def test_awkward_rows_of_all_mixes(monkeypatch: pytest.MonkeyPatch):
 def test_the_same_histograms_as_on_the_cpu():
     """Integers, in whatever order programs add them."""
     logits, temperature, _, top_p, *_ = mixture(30, 20000)
-    best = ops.local_sample.local_highest(logits, 0)
-    search = ops.local_sample.begin_search(temperature, top_p, best, 20000)
+    best = local_sample.local_highest(logits, 0)
+    search = local_sample.begin_search(temperature, top_p, best, 20000)
     for digit in range(3):
         args = logits, temperature, search[0], None, best
-        wanted = ops.local_sample.digit_histogram(*args, digit)
-        found = ops.local_sample.digit_histogram(*(None if t is None else t.cuda() for t in args), digit)
+        wanted = local_sample.digit_histogram(*args, digit)
+        found = local_sample.digit_histogram(*(None if t is None else t.cuda() for t in args), digit)
         assert torch.equal(found.cpu(), wanted)
-        on_gpu = ops.local_sample.next_digit(found, tuple(t.cuda() for t in search), digit == 0)
-        search = ops.local_sample.next_digit(wanted, search, digit == 0)
+        on_gpu = local_sample.next_digit(found, *(t.cuda() for t in search), digit == 0)
+        search = local_sample.next_digit(wanted, *search, digit == 0)
         assert all(torch.equal(a.cpu(), b) for a, b in zip(on_gpu, search, strict=True))
 
 

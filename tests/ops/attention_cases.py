@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.attention import AttentionPlan, attention_reference, launch_attention, launch_planned
+from gemma4_compile.ops.attention import AttentionPlan, attention, launch_planned
 from tests.ops.accuracy import assert_as_accurate
 
 
@@ -118,9 +118,9 @@ def check_steps(steps: Iterable[tuple[Step, AttentionPlan | None]], factor: floa
     results = []
     for wanted, plan in steps:
         eager_args, args = wanted.fresh(), wanted.fresh()
-        eager = attention_reference(*eager_args)
+        eager = attention.reference(*eager_args)
         if plan is None:
-            actual = launch_attention(*args)
+            actual = attention.launch(*args)
         else:
             actual = torch.full_like(args[0], torch.nan, memory_format=torch.contiguous_format)
             launch_planned(*(actual, *args[:9], *args[10:12], plan, *args[12:]))

@@ -13,13 +13,13 @@ from tests.ops.interpret_attention import attempt  # isort: skip  (before all th
 
 import torch
 
-from gemma4_compile.ops.attention import launch_attention
-from gemma4_compile.ops.fusions.attention_qkv import launch_attention_qkv
-from gemma4_compile.ops.fusions.qkv_norm_rope import launch_qkv_norm_rope
+from gemma4_compile.ops.attention import attention
+from gemma4_compile.ops.fusions.attention_qkv import attention_qkv
+from gemma4_compile.ops.fusions.qkv_norm_rope import qkv_norm_rope
 from tests.ops.attention_cases import NEW_MIXES, Request, check_same, raw, step
 from tests.ops.kernel_cases import strided
 
-same = partial(check_same, fused=launch_attention_qkv, norms=launch_qkv_norm_rope, attends=launch_attention)
+same = partial(check_same, fused=attention_qkv.launch, norms=qkv_norm_rope.launch, attends=attention.launch)
 
 
 def grid(dtype: torch.dtype) -> Iterator[tuple]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from gemma4_compile.ops.sampling.bitwise import gumbel, gumbel_kernel, philox, philox_kernel, weights, weights_kernel
-from gemma4_compile.ops.sampling.sample import SamplePlan, launch_sample, sample_reference
+from gemma4_compile.ops.sampling.sample import SamplePlan, sample
 from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
 
 CANDIDATES = SamplePlan(tile=256, group=2, capacity=1024, block=512)
@@ -21,7 +21,7 @@ WHOLE_ROWS = SamplePlan(tile=256, group=2, capacity=4, block=1024)
 
 
 def check(args: tuple[Any, ...], plan: SamplePlan | None) -> None:
-    wanted, actual = sample_reference(*args), launch_sample(*args, plan=plan)
+    wanted, actual = sample.reference(*args), sample.launch(*args, plan=plan)
     wrong = (wanted != actual).nonzero()[:, 0]
     assert not len(wrong), f"{len(wrong)} rows differ, the first {[a[wrong[0]].tolist() for a in args[1:]]}"
 

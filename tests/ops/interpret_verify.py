@@ -12,11 +12,12 @@ from tests.ops import interpret_attention  # noqa: F401  isort: skip  (loops ove
 
 import torch
 
+from gemma4_compile import ops
 from gemma4_compile.ops.sampling.sample import SamplePlan
-from gemma4_compile.ops.sampling.verify import launch_verify, verify_reference
 from tests.ops.verify_cases import awkward_requests, mixture
 
 MODULE: Any = importlib.import_module("gemma4_compile.ops.sampling.verify")  # in the package the function has its name
+verify: Any = ops.verify  # mypy takes each starred list for all arguments
 SMALL = SamplePlan(tile=128, group=1, capacity=128, block=128)
 
 
@@ -26,11 +27,9 @@ EASY = [(0, 1.0, 0.0)] * 3 + [(0, 1.0, 0.02)]
 
 def check(args: list[Any], tile: int = 1024, plan: SamplePlan | None = SMALL) -> None:
     """Both forms."""
-    reference: Any = verify_reference
-    launch: Any = launch_verify
     MODULE.TILE = tile
     for block in (False, True):
-        wanted, got = reference(*args, block), launch(*args, block, plan=plan)
+        wanted, got = verify.reference(*args, block), verify.launch(*args, block, plan=plan)
         wrong = ((got[0] != wanted[0]) | (got[1] != wanted[1])).nonzero()[:, 0]
         assert not len(wrong), f"{len(wrong)} requests differ, block={block}, the first {[a[wrong[0]] for a in args[6:]]}"
 
@@ -38,8 +37,7 @@ def check(args: list[Any], tile: int = 1024, plan: SamplePlan | None = SMALL) ->
 def easy(requests: int, candidates: int | None, tile: int) -> None:
     args = mixture(requests, 3, 90, candidates, greedy=8, mixes=EASY)
     check(args, tile)
-    reference: Any = verify_reference
-    accepted, _ = reference(*args, True)
+    accepted, _ = verify.reference(*args, True)
     assert len(accepted.unique()) > 1 and (accepted < args[2]).any()
 
 

@@ -15,34 +15,27 @@ import threading
 
 import torch
 
+from gemma4_compile.ops.library import Op
 from gemma4_compile.ops.sampling import local_sample, vocabulary
-from gemma4_compile.ops.sampling.sample import sample_reference
+from gemma4_compile.ops.sampling.sample import sample
 from gemma4_compile.ops.sampling.vocabulary import THRESHOLDS
 from tests.ops.sample_cases import MIXES, awkward, mixture, parameters
 from tests.ops.vocabulary_cases import Ranks
 
-OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "local_highest": (local_sample.highest_reference, local_sample.launch_highest),
-    "local_draw": (local_sample.draw_reference, local_sample.launch_draw),
-    "drawn_token": (local_sample.token_reference, local_sample.launch_token),
-    "begin_search": (local_sample.search_reference, local_sample.launch_search),
-    "digit_histogram": (local_sample.histogram_reference, local_sample.launch_histogram),
-    "next_digit": (local_sample.next_digit_reference, local_sample.launch_next_digit),
-}
+NAMES = ("local_highest", "local_draw", "drawn_token", "begin_search", "digit_histogram", "next_digit")
 ALIKE = ("drawn_token", "begin_search", "next_digit")  # on all ranks: every other call is enough
 ONE_AT_A_TIME = threading.Lock()  # the interpreter knows one program
 CALLS = Counter[str]()
 
 
 def both(name: str) -> Callable[..., Any]:
-    reference, launch = OPS[name]
+    op: Op[Any, Any] = getattr(local_sample, name)
 
-    def call(*given: Any) -> Any:
-        args = [t for a in given for t in (a if isinstance(a, tuple) else (a,))]
-        wanted = reference(*args)
+    def call(*args: Any) -> Any:
+        wanted = op.reference(*args)
         with ONE_AT_A_TIME:
             CALLS[name] += 1
-            found = wanted if name in ALIKE and CALLS[name] % 2 else launch(*args)
+            found = wanted if name in ALIKE and CALLS[name] % 2 else op.launch(*args)
         for a, b in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (wanted, found)), strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b), f"{name}: {(a != b).nonzero()[:3].tolist()} of {list(a.shape)}"
         return found
@@ -50,14 +43,14 @@ def both(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in OPS:
+for _name in NAMES:
     setattr(vocabulary, _name, both(_name))
 
 
 def check(args: tuple[torch.Tensor, ...], thresholds: Any = THRESHOLDS, ranks: int = 2) -> None:
     CALLS.clear()
     found = Ranks(ranks, setattr).call("sample", *args, thresholds)
-    assert torch.equal(found, sample_reference(*args)), args[1:]
+    assert torch.equal(found, sample.reference(*args)), args[1:]
     assert CALLS["local_draw"] == CALLS["drawn_token"] == ranks
     assert CALLS["digit_histogram"] == 3 * ranks * len({"top_k", "top_p"} & set(thresholds))
 

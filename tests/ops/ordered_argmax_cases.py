@@ -5,12 +5,7 @@ from typing import Any
 
 import torch
 
-from gemma4_compile.ops.sampling.ordered_argmax import (
-    launch_ordered_argmax,
-    launch_ordered_scores,
-    ordered_argmax_reference,
-    ordered_scores_reference,
-)
+from gemma4_compile.ops import ordered_argmax, ordered_scores
 
 VOCABULARY, CLUSTERS, HIDDEN, TOP_K = 640, 40, 48, 7
 
@@ -27,10 +22,10 @@ def arguments(rows: int, dtype: torch.dtype, equal: int = 0, device: str = "cpu"
 
 
 def check(args: tuple[Any, ...]) -> None:
-    wanted, found = ordered_argmax_reference(*args), launch_ordered_argmax(*args)
+    wanted, found = ordered_argmax.reference(*args), ordered_argmax.launch(*args)
     assert found.dtype == torch.int64 and found.tolist() == wanted.tolist()
-    logits, tokens = launch_ordered_scores(*args)
-    wanted_logits, wanted_tokens = ordered_scores_reference(*args)
+    logits, tokens = ordered_scores.launch(*args)
+    wanted_logits, wanted_tokens = ordered_scores.reference(*args)
     assert torch.equal(tokens, wanted_tokens)
     torch.testing.assert_close(logits, wanted_logits)
 
@@ -57,7 +52,7 @@ def extremes(device: str) -> None:
     check((states, arguments(4, torch.float32, device=device)[1], ordering, weight, 1))
     states[1:3] = float("nan")
     scores[2:] = float("nan")
-    found = launch_ordered_argmax(states, scores, ordering, weight, TOP_K)
+    found = ordered_argmax.launch(states, scores, ordering, weight, TOP_K)
     assert ((found >= 0) & (found < VOCABULARY)).all()
 
 

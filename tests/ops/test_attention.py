@@ -13,8 +13,6 @@ from gemma4_compile.ops.attention import (
     AttentionPlan,
     attention_into,
     attention_plan,
-    attention_reference,
-    launch_attention,
     launch_planned,
 )
 from tests.ops.attention_cases import MIXES, Request, check_cache, step
@@ -103,7 +101,7 @@ def test_wrong_shape_is_one_clear_line(message: str):
     args = list(step(MIXES["several"], kv_heads=2).fresh())
     position, wrong = WRONG[message]
     args[position] = wrong(args[position])
-    for call in (ops.attention, launch_attention):  # what launches on CUDA, before anything is
+    for call in (ops.attention, ops.attention.launch):  # what launches on CUDA, before anything is
         with pytest.raises(ValueError, match=f"^attention: {message}") as raised:
             call(*args)
         assert "\n" not in str(raised.value)
@@ -113,9 +111,9 @@ def test_what_the_kernels_cannot_take():
     made = step([Request(3, 2)], writes=False)
     args = list(made.args)
     with pytest.raises(ValueError, match="attention: the page size must be a multiple of 16, got 8, wanted 0; "):
-        launch_attention(*args[:3], *(cache.view(-1, 8, 1, 16) for cache in args[3:5]), *args[5:])
+        ops.attention.launch(*args[:3], *(cache.view(-1, 8, 1, 16) for cache in args[3:5]), *args[5:])
     with pytest.raises(ValueError, match="attention: keys and values must have unit stride in D, got .2, 2., wanted .1, 1.; "):
-        launch_attention(*args[:3], *(cache.repeat_interleave(2, -1)[..., ::2] for cache in args[3:5]), *args[5:])
+        ops.attention.launch(*args[:3], *(cache.repeat_interleave(2, -1)[..., ::2] for cache in args[3:5]), *args[5:])
     with pytest.raises(ValueError, match="attention: a tile must have 16 rows or more"):
         launch_planned(args[0], *args[:9], *args[10:], AttentionPlan(2, 16, 1, 4, 2))
 
@@ -124,7 +122,7 @@ def test_into_a_given_tensor():
     made = step(MIXES["several"], window=5, padding=1)
     out, args = torch.full_like(made.args[0], torch.nan), made.fresh()
     attention_into(out, *args)
-    assert torch.equal(out, attention_reference(*made.fresh()))
+    assert torch.equal(out, ops.attention.reference(*made.fresh()))
     check_cache(made, args)
     for wrong, message in (
         (out[:, 1:], "out must have q's shape and dtype"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gemma4_compile import ops
-from gemma4_compile.ops.fusions.attention_qkv import attention_qkv_into, launch_attention_qkv
+from gemma4_compile.ops.fusions.attention_qkv import attention_qkv_into
 from tests.ops.attention_cases import NEW_MIXES, check_same, raw, step
 from tests.ops.interpreted import interpreted, seeded_on_one_thread  # noqa: F401  (a fixture of every test here)
 
@@ -55,7 +55,7 @@ def test_wrong_shape_is_one_clear_line(message: str):
     args = list(raw(step(NEW_MIXES["mixed"], kv_heads=2)))
     position, wrong = WRONG[message]
     args[position] = wrong(args[position])
-    for call in (ops.attention_qkv, launch_attention_qkv):  # what launches on CUDA, before anything is written
+    for call in (ops.attention_qkv, ops.attention_qkv.launch):  # what launches on CUDA, before anything is written
         with pytest.raises(ValueError, match=f"^{message}") as raised:
             call(*args)
         assert "\n" not in str(raised.value)
@@ -64,7 +64,7 @@ def test_wrong_shape_is_one_clear_line(message: str):
 def test_what_the_kernels_cannot_take():
     args = raw(step(NEW_MIXES["decode"]))
     with pytest.raises(ValueError, match="attention: the page size must be a multiple of 16, got 8, wanted 0; "):
-        launch_attention_qkv(*args[:8], *(cache.view(-1, 8, 1, 16) for cache in args[8:10]), *args[10:])
+        ops.attention_qkv.launch(*args[:8], *(cache.view(-1, 8, 1, 16) for cache in args[8:10]), *args[10:])
 
 
 def test_into_a_given_tensor():

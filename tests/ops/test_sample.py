@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gemma4_compile import ops
-from gemma4_compile.ops.sampling.sample import kept_reference, launch_sample, scaled
+from gemma4_compile.ops.sampling.sample import kept_reference, scaled
 from tests.ops.interpreted import interpreted, seeded_on_one_thread  # noqa: F401  (a fixture of every test here)
 from tests.ops.sample_cases import awkward, mixture, parameters
 
@@ -177,7 +177,7 @@ def test_wrong_arguments_are_one_clear_line(message: str):
     args = list(mixture(5, 128))
     position, wrong = WRONG[message]
     args[position] = wrong(args[position])
-    for call in (ops.sample, launch_sample):  # what launches on CUDA, before anything is
+    for call in (ops.sample, ops.sample.launch):  # what launches on CUDA, before anything is
         with pytest.raises(ValueError, match=f"^sample: {message}") as raised:
             call(*args)
         assert "\n" not in str(raised.value)

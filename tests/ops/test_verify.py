@@ -15,7 +15,6 @@ from torch import Tensor
 from gemma4_compile import ops
 from gemma4_compile.ops import draw_draft
 from gemma4_compile.ops.sampling.sample import kept_reference, scaled
-from gemma4_compile.ops.sampling.verify import launch_verify
 from tests.ops.interpreted import interpreted, seeded_on_one_thread  # noqa: F401  (a fixture of every test here)
 from tests.ops.sample_cases import parameters
 from tests.ops.verify_cases import Chain, awkward_requests, mixture
@@ -329,8 +328,7 @@ def test_wrong_arguments_are_one_clear_line(message: str):
     args = mixture(5, 2, 20, 8)
     position, wrong = WRONG[message]
     args[position] = wrong(args[position])
-    launch: Any = launch_verify
-    for call in (verify, launch):
+    for call in (verify, verify.launch):
         with pytest.raises(ValueError, match=f"^verify: {message}") as raised:
             call(*args, True)
         assert "\n" not in str(raised.value)

@@ -83,7 +83,7 @@ def test_rows_without_a_threshold_are_not_read():
         for digit in range(3):
             histogram = digit_histogram(logits, temperature, search[0], None, least, digit)
             assert histogram.any(dim=1).tolist() == [False, False, False, True, False]
-            search = next_digit(histogram, search, least is not None and digit == 0)
+            search = next_digit(histogram, *search, least is not None and digit == 0)
         assert (search[0] < 0).tolist() == [True, True, True, False, True]
 
 
@@ -204,7 +204,7 @@ def test_opcheck(dtype: torch.dtype):
     best = local_highest(logits, 128)
     counts, shares = (begin_search(temperature, limit, b, 256) for limit, b in ((top_k, None), (top_p, best)))
     histogram = digit_histogram(logits, temperature, counts[0], None, None, 0)
-    least = next_digit(histogram, counts, False)[0]
+    least = next_digit(histogram, *counts, False)[0]
     drawn = local_draw(logits, temperature, seeds, offsets, 128, least, best, min_p)
     cases: list[tuple[Any, tuple[Any, ...]]] = [
         (gemma4.local_highest, (logits, 128)),

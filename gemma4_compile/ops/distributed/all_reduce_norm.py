@@ -13,17 +13,18 @@ hosts) the order and the roundings are its own; the bits are equal on all ranks 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.fusions.feed_forward_tail import check_experts, check_tail, finish_tail
-from gemma4_compile.ops.fusions.post_attention_norms import check_norms, finish_norms
-from gemma4_compile.ops.library import OPS, as_rows, fresh, jit, pinned, register, tl
+from gemma4_compile.ops.examples import Draw
+from gemma4_compile.ops.fusions.feed_forward_tail import finish_tail
+from gemma4_compile.ops.fusions.post_attention_norms import finish_norms
+from gemma4_compile.ops.library import OPS, as_rows, fresh, jit, op, pinned, tl
 from gemma4_compile.ops.plans import one_shot_pays, one_shot_plan
-from gemma4_compile.ops.rms_norm import check_norm
 from gemma4_compile.ops.rows import chunk_size, load_row
 
 from .symmetric import MOST_ROWS, Workspace, receive, send, sendable, workspace
@@ -158,8 +159,7 @@ def one_shot_norms(
     expert_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """One launch: launch_post_attention_norms over the sum of x."""
-    check_norms("post_attention_norms", x, residual, weight, feed_forward_weight, router_scale, expert_weight)
+    """One launch: post_attention_norms.launch over the sum of x. Arguments are checked, and the rows fit the workspace."""
     outputs = fresh(x), fresh(x), fresh(x), fresh(x)
     x_rows, residual_rows = as_rows(x), as_rows(residual)
     rows, width = x_rows.shape
@@ -172,63 +172,38 @@ def one_shot_norms(
     return outputs
 
 
-def _norm(space: Workspace, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    check_norm(x, weight)
-    return one_shot_tail(space, x, None, weight, None, None, eps)[0]
-
-
-def _post_attention(space: Workspace, x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float) -> Any:
-    check_norms("post_attention_norm", x, residual, weight, next_weight)
-    return one_shot_tail(space, x, residual, weight, None, next_weight, eps)
-
-
-def _tail(space: Workspace, x: Tensor, residual: Tensor, weight: Tensor, scalar: Tensor | None, eps: float) -> Tensor:
-    check_tail("feed_forward_tail", x, residual, scalar, weight)
-    return one_shot_tail(space, x, residual, weight, scalar, None, eps)[0]
-
-
-def _tail_norm(
-    space: Workspace, x: Tensor, residual: Tensor, weight: Tensor, scalar: Tensor | None, next_weight: Tensor, eps: float
-) -> Any:
-    check_tail("feed_forward_tail_norm", x, residual, scalar, weight, next_weight)
-    return one_shot_tail(space, x, residual, weight, scalar, next_weight, eps)
-
-
-def _moe_tail(
-    space: Workspace,
-    dense: Tensor,
-    experts: Tensor,
-    residual: Tensor,
-    dense_weight: Tensor,
-    expert_weight: Tensor,
-    weight: Tensor,
-    scalar: Tensor | None,
-    *rest: Any,
-) -> Any:
-    """rest: eps, or the next norm's weight and eps."""
-    *next_weight, eps = rest
-    check_tail("moe_feed_forward_tail", dense, residual, scalar, dense_weight, expert_weight, weight, *next_weight)
-    check_experts("moe_feed_forward_tail", experts, residual)
-    following = next_weight[0] if next_weight else None
-    results = one_shot_tail(space, dense, residual, weight, scalar, following, eps, experts, dense_weight, expert_weight)
-    return results if next_weight else results[0]
-
-
 class Form(NamedTuple):
-    """One op behind an all-reduce: how many of its first arguments are sums over the ranks, and its one-shot launcher."""
+    """One op behind an all-reduce: how many of its first arguments are sums over the ranks, and its one-shot launcher.
+
+    one_shot  workspace, the op's arguments -> its results
+    """
 
     sums: int
     one_shot: Callable[..., Any]
 
 
 FORMS: dict[str, Form] = {
-    "rms_norm": Form(1, _norm),
-    "post_attention_norm": Form(1, _post_attention),
+    "rms_norm": Form(1, lambda space, x, weight, eps: one_shot_tail(space, x, None, weight, None, None, eps)[0]),
+    "post_attention_norm": Form(
+        1, lambda space, x, residual, weight, following, eps: one_shot_tail(space, x, residual, weight, None, following, eps)
+    ),
     "post_attention_norms": Form(1, one_shot_norms),
-    "feed_forward_tail": Form(1, _tail),
-    "feed_forward_tail_norm": Form(1, _tail_norm),
-    "moe_feed_forward_tail": Form(2, _moe_tail),
-    "moe_feed_forward_tail_norm": Form(2, _moe_tail),
+    "feed_forward_tail": Form(
+        1, lambda space, x, residual, weight, scalar, eps: one_shot_tail(space, x, residual, weight, scalar, None, eps)[0]
+    ),
+    "feed_forward_tail_norm": Form(1, one_shot_tail),
+    "moe_feed_forward_tail": Form(
+        2,
+        lambda space, dense, experts, residual, dense_weight, expert_weight, weight, scalar, eps: one_shot_tail(
+            space, dense, residual, weight, scalar, None, eps, experts, dense_weight, expert_weight
+        )[0],
+    ),
+    "moe_feed_forward_tail_norm": Form(
+        2,
+        lambda space, dense, experts, residual, dense_weight, expert_weight, weight, scalar, following, eps: one_shot_tail(
+            space, dense, residual, weight, scalar, following, eps, experts, dense_weight, expert_weight
+        ),
+    ),
 }
 
 
@@ -257,48 +232,47 @@ def by_one_shot(op: str, *arguments: Any) -> Any:
     if x.numel() > MOST_ROWS * x.shape[-1] or x.element_size() not in (2, 4):
         return None
     space = workspace(group, x.device, slot_bytes(x, form.sums), x.element_size())
-    return None if space is None else form.one_shot(space, *rest)
+    if space is None:
+        return None
+    OPS[op].check(*rest)
+    return form.one_shot(space, *rest)
 
 
-def _reference(op: str) -> Callable[..., Any]:
+def _define(name: str) -> None:
+    """The op `name` with the group behind its arguments."""
+    alone, sums = OPS[name], FORMS[name].sums
+
     def reference(*arguments: Any) -> Any:
         *rest, group = arguments
-        sums = FORMS[op].sums
-        return OPS[op].reference(*(sum_over_ranks(t, group) for t in rest[:sums]), *rest[sums:])
+        return alone.reference(*(sum_over_ranks(t, group) for t in rest[:sums]), *rest[sums:])
 
-    return reference
-
-
-def _launch(op: str) -> Callable[..., Any]:
     def launch(*arguments: Any) -> Any:
         *rest, group = arguments
         x, ranks = rest[0], ranks_in(group)
         if ranks == 1 or not x.numel():
-            return OPS[op].launch(*rest)
-        if one_shot_pays(x.numel() // x.shape[-1], slot_bytes(x, FORMS[op].sums), ranks):
-            result = by_one_shot(op, *arguments)
+            return alone.launch(*rest)
+        if one_shot_pays(x.numel() // x.shape[-1], slot_bytes(x, sums), ranks):
+            result = by_one_shot(name, *arguments)
             if result is not None:
                 return result
-        return by_nccl(op, *arguments)
+        return by_nccl(name, *arguments)
 
-    return launch
-
-
-def _fake(op: str) -> Callable[..., Any]:
     def fake(*arguments: Any) -> Any:
-        return getattr(torch.ops.gemma4, op).default(*arguments[:-1])
+        return getattr(torch.ops.gemma4, name).default(*arguments[:-1])
 
-    return fake
+    def example(d: Draw) -> tuple[Any, ...]:
+        """Of one process alone: what more of them compute is tested where there are more."""
+        return *alone.example(d), ""  # type: ignore[misc]
+
+    signature = inspect.signature(alone, eval_str=True)
+    group = inspect.Parameter("group", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str)
+    reference.__signature__ = signature.replace(parameters=[*signature.parameters.values(), group])  # type: ignore[attr-defined]
+    reference.__name__, reference.__doc__ = PREFIX + name, f"{name} over the sum of its first inputs on all ranks of a group."
+    op(launch=launch, fake=fake, example=example)(reference)
 
 
-def _schema(op: str) -> str:
-    """That of the op alone, with the group behind its arguments."""
-    name_and_arguments, results = str(getattr(torch.ops.gemma4, op).default._schema).removeprefix("gemma4::").split(" -> ")
-    return f"{PREFIX}{name_and_arguments.removesuffix(')')}, str group) -> {results}"
-
-
-for _op in FORMS:
-    register(_schema(_op), reference=_reference(_op), launch=_launch(_op), fake=_fake(_op))
+for _name in FORMS:
+    _define(_name)
 
 
 def all_reduce_norm(op: str, *arguments: Any, group: str) -> Any:

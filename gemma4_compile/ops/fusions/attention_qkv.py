@@ -10,40 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.attention import attention_reference, check_attention, check_lengths, check_pages, launch_planned, takes
-from gemma4_compile.ops.library import define, fresh
+from gemma4_compile.ops.attention import attention, check_attention, check_lengths, check_pages, launch_planned, takes
+from gemma4_compile.ops.library import fresh, op
 
-from .qkv_norm_rope import check_qkv, launch_into_pages, qkv_norm_rope_reference
-
-
-def attention_qkv_reference(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
-    keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int,
-    scale: float, visible: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    q, k, v = qkv_norm_rope_reference(q, k, v, q_weight, k_weight, cos, sin, eps)
-    return attention_reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible)
+from .qkv_norm_rope import check_qkv, launch_into_pages, qkv_norm_rope
 
 
-def launch_attention_qkv(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
-    keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int,
-    scale: float, visible: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    out = fresh(q)
-    projections = q, k, v, q_weight, k_weight, cos, sin, eps
-    _launch(out, *projections, keys, values, slots, table, positions, starts, window, scale, visible=visible)
-    return out
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, keys: Tensor,
+    values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor,
+) -> None:  # fmt: skip
+    """In the names of the ops that have the rules."""
+    check_qkv("qkv_norm_rope", q, k, v, q_weight, k_weight, cos, sin)
+    check_attention("attention", q, k, v, keys, values, slots, table, positions, starts)
 
 
-def _launch(
+def _launch_into(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, window: int, scale: float,
     visible: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Everything is checked before the pages are written."""
-    check_qkv(q, k, v, q_weight, k_weight, cos, sin)
-    check_attention(q, k, v, keys, values, slots, table, positions, starts)
+    """What a trace may not compare is checked here, as everything is before the pages are written."""
     check_lengths(q, k, slots, table, positions, starts, visible)
     check_pages(keys, values)
     queries = fresh(q)
@@ -51,30 +38,22 @@ def _launch(
     launch_planned(out, queries, None, None, keys, values, slots, table, positions, starts, window, scale, visible=visible)
 
 
-def _attention_qkv_fake(
+def _launch(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int,
     scale: float, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    check_qkv(q, k, v, q_weight, k_weight, cos, sin)
-    check_attention(q, k, v, keys, values, slots, table, positions, starts)
-    return fresh(q)
+    out = fresh(q)
+    projections = q, k, v, q_weight, k_weight, cos, sin, eps
+    _launch_into(out, *projections, keys, values, slots, table, positions, starts, window, scale, visible=visible)
+    return out
 
 
-define(
-    "attention_qkv(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps,"
-    " Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor table, Tensor positions, Tensor starts, int layer, int window,"
-    " float scale, Tensor? visible=None) -> Tensor",
-    reference=attention_qkv_reference,
-    launch=launch_attention_qkv,
-    fake=_attention_qkv_fake,
-)
-
-
+@op(launch=_launch, like="q", check=_check, mutates=("keys", "values"))
 def attention_qkv(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
-    keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int,
-    window: int = 0, scale: float = 1.0, visible: Tensor | None = None,
+    keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int,
+    scale: float, visible: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of raw projections: norm of q, k and v, rotation of q and k, then `attention` over the pages.
 
@@ -87,26 +66,8 @@ def attention_qkv(
 
     Raises ValueError for shapes that do not fit, in the name of the op that has the rule.
     """
-    return torch.ops.gemma4.attention_qkv(
-        q,
-        k,
-        v,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        eps,
-        keys,
-        values,
-        slots,
-        table,
-        positions,
-        starts,
-        layer,
-        window,
-        scale,
-        visible,
-    )
+    q, k, v = qkv_norm_rope.reference(q, k, v, q_weight, k_weight, cos, sin, eps)
+    return attention.reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible)
 
 
 def attention_qkv_into(
@@ -118,7 +79,8 @@ def attention_qkv_into(
     projections = q, k, v, q_weight, k_weight, cos, sin, eps
     step = keys, values, slots, table, positions, starts
     if takes(out, q):
+        _check("attention_qkv", *projections[:-1], *step)
         with torch.cuda.device(q.device):  # Triton launches on the current device, whatever the tensors' own is
-            _launch(out, *projections, *step, window, scale, visible)
+            _launch_into(out, *projections, *step, window, scale, visible)
     else:
-        out.copy_(attention_qkv_reference(*projections, *step, layer, window, scale, visible))
+        out.copy_(attention_qkv.reference(*projections, *step, layer, window, scale, visible))

@@ -24,41 +24,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma4_compile.ops.library import as_rows, expect, jit, power_of_two, register, rounded, tl
+from gemma4_compile.ops.examples import Draw
+from gemma4_compile.ops.library import as_rows, expect, jit, op, power_of_two, rounded, tl
 from gemma4_compile.ops.plans import PairPlan, TiledPlan, TilePlan, can_chain, experts_plan
 
-from .geglu import geglu_reference, launch_geglu
+from .geglu import geglu, launch_geglu
 from .linear import add_products, gated_product, load_weights, stacked_rows
 
 
-def experts_reference(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Sorted by expert as `grouped_mm` sorts them: on the CPU the number of rows of a product decides how it is added."""
-    _check(x, indices, weights, gate_up, down)
-    (tokens, hidden), top_k = x.shape, indices.shape[1]
-    chosen, order = torch.sort(indices.reshape(-1), stable=True)
-    rows, products = x[order // top_k], x.new_zeros((tokens * top_k, hidden))
-    for expert in chosen.unique().tolist():
-        if 0 <= expert < gate_up.shape[0]:
-            mine = chosen == expert
-            gate, up = torch.mm(rows[mine], gate_up[expert].T).chunk(2, dim=-1)
-            products[order[mine]] = torch.mm(geglu_reference(gate, up), down[expert].T)
-    weighted = products * weights.reshape(-1, 1)
-    return weighted.view(tokens, top_k, hidden).sum(dim=1).to(x.dtype)
-
-
-def _check(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> None:
-    expect("experts", "x must be [T, H]", x.dim(), 2, "flatten the tokens first")
-    expect(
-        "experts", "indices must be [T, k]", (indices.dim(), indices.shape[:1]), (2, x.shape[:1]), "pass the router's indices"
-    )
-    expect("experts", "weights must have the shape of indices", weights.shape, indices.shape, "pass the router's weights")
-    expect("experts", "gate_up must be [E, 2I, H]", (gate_up.dim(), gate_up.shape[2]), (3, x.shape[1]), "pass gate_up_proj")
+def _check(op: str, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    expect(op, "x must be [T, H]", x.dim(), 2, "flatten the tokens first")
+    expect(op, "indices must be [T, k]", (indices.dim(), indices.shape[:1]), (2, x.shape[:1]), "pass the router's indices")
+    expect(op, "weights must have the shape of indices", weights.shape, indices.shape, "pass the router's weights")
+    expect(op, "gate_up must be [E, 2I, H]", (gate_up.dim(), gate_up.shape[2]), (3, x.shape[1]), "pass gate_up_proj")
     shape = (gate_up.shape[0], x.shape[1], gate_up.shape[1] // 2)
-    expect("experts", "down must be [E, H, I] for gate_up [E, 2I, H]", tuple(down.shape), shape, "pass down_proj")
+    expect(op, "down must be [E, H, I] for gate_up [E, 2I, H]", tuple(down.shape), shape, "pass down_proj")
     for weight in (gate_up, down):
-        expect("experts", "each weight must have the input's dtype", weight.dtype, x.dtype, "cast one of them")
+        expect(op, "each weight must have the input's dtype", weight.dtype, x.dtype, "cast one of them")
     known = weights.dtype in (x.dtype, torch.float32)
-    expect("experts", "weights must be fp32 or of the input's dtype", known, True, "cast them to float32")
+    expect(op, "weights must be fp32 or of the input's dtype", known, True, "cast them to float32")
 
 
 @jit
@@ -262,8 +246,7 @@ def _sum_kernel(
     tl.store(out_ptr + token * WIDTH + column, total, column < WIDTH)
 
 
-def launch_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    _check(x, indices, weights, gate_up, down)
+def _launch(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     plan = experts_plan(x.shape[0], indices.shape[1], gate_up.shape[0], x.dtype, *down.shape[1:])
     return run_plan(plan, x, indices, weights, gate_up, down)
 
@@ -354,27 +337,36 @@ def _sum(products: Tensor, place: Tensor, weights: Tensor, out: Tensor, chained:
     )
 
 
-def _experts_fake(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    _check(x, indices, weights, gate_up, down)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _example(d: Draw) -> tuple[Any, ...]:
+    s = d.sizes
+    indices = torch.rand(d.batch * d.tokens, s.experts, device=d.device).argsort(-1)[:, : s.top_k].contiguous()
+    weights = torch.rand(d.batch * d.tokens, s.top_k, device=d.device).softmax(-1)
+    gate_up = s.hidden**-0.5 * d.normal(s.experts, 2 * s.expert_intermediate, s.hidden)
+    down = s.expert_intermediate**-0.5 * d.normal(s.experts, s.hidden, s.expert_intermediate)
+    return d.flat(s.hidden), indices, weights, gate_up, down
 
 
-register(
-    "experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down) -> Tensor",
-    reference=experts_reference,
-    launch=launch_experts,
-    fake=_experts_fake,
-)
-
-
+@op(launch=_launch, like="x", check=_check, example=_example)
 def experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """For each token the sum over its experts e of weight * (down[e] @ (gelu_tanh(gate) * up)), gate and up = gate_up[e] @ x.
 
     x        [T, H]        fp32, fp16 or bf16
     indices  [T, k]        int64 or int32; a pair whose index is not in 0..E-1 adds nothing (expert parallelism)
     weights  [T, k]        fp32, or x.dtype
-    gate_up  [E, 2I, H]    the gate's rows first
-    down     [E, H, I]
+    gate_up  [E, 2I, H]    the gate's rows first; x.dtype
+    down     [E, H, I]     x.dtype
     returns  [T, H]        x.dtype, contiguous
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return torch.ops.gemma4.experts(x, indices, weights, gate_up, down)
+    # Sorted by expert as `grouped_mm` sorts them: on the CPU the number of rows of a product decides how it is added.
+    (tokens, hidden), top_k = x.shape, indices.shape[1]
+    chosen, order = torch.sort(indices.reshape(-1), stable=True)
+    rows, products = x[order // top_k], x.new_zeros((tokens * top_k, hidden))
+    for expert in chosen.unique().tolist():
+        if 0 <= expert < gate_up.shape[0]:
+            mine = chosen == expert
+            gate, up = torch.mm(rows[mine], gate_up[expert].T).chunk(2, dim=-1)
+            products[order[mine]] = torch.mm(geglu.reference(gate, up), down[expert].T)
+    weighted = products * weights.reshape(-1, 1)
+    return weighted.view(tokens, top_k, hidden).sum(dim=1).to(x.dtype)

@@ -10,10 +10,12 @@ inputs have no scalar here: theirs comes in ple_tail. All tensors are [..., H]; 
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from gemma4_compile.ops.library import as_rows, expect, fresh, jit, pinned, register, tl
+from gemma4_compile.ops.examples import Draw
+from gemma4_compile.ops.library import as_rows, expect, fresh, jit, op, pinned, tl
 from gemma4_compile.ops.plans import row_plan
 from gemma4_compile.ops.rms_norm import normalize
 from gemma4_compile.ops.rows import add_rows, chunk_size, load_row, norm_row, store_row, times_row
@@ -24,60 +26,20 @@ def scale_by(hidden: Tensor, layer_scalar: Tensor | None) -> Tensor:
     return hidden if layer_scalar is None else (hidden * layer_scalar).to(hidden.dtype)
 
 
-def feed_forward_tail_reference(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
-    check_tail("feed_forward_tail", x, residual, layer_scalar, weight)
-    return scale_by(residual + normalize(x, weight, eps), layer_scalar)
-
-
-def feed_forward_tail_norm_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    check_tail("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
-    hidden = scale_by(residual + normalize(x, weight, eps), layer_scalar)
-    return hidden, normalize(hidden, next_weight, eps)
-
-
-def moe_feed_forward_tail_reference(
-    dense: Tensor,
-    experts: Tensor,
-    residual: Tensor,
-    dense_weight: Tensor,
-    expert_weight: Tensor,
-    weight: Tensor,
-    layer_scalar: Tensor | None,
-    eps: float,
-) -> Tensor:
-    check_tail("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
-    check_experts("moe_feed_forward_tail", experts, residual)
-    joined = normalize(dense, dense_weight, eps) + normalize(experts.reshape(residual.shape), expert_weight, eps)
-    return scale_by(residual + normalize(joined, weight, eps), layer_scalar)
-
-
-def moe_feed_forward_tail_norm_reference(
-    dense: Tensor,
-    experts: Tensor,
-    residual: Tensor,
-    dense_weight: Tensor,
-    expert_weight: Tensor,
-    weight: Tensor,
-    layer_scalar: Tensor | None,
-    next_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    hidden = moe_feed_forward_tail_reference(dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, eps)
-    return hidden, normalize(hidden, next_weight, eps)
-
-
-def check_tail(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, *weights: Tensor) -> None:
+def _check(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, **others: Tensor | float) -> None:
     expect(op, "residual must have the input's shape", residual.shape, x.shape, "pass the state before the block")
     expect(op, "residual must have the input's dtype", residual.dtype, x.dtype, "cast one of them")
-    for weight in weights:
-        expect(op, "each weight must be [H] for [..., H]", weight.shape, x.shape[-1:], "pass this layer's weights")
+    for weight in others.values():
+        if isinstance(weight, Tensor):
+            expect(op, "each weight must be [H] for [..., H]", weight.shape, x.shape[-1:], "pass this layer's weights")
     if layer_scalar is not None:
         expect(op, "layer_scalar must be one number", layer_scalar.numel(), 1, "pass the layer's buffer, or None")
 
 
-def check_experts(op: str, experts: Tensor, residual: Tensor) -> None:
+def _check_moe(
+    op: str, dense: Tensor, experts: Tensor, residual: Tensor, layer_scalar: Tensor | None, **others: Tensor | float
+) -> None:
+    _check(op, dense, residual, layer_scalar, **others)
     expect(
         op,
         "experts must be [..., H] with as many elements as residual",
@@ -175,122 +137,12 @@ def launch_tail(
     return hidden, normed
 
 
-def launch_feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
-    check_tail("feed_forward_tail", x, residual, layer_scalar, weight)
-    return launch_tail(x, residual, weight, layer_scalar, None, eps)[0]
-
-
-def launch_feed_forward_tail_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor | None]:
-    check_tail("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
-    return launch_tail(x, residual, weight, layer_scalar, next_weight, eps)
-
-
-def launch_moe_feed_forward_tail(
-    dense: Tensor,
-    experts: Tensor,
-    residual: Tensor,
-    dense_weight: Tensor,
-    expert_weight: Tensor,
-    weight: Tensor,
-    layer_scalar: Tensor | None,
-    eps: float,
-) -> Tensor:
-    check_tail("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
-    check_experts("moe_feed_forward_tail", experts, residual)
-    return launch_tail(dense, residual, weight, layer_scalar, None, eps, experts, dense_weight, expert_weight)[0]
-
-
-def launch_moe_feed_forward_tail_norm(
-    dense: Tensor,
-    experts: Tensor,
-    residual: Tensor,
-    dense_weight: Tensor,
-    expert_weight: Tensor,
-    weight: Tensor,
-    layer_scalar: Tensor | None,
-    next_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor | None]:
-    check_tail("moe_feed_forward_tail_norm", dense, residual, layer_scalar, dense_weight, expert_weight, weight, next_weight)
-    check_experts("moe_feed_forward_tail_norm", experts, residual)
-    return launch_tail(dense, residual, weight, layer_scalar, next_weight, eps, experts, dense_weight, expert_weight)
-
-
-def _feed_forward_tail_fake(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
-    check_tail("feed_forward_tail", x, residual, layer_scalar, weight)
-    return fresh(residual)
-
-
-def _feed_forward_tail_norm_fake(
-    x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    check_tail("feed_forward_tail_norm", x, residual, layer_scalar, weight, next_weight)
-    return fresh(residual), fresh(residual)
-
-
-def _moe_feed_forward_tail_fake(
-    dense: Tensor,
-    experts: Tensor,
-    residual: Tensor,
-    dense_weight: Tensor,
-    expert_weight: Tensor,
-    weight: Tensor,
-    layer_scalar: Tensor | None,
-    eps: float,
-) -> Tensor:
-    check_tail("moe_feed_forward_tail", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
-    check_experts("moe_feed_forward_tail", experts, residual)
-    return fresh(residual)
-
-
-def _moe_feed_forward_tail_norm_fake(
-    dense: Tensor,
-    experts: Tensor,
-    residual: Tensor,
-    dense_weight: Tensor,
-    expert_weight: Tensor,
-    weight: Tensor,
-    layer_scalar: Tensor | None,
-    next_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    check_tail("moe_feed_forward_tail_norm", dense, residual, layer_scalar, dense_weight, expert_weight, weight)
-    check_experts("moe_feed_forward_tail_norm", experts, residual)
-    return fresh(residual), fresh(residual)
-
-
-register(
-    "feed_forward_tail(Tensor x, Tensor residual, Tensor weight, Tensor? layer_scalar, float eps) -> Tensor",
-    reference=feed_forward_tail_reference,
-    launch=launch_feed_forward_tail,
-    fake=_feed_forward_tail_fake,
+@op(
+    launch=lambda x, residual, weight, layer_scalar, eps: launch_tail(x, residual, weight, layer_scalar, None, eps)[0],
+    like="residual",
+    check=_check,
+    example=lambda d: (d.states(), d.states(), d.weight(), None, d.eps),
 )
-register(
-    "feed_forward_tail_norm(Tensor x, Tensor residual, Tensor weight, Tensor? layer_scalar, Tensor next_weight,"
-    " float eps) -> (Tensor hidden, Tensor normed)",
-    reference=feed_forward_tail_norm_reference,
-    launch=launch_feed_forward_tail_norm,
-    fake=_feed_forward_tail_norm_fake,
-)
-register(
-    "moe_feed_forward_tail(Tensor dense, Tensor experts, Tensor residual, Tensor dense_weight, Tensor expert_weight,"
-    " Tensor weight, Tensor? layer_scalar, float eps) -> Tensor",
-    reference=moe_feed_forward_tail_reference,
-    launch=launch_moe_feed_forward_tail,
-    fake=_moe_feed_forward_tail_fake,
-)
-register(
-    "moe_feed_forward_tail_norm(Tensor dense, Tensor experts, Tensor residual, Tensor dense_weight,"
-    " Tensor expert_weight, Tensor weight, Tensor? layer_scalar, Tensor next_weight, float eps)"
-    " -> (Tensor hidden, Tensor normed)",
-    reference=moe_feed_forward_tail_norm_reference,
-    launch=launch_moe_feed_forward_tail_norm,
-    fake=_moe_feed_forward_tail_norm_fake,
-)
-
-
 def feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
     """(residual + norm(x, weight)) [* layer_scalar].
 
@@ -298,10 +150,18 @@ def feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar:
     weight        [H]
     layer_scalar  [1] or None
     returns       [..., H], contiguous
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return torch.ops.gemma4.feed_forward_tail(x, residual, weight, layer_scalar, eps)
+    return scale_by(residual + normalize(x, weight, eps), layer_scalar)
 
 
+@op(
+    launch=launch_tail,
+    like=("residual", "residual"),
+    check=_check,
+    example=lambda d: (d.states(), d.states(), d.weight(), d.scalar(), d.weight(), d.eps),
+)
 def feed_forward_tail_norm(
     x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, next_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -310,19 +170,26 @@ def feed_forward_tail_norm(
     next_weight  [H], the norm that reads hidden next
     returns      hidden, normed  [..., H], contiguous
     """
-    return torch.ops.gemma4.feed_forward_tail_norm(x, residual, weight, layer_scalar, next_weight, eps)
+    hidden = feed_forward_tail.reference(x, residual, weight, layer_scalar, eps)
+    return hidden, normalize(hidden, next_weight, eps)
 
 
+def _moe_example(d: Draw) -> tuple[Any, ...]:
+    return d.states(), d.flat(d.sizes.hidden), d.states(), d.weight(), d.weight(), d.weight(), d.scalar()
+
+
+@op(
+    launch=lambda dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, eps: launch_tail(
+        dense, residual, weight, layer_scalar, None, eps, experts, dense_weight, expert_weight
+    )[0],
+    like="residual",
+    check=_check_moe,
+    example=lambda d: (*_moe_example(d), d.eps),
+)
 def moe_feed_forward_tail(
-    dense: Tensor,
-    experts: Tensor,
-    residual: Tensor,
-    dense_weight: Tensor,
-    expert_weight: Tensor,
-    weight: Tensor,
-    layer_scalar: Tensor | None,
-    eps: float,
-) -> Tensor:
+    dense: Tensor, experts: Tensor, residual: Tensor, dense_weight: Tensor, expert_weight: Tensor, weight: Tensor,
+    layer_scalar: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
     """(residual + norm(norm(dense, dense_weight) + norm(experts, expert_weight), weight)) [* layer_scalar].
 
     dense, residual                      [..., H]  fp32, fp16 or bf16
@@ -330,28 +197,29 @@ def moe_feed_forward_tail(
     dense_weight, expert_weight, weight  [H]
     layer_scalar                         [1] or None
     returns                              residual's shape, contiguous
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return torch.ops.gemma4.moe_feed_forward_tail(
-        dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, eps
-    )
+    joined = normalize(dense, dense_weight, eps) + normalize(experts.reshape(residual.shape), expert_weight, eps)
+    return scale_by(residual + normalize(joined, weight, eps), layer_scalar)
 
 
+@op(
+    launch=lambda dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, next_weight, eps: launch_tail(
+        dense, residual, weight, layer_scalar, next_weight, eps, experts, dense_weight, expert_weight
+    ),
+    like=("residual", "residual"),
+    check=_check_moe,
+    example=lambda d: (*_moe_example(d), d.weight(), d.eps),
+)
 def moe_feed_forward_tail_norm(
-    dense: Tensor,
-    experts: Tensor,
-    residual: Tensor,
-    dense_weight: Tensor,
-    expert_weight: Tensor,
-    weight: Tensor,
-    layer_scalar: Tensor | None,
-    next_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    dense: Tensor, experts: Tensor, residual: Tensor, dense_weight: Tensor, expert_weight: Tensor, weight: Tensor,
+    layer_scalar: Tensor | None, next_weight: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """hidden as moe_feed_forward_tail gives it, and normed = norm(hidden, next_weight).
 
     next_weight  [H], the norm that reads hidden next
     returns      hidden, normed  residual's shape, contiguous
     """
-    return torch.ops.gemma4.moe_feed_forward_tail_norm(
-        dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, next_weight, eps
-    )
+    hidden = moe_feed_forward_tail.reference(dense, experts, residual, dense_weight, expert_weight, weight, layer_scalar, eps)
+    return hidden, normalize(hidden, next_weight, eps)

@@ -5,21 +5,15 @@ Source: Gemma4TextMLP.forward (transformers). gelu is rounded to the input's dty
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma4_compile.ops.library import as_rows, expect, fresh, gelu_tanh, jit, power_of_two, register, rounded, tl
+from gemma4_compile.ops.library import as_rows, expect, fresh, gelu_tanh, jit, op, power_of_two, rounded, tl
 
 
-def geglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    _check(gate, up)
-    return F.gelu(gate, approximate="tanh") * up
-
-
-def _check(gate: Tensor, up: Tensor) -> None:
-    expect("geglu", "up must have gate's shape", up.shape, gate.shape, "pass the two projections of one input")
-    expect("geglu", "up must have gate's dtype", up.dtype, gate.dtype, "cast one of them")
+def _check(op: str, gate: Tensor, up: Tensor) -> None:
+    expect(op, "up must have gate's shape", up.shape, gate.shape, "pass the two projections of one input")
+    expect(op, "up must have gate's dtype", up.dtype, gate.dtype, "cast one of them")
 
 
 @jit
@@ -37,7 +31,6 @@ def _geglu_kernel(gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, BLOC
 
 
 def launch_geglu(gate: Tensor, up: Tensor) -> Tensor:
-    _check(gate, up)
     gates, ups, out = as_rows(gate), as_rows(up), fresh(gate)
     if out.numel():
         rows, width = gates.shape
@@ -46,24 +39,19 @@ def launch_geglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def _geglu_fake(gate: Tensor, up: Tensor) -> Tensor:
-    _check(gate, up)
-    return fresh(gate)
-
-
-register(
-    "geglu(Tensor gate, Tensor up) -> Tensor",
-    reference=geglu_reference,
+@op(
     launch=launch_geglu,
-    fake=_geglu_fake,
+    like="gate",
+    check=_check,
+    example=lambda d: (d.states(d.sizes.intermediate), d.states(d.sizes.intermediate)),
 )
-
-
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu_tanh(gate) * up.
 
     gate     [..., I]  fp32, fp16 or bf16
-    up       [..., I]
+    up       [..., I]  gate.dtype
     returns  [..., I]  gate.dtype, contiguous
+
+    Raises ValueError for shapes and dtypes that differ.
     """
-    return torch.ops.gemma4.geglu(gate, up)
+    return F.gelu(gate, approximate="tanh") * up

@@ -11,45 +11,24 @@ Where `product_plan` has no plan, as for many rows, the products are cuBLAS's ow
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma4_compile.ops.library import as_rows, expect, gelu_tanh, jit, product, register, rounded, tl
+from gemma4_compile.ops.library import as_rows, expect, gelu_tanh, jit, op, product, rounded, tl
 from gemma4_compile.ops.plans import DotPlan, VectorPlan, product_plan
 
-from .geglu import geglu_reference, launch_geglu
+from .geglu import geglu, launch_geglu
 
 
-def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
-    _check("linear", x, weight)
-    return F.linear(x, weight)
-
-
-def linear_pair_reference(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    _check("linear_pair", x, first, second)
-    return F.linear(x, first), F.linear(x, second)
-
-
-def linear_triple_reference(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check("linear_triple", x, first, second, third)
-    return F.linear(x, first), F.linear(x, second), F.linear(x, third)
-
-
-def gate_up_reference(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    _check_gate_up(x, gate_weight, up_weight)
-    return geglu_reference(F.linear(x, gate_weight), F.linear(x, up_weight))
-
-
-def _check(op: str, x: Tensor, *weights: Tensor) -> None:
-    for weight in weights:
+def _check(op: str, x: Tensor, **weights: Tensor) -> None:
+    for weight in weights.values():
         expect(op, "each weight must be [N, K] for [..., K]", weight.shape[1:], x.shape[-1:], "transpose it")
         expect(op, "each weight must have the input's dtype", weight.dtype, x.dtype, "cast one of them")
 
 
-def _check_gate_up(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> None:
-    _check("gate_up", x, gate_weight, up_weight)
-    expect("gate_up", "up_weight must have gate_weight's shape", up_weight.shape, gate_weight.shape, "pass one MLP's weights")
+def _check_gate_up(op: str, x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> None:
+    _check(op, x, gate_weight=gate_weight, up_weight=up_weight)
+    expect(op, "up_weight must have gate_weight's shape", up_weight.shape, gate_weight.shape, "pass one MLP's weights")
 
 
 @jit
@@ -235,107 +214,63 @@ def launch_products(x: Tensor, weights: tuple[Tensor, ...], gated: bool, plan: V
     return outputs
 
 
-def launch_linear(x: Tensor, weight: Tensor) -> Tensor:
-    _check("linear", x, weight)
-    return _launch(x, weight)[0]
-
-
-def launch_linear_pair(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
-    _check("linear_pair", x, first, second)
-    return _launch(x, first, second)
-
-
-def launch_linear_triple(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, ...]:
-    _check("linear_triple", x, first, second, third)
-    return _launch(x, first, second, third)
-
-
 def _launch(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return tuple(_products(x, weights) or (product(x, weight) for weight in weights))
 
 
-def launch_gate_up(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    _check_gate_up(x, gate_weight, up_weight)
+def _launch_gate_up(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     products = _products(x, (gate_weight, up_weight), gated=True)
     return products[0] if products else launch_geglu(product(x, gate_weight), product(x, up_weight))
 
 
-def _out(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _fake(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights)
 
 
-def _linear_fake(x: Tensor, weight: Tensor) -> Tensor:
-    _check("linear", x, weight)
-    return _out(x, weight)
-
-
-def _linear_pair_fake(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    _check("linear_pair", x, first, second)
-    return _out(x, first), _out(x, second)
-
-
-def _linear_triple_fake(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check("linear_triple", x, first, second, third)
-    return _out(x, first), _out(x, second), _out(x, third)
-
-
-def _gate_up_fake(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    _check_gate_up(x, gate_weight, up_weight)
-    return _out(x, gate_weight)
-
-
-register(
-    "linear(Tensor x, Tensor weight) -> Tensor",
-    reference=linear_reference,
-    launch=launch_linear,
-    fake=_linear_fake,
+@op(
+    launch=lambda x, weight: _launch(x, weight)[0],
+    fake=lambda x, weight: _fake(x, weight)[0],
+    check=_check,
+    example=lambda d: d.projections(d.sizes.intermediate),
 )
-register(
-    "linear_pair(Tensor x, Tensor first, Tensor second) -> (Tensor, Tensor)",
-    reference=linear_pair_reference,
-    launch=launch_linear_pair,
-    fake=_linear_pair_fake,
-)
-register(
-    "linear_triple(Tensor x, Tensor first, Tensor second, Tensor third) -> (Tensor, Tensor, Tensor)",
-    reference=linear_triple_reference,
-    launch=launch_linear_triple,
-    fake=_linear_triple_fake,
-)
-register(
-    "gate_up(Tensor x, Tensor gate_weight, Tensor up_weight) -> Tensor",
-    reference=gate_up_reference,
-    launch=launch_gate_up,
-    fake=_gate_up_fake,
-)
-
-
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T, summed in fp32.
 
     x        [..., K]  fp32, fp16 or bf16
-    weight   [N, K]
+    weight   [N, K]    x.dtype
     returns  [..., N]  x.dtype, contiguous
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return torch.ops.gemma4.linear(x, weight)
+    return F.linear(x, weight)
 
 
+@op(launch=_launch, fake=_fake, check=_check, example=lambda d: d.projections(d.q_width, d.kv_width))
 def linear_pair(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """linear(x, first) and linear(x, second)."""
-    return torch.ops.gemma4.linear_pair(x, first, second)
+    return F.linear(x, first), F.linear(x, second)
 
 
+@op(launch=_launch, fake=_fake, check=_check, example=lambda d: d.projections(d.q_width, d.kv_width, d.kv_width))
 def linear_triple(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """linear of x and each weight."""
-    return torch.ops.gemma4.linear_triple(x, first, second, third)
+    return F.linear(x, first), F.linear(x, second), F.linear(x, third)
 
 
+@op(
+    launch=_launch_gate_up,
+    fake=lambda x, gate_weight, up_weight: _fake(x, gate_weight)[0],
+    check=_check_gate_up,
+    example=lambda d: d.projections(d.sizes.intermediate, d.sizes.intermediate),
+)
 def gate_up(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     """geglu(linear(x, gate_weight), linear(x, up_weight)).
 
     x            [..., K]  fp32, fp16 or bf16
-    gate_weight  [I, K]
-    up_weight    [I, K]
+    gate_weight  [I, K]    x.dtype
+    up_weight    [I, K]    x.dtype
     returns      [..., I]  x.dtype, contiguous
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return torch.ops.gemma4.gate_up(x, gate_weight, up_weight)
+    return geglu.reference(F.linear(x, gate_weight), F.linear(x, up_weight))

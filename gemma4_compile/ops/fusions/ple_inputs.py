@@ -6,78 +6,39 @@ Source: Gemma4TextModel.get_per_layer_inputs, project_per_layer_inputs and Gemma
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma4_compile.ops.library import UNFUSED, expect, fresh, jit, pinned, power_of_two, register, rounded, tl
+from gemma4_compile.ops.examples import Draw
+from gemma4_compile.ops.library import UNFUSED, expect, fresh, jit, op, pinned, power_of_two, rounded, tl
 from gemma4_compile.ops.plans import ple_inputs_plan
 from gemma4_compile.ops.rms_norm import normalize
 
 
-def ple_combine_reference(
-    token_inputs: Tensor,
-    projection: Tensor,
-    norm_weight: Tensor,
-    projection_scale: float,
-    combine_scale: float,
-    eps: float,
-) -> Tensor:
-    _check_combine(token_inputs, projection, norm_weight)
-    projected = (projection * projection_scale).reshape(token_inputs.shape)
-    return (normalize(projected, norm_weight, eps) + token_inputs) * combine_scale
-
-
-def ple_inputs_reference(
-    input_ids: Tensor,
-    table: Tensor,
-    embed_scale: Tensor,
-    projection: Tensor,
-    norm_weight: Tensor,
-    projection_scale: float,
-    combine_scale: float,
-    eps: float,
-) -> Tensor:
-    _check_inputs(input_ids, table, projection, norm_weight)
-    width = norm_weight.shape[0]
-    token_inputs = F.embedding(input_ids, table) * embed_scale.to(table.dtype)
-    token_inputs = token_inputs.reshape(*input_ids.shape, table.shape[1] // width, width)
-    return ple_combine_reference(token_inputs, projection, norm_weight, projection_scale, combine_scale, eps)
-
-
-def _check_combine(token_inputs: Tensor, projection: Tensor, norm_weight: Tensor) -> None:
+def _check_combine(op: str, token_inputs: Tensor, projection: Tensor, norm_weight: Tensor) -> None:
     *tokens, layers, width = token_inputs.shape
     expect(
-        "ple_combine",
-        "norm_weight must be [P] for token_inputs [..., L, P]",
-        norm_weight.shape,
-        (width,),
+        op, "norm_weight must be [P] for token_inputs [..., L, P]", norm_weight.shape, (width,),
         "pass per_layer_projection_norm.weight",
-    )
+    )  # fmt: skip
     expect(
-        "ple_combine",
-        "projection must be [..., L * P]",
-        projection.shape,
-        (*tokens, layers * width),
+        op, "projection must be [..., L * P]", projection.shape, (*tokens, layers * width),
         "pass the output of per_layer_model_projection",
-    )
+    )  # fmt: skip
 
 
-def _check_inputs(input_ids: Tensor, table: Tensor, projection: Tensor, norm_weight: Tensor) -> None:
+def _check_inputs(op: str, input_ids: Tensor, table: Tensor, projection: Tensor, norm_weight: Tensor) -> None:
     expect(
-        "ple_inputs",
-        "projection must be [..., L * P] for input_ids [...] and table [V, L * P]",
-        projection.shape,
-        (*input_ids.shape, table.shape[1]),
-        "pass the output of per_layer_model_projection",
-    )
+        op, "projection must be [..., L * P] for input_ids [...] and table [V, L * P]", projection.shape,
+        (*input_ids.shape, table.shape[1]), "pass the output of per_layer_model_projection",
+    )  # fmt: skip
     expect(
-        "ple_inputs",
-        "the table's width must be a multiple of norm_weight's",
-        table.shape[1] % norm_weight.shape[0],
-        0,
+        op, "the table's width must be a multiple of norm_weight's", table.shape[1] % norm_weight.shape[0], 0,
         "pass per_layer_projection_norm.weight",
-    )
+    )  # fmt: skip
 
 
 @jit(do_not_specialize=["rows"])  # one compilation for all token counts
@@ -111,112 +72,39 @@ def _ple_inputs_kernel(
     tl.store(out_ptr + row * WIDTH + column, out, inside)
 
 
-def launch_ple_combine(
-    token_inputs: Tensor,
-    projection: Tensor,
-    norm_weight: Tensor,
-    projection_scale: float,
-    combine_scale: float,
-    eps: float,
-) -> Tensor:
-    _check_combine(token_inputs, projection, norm_weight)
-    out = fresh(token_inputs)
-    _launch(None, token_inputs, None, projection, norm_weight, projection_scale, combine_scale, eps, out)
-    return out
-
-
-def launch_ple_inputs(
-    input_ids: Tensor,
-    table: Tensor,
-    embed_scale: Tensor,
-    projection: Tensor,
-    norm_weight: Tensor,
-    projection_scale: float,
-    combine_scale: float,
-    eps: float,
-) -> Tensor:
-    _check_inputs(input_ids, table, projection, norm_weight)
-    out = _ple_inputs_fake(input_ids, table, embed_scale, projection, norm_weight, projection_scale, combine_scale, eps)
-    _launch(input_ids, table, embed_scale, projection, norm_weight, projection_scale, combine_scale, eps, out)
-    return out
-
-
 def _launch(
-    input_ids: Tensor | None,
-    token_rows: Tensor,
-    embed_scale: Tensor | None,
-    projection: Tensor,
-    norm_weight: Tensor,
-    projection_scale: float,
-    combine_scale: float,
-    eps: float,
-    out: Tensor,
-) -> None:
-    if not out.numel():
-        return
-    layers, width = out.shape[-2:]
-    rows = out.numel() // width
-    per_program, warps = ple_inputs_plan(rows)
-    _ple_inputs_kernel[(-(-rows // per_program),)](
-        None if input_ids is None else input_ids.contiguous(), token_rows.contiguous(), embed_scale,
-        projection.contiguous(), norm_weight.contiguous(), out, rows, projection_scale, combine_scale, eps,
-        layers, width, power_of_two(width), per_program, num_warps=warps, **UNFUSED,
-    )  # fmt: skip
+    out: Tensor, input_ids: Tensor | None, token_rows: Tensor, embed_scale: Tensor | None, projection: Tensor,
+    norm_weight: Tensor, projection_scale: float, combine_scale: float, eps: float,
+) -> Tensor:  # fmt: skip
+    if out.numel():
+        layers, width = out.shape[-2:]
+        rows = out.numel() // width
+        per_program, warps = ple_inputs_plan(rows)
+        _ple_inputs_kernel[(-(-rows // per_program),)](
+            None if input_ids is None else input_ids.contiguous(), token_rows.contiguous(), embed_scale,
+            projection.contiguous(), norm_weight.contiguous(), out, rows, projection_scale, combine_scale, eps,
+            layers, width, power_of_two(width), per_program, num_warps=warps, **UNFUSED,
+        )  # fmt: skip
+    return out
 
 
-def _ple_combine_fake(
-    token_inputs: Tensor,
-    projection: Tensor,
-    norm_weight: Tensor,
-    projection_scale: float,
-    combine_scale: float,
-    eps: float,
-) -> Tensor:
-    _check_combine(token_inputs, projection, norm_weight)
-    return fresh(token_inputs)
-
-
-def _ple_inputs_fake(
-    input_ids: Tensor,
-    table: Tensor,
-    embed_scale: Tensor,
-    projection: Tensor,
-    norm_weight: Tensor,
-    projection_scale: float,
-    combine_scale: float,
-    eps: float,
-) -> Tensor:
-    _check_inputs(input_ids, table, projection, norm_weight)
+def _empty(input_ids: Tensor, table: Tensor, embed_scale: Tensor, projection: Tensor, norm_weight: Tensor, *_: float) -> Tensor:
     width = norm_weight.shape[0]
     return projection.new_empty((*input_ids.shape, table.shape[1] // width, width))
 
 
-register(
-    "ple_inputs(Tensor input_ids, Tensor table, Tensor embed_scale, Tensor projection, Tensor norm_weight,"
-    " float projection_scale, float combine_scale, float eps) -> Tensor",
-    reference=ple_inputs_reference,
-    launch=launch_ple_inputs,
-    fake=_ple_inputs_fake,
-)
-register(
-    "ple_combine(Tensor token_inputs, Tensor projection, Tensor norm_weight, float projection_scale,"
-    " float combine_scale, float eps) -> Tensor",
-    reference=ple_combine_reference,
-    launch=launch_ple_combine,
-    fake=_ple_combine_fake,
-)
+def _inputs_example(d: Draw) -> tuple[Any, ...]:
+    s = d.sizes
+    table = 0.02 * d.normal(s.vocabulary, s.layers * s.ple)
+    scale = torch.tensor(s.ple**0.5, device=d.device)
+    return d.ids(), table, scale, d.states(s.layers * s.ple), d.weight(s.ple), s.hidden**-0.5, 2**-0.5, d.eps
 
 
+@op(launch=lambda *args: _launch(_empty(*args), *args), fake=_empty, check=_check_inputs, example=_inputs_example)
 def ple_inputs(
-    input_ids: Tensor,
-    table: Tensor,
-    embed_scale: Tensor,
-    projection: Tensor,
-    norm_weight: Tensor,
-    projection_scale: float,
-    combine_scale: float,
-    eps: float,
-) -> Tensor:
+    input_ids: Tensor, table: Tensor, embed_scale: Tensor, projection: Tensor, norm_weight: Tensor, projection_scale: float,
+    combine_scale: float, eps: float,
+) -> Tensor:  # fmt: skip
     """(norm(projection * projection_scale) + table[input_ids] * embed_scale) * combine_scale, layer by layer.
 
     input_ids    [B, T]         int64, each below V
@@ -225,19 +113,29 @@ def ple_inputs(
     projection   [B, T, L * P]  the linear's output
     norm_weight  [P]
     returns      [B, T, L, P]   projection's dtype, contiguous
+
+    Raises ValueError for shapes that do not fit.
     """
-    return torch.ops.gemma4.ple_inputs(
-        input_ids, table, embed_scale, projection, norm_weight, projection_scale, combine_scale, eps
-    )
+    width = norm_weight.shape[0]
+    token_inputs = F.embedding(input_ids, table) * embed_scale.to(table.dtype)
+    token_inputs = token_inputs.reshape(*input_ids.shape, table.shape[1] // width, width)
+    return ple_combine.reference(token_inputs, projection, norm_weight, projection_scale, combine_scale, eps)
 
 
+def _combine_example(d: Draw) -> tuple[Any, ...]:
+    s = d.sizes
+    token_inputs = d.normal(d.batch, d.tokens, s.layers, s.ple)
+    return token_inputs, d.states(s.layers * s.ple), d.weight(s.ple), s.hidden**-0.5, 2**-0.5, d.eps
+
+
+@op(
+    launch=lambda token_inputs, *rest: _launch(fresh(token_inputs), None, token_inputs, None, *rest),
+    like="token_inputs",
+    check=_check_combine,
+    example=_combine_example,
+)
 def ple_combine(
-    token_inputs: Tensor,
-    projection: Tensor,
-    norm_weight: Tensor,
-    projection_scale: float,
-    combine_scale: float,
-    eps: float,
+    token_inputs: Tensor, projection: Tensor, norm_weight: Tensor, projection_scale: float, combine_scale: float, eps: float
 ) -> Tensor:
     """ple_inputs with the scaled token rows given.
 
@@ -245,5 +143,8 @@ def ple_combine(
     projection    [B, T, L * P]
     norm_weight   [P]
     returns       [B, T, L, P], contiguous
+
+    Raises ValueError for shapes that do not fit.
     """
-    return torch.ops.gemma4.ple_combine(token_inputs, projection, norm_weight, projection_scale, combine_scale, eps)
+    projected = (projection * projection_scale).reshape(token_inputs.shape)
+    return (normalize(projected, norm_weight, eps) + token_inputs) * combine_scale

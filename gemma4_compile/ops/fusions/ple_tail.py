@@ -8,60 +8,32 @@ and, in the `_norm` form, the norm that reads the result next. hidden [..., H], 
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma4_compile.ops.library import as_rows, expect, fresh, gelu_tanh, jit, power_of_two, product, register, rounded, tl
+from gemma4_compile.ops.examples import Draw
+from gemma4_compile.ops.library import as_rows, expect, fresh, gelu_tanh, jit, op, power_of_two, product, rounded, tl
 from gemma4_compile.ops.plans import PlePlan, can_chain, ple_plan
 from gemma4_compile.ops.rms_norm import normalize
 
 from .feed_forward_tail import launch_tail, scale_by
 
 
-def ple_tail_reference(
-    hidden: Tensor,
-    per_layer_input: Tensor,
-    gate_weight: Tensor,
-    projection_weight: Tensor,
-    norm_weight: Tensor,
-    layer_scalar: Tensor | None,
-    eps: float,
-) -> Tensor:
-    _check("ple_tail", hidden, per_layer_input, gate_weight, projection_weight, norm_weight)
-    gated = F.gelu(F.linear(hidden, gate_weight), approximate="tanh") * per_layer_input
-    return scale_by(hidden + normalize(F.linear(gated, projection_weight), norm_weight, eps), layer_scalar)
-
-
-def ple_tail_norm_reference(
-    hidden: Tensor,
-    per_layer_input: Tensor,
-    gate_weight: Tensor,
-    projection_weight: Tensor,
-    norm_weight: Tensor,
-    layer_scalar: Tensor | None,
-    next_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    _check("ple_tail_norm", hidden, per_layer_input, gate_weight, projection_weight, norm_weight, next_weight)
-    hidden = ple_tail_reference(hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, eps)
-    return hidden, normalize(hidden, next_weight, eps)
-
-
-def _check(op: str, hidden: Tensor, per_layer_input: Tensor, gate: Tensor, projection: Tensor, *norms: Tensor) -> None:
+def _check(
+    op: str, hidden: Tensor, per_layer_input: Tensor, gate_weight: Tensor, projection_weight: Tensor, norm_weight: Tensor,
+    next_weight: Tensor | None = None,
+) -> None:  # fmt: skip
     h, p = hidden.shape[-1], per_layer_input.shape[-1]
-    expect(
-        op,
-        "per_layer_input must be [..., P] for hidden [..., H]",
-        per_layer_input.shape[:-1],
-        hidden.shape[:-1],
-        "pass this layer's slice",
-    )
+    tokens, given = hidden.shape[:-1], per_layer_input.shape[:-1]
+    expect(op, "per_layer_input must be [..., P] for hidden [..., H]", given, tokens, "pass this layer's slice")
     expect(op, "per_layer_input must have hidden's dtype", per_layer_input.dtype, hidden.dtype, "cast it")
-    expect(op, "gate_weight must be [P, H]", gate.shape, (p, h), "pass per_layer_input_gate.weight")
-    expect(op, "projection_weight must be [H, P]", projection.shape, (h, p), "pass per_layer_projection.weight")
-    for weight in norms:
-        expect(op, "each norm weight must be [H]", weight.shape, (h,), "pass this layer's weights")
+    expect(op, "gate_weight must be [P, H]", gate_weight.shape, (p, h), "pass per_layer_input_gate.weight")
+    expect(op, "projection_weight must be [H, P]", projection_weight.shape, (h, p), "pass per_layer_projection.weight")
+    for weight in (norm_weight, next_weight):
+        if weight is not None:
+            expect(op, "each norm weight must be [H]", weight.shape, (h,), "pass this layer's weights")
 
 
 @jit(do_not_specialize=["rows"])  # one compilation for all token counts
@@ -131,43 +103,10 @@ def _gelu_times_kernel(gate_ptr, input_ptr, out_ptr, count, input_stride, P: tl.
     tl.store(out_ptr + index, rounded(gelu_tanh(gate), out_ptr.dtype.element_ty) * per_layer, inside)
 
 
-def launch_ple_tail(
-    hidden: Tensor,
-    per_layer_input: Tensor,
-    gate_weight: Tensor,
-    projection_weight: Tensor,
-    norm_weight: Tensor,
-    layer_scalar: Tensor | None,
-    eps: float,
-) -> Tensor:
-    _check("ple_tail", hidden, per_layer_input, gate_weight, projection_weight, norm_weight)
-    return _launch(hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, None, eps)[0]
-
-
-def launch_ple_tail_norm(
-    hidden: Tensor,
-    per_layer_input: Tensor,
-    gate_weight: Tensor,
-    projection_weight: Tensor,
-    norm_weight: Tensor,
-    layer_scalar: Tensor | None,
-    next_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor | None]:
-    _check("ple_tail_norm", hidden, per_layer_input, gate_weight, projection_weight, norm_weight, next_weight)
-    return _launch(hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, next_weight, eps)
-
-
 def _launch(
-    hidden: Tensor,
-    per_layer_input: Tensor,
-    gate_weight: Tensor,
-    projection_weight: Tensor,
-    norm_weight: Tensor,
-    layer_scalar: Tensor | None,
-    next_weight: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor | None]:
+    hidden: Tensor, per_layer_input: Tensor, gate_weight: Tensor, projection_weight: Tensor, norm_weight: Tensor,
+    layer_scalar: Tensor | None, next_weight: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if not hidden.numel():
         return fresh(hidden), None if next_weight is None else fresh(hidden)
     hiddens, inputs = as_rows(hidden), as_rows(per_layer_input)
@@ -207,86 +146,54 @@ def _project_few(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection
     return projected
 
 
-def _ple_tail_fake(
-    hidden: Tensor,
-    per_layer_input: Tensor,
-    gate_weight: Tensor,
-    projection_weight: Tensor,
-    norm_weight: Tensor,
-    layer_scalar: Tensor | None,
-    eps: float,
-) -> Tensor:
-    _check("ple_tail", hidden, per_layer_input, gate_weight, projection_weight, norm_weight)
-    return fresh(hidden)
+def _example(d: Draw) -> tuple[Any, ...]:
+    s = d.sizes
+    slices = d.normal(d.batch, d.tokens, 3, s.ple)[:, :, 1, :]
+    return d.states(), slices, d.matrix(s.ple, s.hidden), d.matrix(s.hidden, s.ple), d.weight(), d.scalar()
 
 
-def _ple_tail_norm_fake(
-    hidden: Tensor,
-    per_layer_input: Tensor,
-    gate_weight: Tensor,
-    projection_weight: Tensor,
-    norm_weight: Tensor,
-    layer_scalar: Tensor | None,
-    next_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    _check("ple_tail_norm", hidden, per_layer_input, gate_weight, projection_weight, norm_weight, next_weight)
-    return fresh(hidden), fresh(hidden)
-
-
-register(
-    "ple_tail(Tensor hidden, Tensor per_layer_input, Tensor gate_weight, Tensor projection_weight, Tensor norm_weight,"
-    " Tensor? layer_scalar, float eps) -> Tensor",
-    reference=ple_tail_reference,
-    launch=launch_ple_tail,
-    fake=_ple_tail_fake,
+@op(
+    launch=lambda hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, eps: _launch(
+        hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, None, eps
+    )[0],
+    like="hidden",
+    check=_check,
+    example=lambda d: (*_example(d), d.eps),
 )
-register(
-    "ple_tail_norm(Tensor hidden, Tensor per_layer_input, Tensor gate_weight, Tensor projection_weight,"
-    " Tensor norm_weight, Tensor? layer_scalar, Tensor next_weight, float eps) -> (Tensor hidden, Tensor normed)",
-    reference=ple_tail_norm_reference,
-    launch=launch_ple_tail_norm,
-    fake=_ple_tail_norm_fake,
-)
-
-
 def ple_tail(
-    hidden: Tensor,
-    per_layer_input: Tensor,
-    gate_weight: Tensor,
-    projection_weight: Tensor,
-    norm_weight: Tensor,
-    layer_scalar: Tensor | None,
-    eps: float,
-) -> Tensor:
+    hidden: Tensor, per_layer_input: Tensor, gate_weight: Tensor, projection_weight: Tensor, norm_weight: Tensor,
+    layer_scalar: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
     """(hidden + norm(linear(gelu_tanh(linear(hidden, gate)) * per_layer_input, projection), norm)) [* layer_scalar].
 
     hidden             [..., H]  fp32, fp16 or bf16
-    per_layer_input    [..., P]  any strides: a slice [:, :, i, :] is read in place
+    per_layer_input    [..., P]  hidden's dtype, any strides: a slice [:, :, i, :] is read in place
     gate_weight        [P, H]
     projection_weight  [H, P]
     norm_weight        [H]
     layer_scalar       [1] or None
     returns            [..., H], contiguous
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return torch.ops.gemma4.ple_tail(hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, eps)
+    gated = F.gelu(F.linear(hidden, gate_weight), approximate="tanh") * per_layer_input
+    return scale_by(hidden + normalize(F.linear(gated, projection_weight), norm_weight, eps), layer_scalar)
 
 
+@op(
+    launch=_launch,
+    like=("hidden", "hidden"),
+    check=_check,
+    example=lambda d: (*_example(d), d.weight(), d.eps),
+)
 def ple_tail_norm(
-    hidden: Tensor,
-    per_layer_input: Tensor,
-    gate_weight: Tensor,
-    projection_weight: Tensor,
-    norm_weight: Tensor,
-    layer_scalar: Tensor | None,
-    next_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, per_layer_input: Tensor, gate_weight: Tensor, projection_weight: Tensor, norm_weight: Tensor,
+    layer_scalar: Tensor | None, next_weight: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """hidden as ple_tail gives it, and normed = norm(hidden, next_weight).
 
     next_weight  [H], the norm that reads hidden next
     returns      hidden, normed  [..., H], contiguous
     """
-    return torch.ops.gemma4.ple_tail_norm(
-        hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, next_weight, eps
-    )
+    hidden = ple_tail.reference(hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, eps)
+    return hidden, normalize(hidden, next_weight, eps)

@@ -8,10 +8,9 @@ All tensors are [..., H]; the weights are [H].
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from gemma4_compile.ops.library import as_rows, expect, fresh, jit, pinned, register, tl
+from gemma4_compile.ops.library import as_rows, expect, fresh, jit, op, pinned, tl
 from gemma4_compile.ops.plans import row_plan
 from gemma4_compile.ops.rms_norm import normalize
 from gemma4_compile.ops.rows import (
@@ -29,35 +28,12 @@ from gemma4_compile.ops.rows import (
 from .feed_forward_tail import launch_tail
 
 
-def post_attention_norm_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    check_norms("post_attention_norm", x, residual, weight, next_weight)
-    hidden = residual + normalize(x, weight, eps)
-    return hidden, normalize(hidden, next_weight, eps)
-
-
-def post_attention_norms_reference(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    feed_forward_weight: Tensor,
-    router_scale: Tensor,
-    router_root: float,
-    expert_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_norms("post_attention_norms", x, residual, weight, feed_forward_weight, router_scale, expert_weight)
-    hidden = residual + normalize(x, weight, eps)
-    router_in = normalize(hidden, None, eps) * router_scale * router_root
-    return hidden, normalize(hidden, feed_forward_weight, eps), router_in, normalize(hidden, expert_weight, eps)
-
-
-def check_norms(op: str, x: Tensor, residual: Tensor, *weights: Tensor) -> None:
+def _check(op: str, x: Tensor, residual: Tensor, **others: Tensor | float) -> None:
     expect(op, "residual must have x's shape", residual.shape, x.shape, "pass the hidden state before attention")
     expect(op, "residual must have x's dtype", residual.dtype, x.dtype, "cast one of them")
-    for weight in weights:
-        expect(op, "each weight must be [H] for x [..., H]", weight.shape, x.shape[-1:], "pass this layer's weights")
+    for weight in others.values():
+        if isinstance(weight, Tensor):
+            expect(op, "each weight must be [H] for x [..., H]", weight.shape, x.shape[-1:], "pass this layer's weights")
 
 
 @jit
@@ -103,24 +79,10 @@ def _post_attention_norms_kernel(
     )  # fmt: skip
 
 
-def launch_post_attention_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor | None]:
-    check_norms("post_attention_norm", x, residual, weight, next_weight)
-    return launch_tail(x, residual, weight, None, next_weight, eps)
-
-
-def launch_post_attention_norms(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    feed_forward_weight: Tensor,
-    router_scale: Tensor,
-    router_root: float,
-    expert_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    check_norms("post_attention_norms", x, residual, weight, feed_forward_weight, router_scale, expert_weight)
+def _launch(
+    x: Tensor, residual: Tensor, weight: Tensor, feed_forward_weight: Tensor, router_scale: Tensor, router_root: float,
+    expert_weight: Tensor, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
     outputs = fresh(x), fresh(x), fresh(x), fresh(x)
     if x.numel():
         x_rows, residual_rows = as_rows(x), as_rows(residual)
@@ -134,71 +96,46 @@ def launch_post_attention_norms(
     return outputs
 
 
-def _post_attention_norm_fake(
-    x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    check_norms("post_attention_norm", x, residual, weight, next_weight)
-    return fresh(x), fresh(x)
-
-
-def _post_attention_norms_fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    feed_forward_weight: Tensor,
-    router_scale: Tensor,
-    router_root: float,
-    expert_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_norms("post_attention_norms", x, residual, weight, feed_forward_weight, router_scale, expert_weight)
-    return fresh(x), fresh(x), fresh(x), fresh(x)
-
-
-register(
-    "post_attention_norm(Tensor x, Tensor residual, Tensor weight, Tensor next_weight, float eps)"
-    " -> (Tensor hidden, Tensor normed)",
-    reference=post_attention_norm_reference,
-    launch=launch_post_attention_norm,
-    fake=_post_attention_norm_fake,
+@op(
+    launch=lambda x, residual, weight, next_weight, eps: launch_tail(x, residual, weight, None, next_weight, eps),
+    like=("x", "x"),
+    check=_check,
+    example=lambda d: (d.states(), d.states(), d.weight(), d.weight(), d.eps),
 )
-register(
-    "post_attention_norms(Tensor x, Tensor residual, Tensor weight, Tensor feed_forward_weight, Tensor router_scale,"
-    " float router_root, Tensor expert_weight, float eps)"
-    " -> (Tensor hidden, Tensor feed_forward_in, Tensor router_in, Tensor expert_in)",
-    reference=post_attention_norms_reference,
-    launch=launch_post_attention_norms,
-    fake=_post_attention_norms_fake,
-)
-
-
 def post_attention_norm(x: Tensor, residual: Tensor, weight: Tensor, next_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """hidden = residual + norm(x, weight); normed = norm(hidden, next_weight).
 
     x, residual          [..., H]  fp32, fp16 or bf16
     weight, next_weight  [H]
     returns              hidden, normed  [..., H], contiguous
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return torch.ops.gemma4.post_attention_norm(x, residual, weight, next_weight, eps)
+    hidden = residual + normalize(x, weight, eps)
+    return hidden, normalize(hidden, next_weight, eps)
 
 
+@op(
+    launch=_launch,
+    like=("x", "x", "x", "x"),
+    check=_check,
+    example=lambda d: (
+        d.states(), d.states(), d.weight(), d.weight(), d.weight(), d.sizes.hidden**-0.5, d.weight(), d.eps
+    ),
+)  # fmt: skip
 def post_attention_norms(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    feed_forward_weight: Tensor,
-    router_scale: Tensor,
-    router_root: float,
-    expert_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, feed_forward_weight: Tensor, router_scale: Tensor, router_root: float,
+    expert_weight: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """hidden = residual + norm(x, weight), and the three norms of it that a layer with experts reads.
 
     x, residual                                               [..., H]  fp32, fp16 or bf16
     weight, feed_forward_weight, router_scale, expert_weight  [H]
     router_root                                               H ** -0.5, as the router multiplies by it
     returns  hidden, feed_forward_in, router_in, expert_in    [..., H], contiguous
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return torch.ops.gemma4.post_attention_norms(
-        x, residual, weight, feed_forward_weight, router_scale, router_root, expert_weight, eps
-    )
+    hidden = residual + normalize(x, weight, eps)
+    router_in = normalize(hidden, None, eps) * router_scale * router_root
+    return hidden, normalize(hidden, feed_forward_weight, eps), router_in, normalize(hidden, expert_weight, eps)

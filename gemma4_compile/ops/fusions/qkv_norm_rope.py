@@ -7,46 +7,34 @@ the very tensor k (attention_k_eq_v).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from gemma4_compile.ops.library import UNFUSED, expect, fresh, jit, pinned, power_of_two, register, rounded, tl, unit_stride
+from gemma4_compile.ops.examples import Draw
+from gemma4_compile.ops.library import UNFUSED, expect, fresh, jit, op, pinned, power_of_two, rounded, tl, unit_stride
 from gemma4_compile.ops.plans import head_plan
 from gemma4_compile.ops.rms_norm import normalize
 from gemma4_compile.ops.rope import aligned, check_rope, rotate, rotated
 
 
-def q_norm_rope_reference(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    check_rope("q_norm_rope", q, cos, sin)
-    _check_weights("q_norm_rope", q, q_weight)
-    return rotate(normalize(q, q_weight, eps), cos, sin)
+def _check_q(op: str, q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_rope(op, q, cos, sin)
+    _check_weights(op, q, q_weight)
 
 
-def qkv_norm_rope_reference(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_qkv(q, k, v, q_weight, k_weight, cos, sin)
-    return (
-        rotate(normalize(q, q_weight, eps), cos, sin),
-        rotate(normalize(k, k_weight, eps), cos, sin),
-        normalize(v, None, eps),
-    )
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_rope(op, q, cos, sin)
+    _check_weights(op, q, q_weight, k_weight)
+    b, t, _, d = q.shape
+    expect(op, "k must be [B, T, Hk, D]", k.shape, (b, t, k.shape[2], d), "view the projection as heads")
+    expect(op, "k and v must have q's dtype", (k.dtype, v.dtype), (q.dtype, q.dtype), "cast them")
+    expect(op, "v must have k's shape", v.shape, k.shape, "pass keys and values of one layer")
 
 
 def _check_weights(op: str, q: Tensor, *weights: Tensor) -> None:
     for weight in weights:
         expect(op, "each weight must be [D] for heads of D", weight.shape, q.shape[-1:], "pass this layer's norms")
-
-
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> None:
-    check_rope("qkv_norm_rope", q, cos, sin)
-    _check_weights("qkv_norm_rope", q, q_weight, k_weight)
-    b, t, _, d = q.shape
-    expect("qkv_norm_rope", "k must be [B, T, Hk, D]", k.shape, (b, t, k.shape[2], d), "view the projection as heads")
-    expect("qkv_norm_rope", "k and v must have q's dtype", (k.dtype, v.dtype), (q.dtype, q.dtype), "cast them")
-    expect("qkv_norm_rope", "v must have k's shape", v.shape, k.shape, "pass keys and values of one layer")
 
 
 @jit
@@ -129,18 +117,15 @@ def _qkv_norm_rope_kernel(
         )  # fmt: skip
 
 
-def launch_q_norm_rope(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    check_rope("q_norm_rope", q, cos, sin)
-    _check_weights("q_norm_rope", q, q_weight)
+def _launch_q(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     out = fresh(q)
     _launch(out, q, q_weight, cos, sin, eps)
     return out
 
 
-def launch_qkv_norm_rope(
+def _launch_qkv(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, ...]:
-    check_qkv(q, k, v, q_weight, k_weight, cos, sin)
     outputs = fresh(q), fresh(k), fresh(v)
     _launch(outputs[0], q, q_weight, cos, sin, eps, _KV(k, v, k_weight, *outputs[1:]))
     return outputs
@@ -187,54 +172,47 @@ def _launch(
     )  # fmt: skip
 
 
-def _q_norm_rope_fake(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    check_rope("q_norm_rope", q, cos, sin)
-    _check_weights("q_norm_rope", q, q_weight)
-    return fresh(q)
-
-
-def _qkv_norm_rope_fake(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_qkv(q, k, v, q_weight, k_weight, cos, sin)
-    return fresh(q), fresh(k), fresh(v)
-
-
-register(
-    "q_norm_rope(Tensor q, Tensor q_weight, Tensor cos, Tensor sin, float eps) -> Tensor",
-    reference=q_norm_rope_reference,
-    launch=launch_q_norm_rope,
-    fake=_q_norm_rope_fake,
+@op(
+    launch=_launch_q,
+    like="q",
+    check=_check_q,
+    example=lambda d: (d.heads(d.sizes.q_heads), d.weight(d.sizes.head_dim), *d.angles(), d.eps),
 )
-register(
-    "qkv_norm_rope(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps)"
-    " -> (Tensor q_out, Tensor k_out, Tensor v_out)",
-    reference=qkv_norm_rope_reference,
-    launch=launch_qkv_norm_rope,
-    fake=_qkv_norm_rope_fake,
-)
-
-
 def q_norm_rope(q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """Norm and rotation of the queries alone.
 
     q         [B, T, Hq, D]    fp32, fp16 or bf16, any strides
     q_weight  [D]
-    cos, sin  [B or 1, T, D]
+    cos, sin  [B or 1, T, D]   q.dtype
     returns   [B, T, Hq, D], contiguous
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return torch.ops.gemma4.q_norm_rope(q, q_weight, cos, sin, eps)
+    return rotate(normalize(q, q_weight, eps), cos, sin)
 
 
+def _example(d: Draw) -> tuple[Any, ...]:
+    k = d.heads(d.sizes.kv_heads)
+    v = k if d.sizes.shared_kv else d.heads(d.sizes.kv_heads)
+    return d.heads(d.sizes.q_heads), k, v, d.weight(d.sizes.head_dim), d.weight(d.sizes.head_dim), *d.angles(), d.eps
+
+
+@op(launch=_launch_qkv, like=("q", "k", "v"), check=check_qkv, example=_example)
 def qkv_norm_rope(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm and rotation of q and k, norm of v.
 
     q                   [B, T, Hq, D]    fp32, fp16 or bf16, any strides
-    k, v                [B, T, Hk, D]    may be one tensor
+    k, v                [B, T, Hk, D]    q.dtype; may be one tensor
     q_weight, k_weight  [D]
-    cos, sin            [B or 1, T, D]
+    cos, sin            [B or 1, T, D]   q.dtype
     returns             q, k, v in their shapes, contiguous, none aliasing another
+
+    Raises ValueError for shapes and dtypes that do not fit.
     """
-    return torch.ops.gemma4.qkv_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps)
+    return (
+        rotate(normalize(q, q_weight, eps), cos, sin),
+        rotate(normalize(k, k_weight, eps), cos, sin),
+        normalize(v, None, eps),
+    )

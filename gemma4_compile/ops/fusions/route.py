@@ -9,28 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.library import expect, exponential, jit, power_of_two, register, tl
+from gemma4_compile.ops.library import expect, exponential, jit, op, power_of_two, tl
 from gemma4_compile.ops.plans import route_plan
 
 
-def route_reference(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    _check(logits, per_expert_scale, top_k)
-    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    weights, indices = torch.topk(probabilities, k=top_k, dim=-1)
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights * per_expert_scale[indices], indices
-
-
-def _check(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> None:
-    expect("route", "logits must be [N, E]", logits.dim(), 2, "flatten the tokens first")
-    expect(
-        "route",
-        "per_expert_scale must be [E] for logits [N, E]",
-        per_expert_scale.shape,
-        logits.shape[-1:],
-        "pass the scale of this router",
-    )
-    expect("route", "top_k must lie in 1..E", bool(1 <= top_k <= logits.shape[1]), True, "use the model's top_k_experts")
+def _check(op: str, logits: Tensor, per_expert_scale: Tensor, top_k: int) -> None:
+    expect(op, "logits must be [N, E]", logits.dim(), 2, "flatten the tokens first")
+    scales, experts = per_expert_scale.shape, logits.shape[-1:]
+    expect(op, "per_expert_scale must be [E] for logits [N, E]", scales, experts, "pass the scale of this router")
+    expect(op, "top_k must lie in 1..E", bool(1 <= top_k <= logits.shape[1]), True, "use the model's top_k_experts")
 
 
 @jit(do_not_specialize=["tokens"])  # one compilation for all token counts
@@ -69,11 +56,14 @@ def _route_kernel(
     tl.store(indices_ptr + target, indices.to(tl.int64), chosen)
 
 
-def launch_route(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    _check(logits, per_expert_scale, top_k)
+def _empty(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
+def _launch(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     tokens, experts = logits.shape
-    weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
-    indices = logits.new_empty((tokens, top_k), dtype=torch.int64)
+    weights, indices = _empty(logits, per_expert_scale, top_k)
     if tokens:
         rows, warps = route_plan(tokens)
         _route_kernel[(-(-tokens // rows),)](
@@ -83,20 +73,7 @@ def launch_route(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[
     return weights, indices
 
 
-def _route_fake(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    _check(logits, per_expert_scale, top_k)
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
-
-
-register(
-    "route(Tensor logits, Tensor per_expert_scale, int top_k) -> (Tensor weights, Tensor indices)",
-    reference=route_reference,
-    launch=launch_route,
-    fake=_route_fake,
-)
-
-
+@op(launch=_launch, fake=_empty, check=_check, example=lambda d: (d.logits(), d.weight(d.sizes.experts), d.sizes.top_k))
 def route(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Choose top_k experts for each token.
 
@@ -104,5 +81,10 @@ def route(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor,
     per_expert_scale  [E]
     returns           weights     [N, top_k] fp32, summing to 1 before the scale
                       indices     [N, top_k] int64, by falling probability, ties by the lowest index
+
+    Raises ValueError for shapes that do not fit, and top_k outside of 1 to E.
     """
-    return torch.ops.gemma4.route(logits, per_expert_scale, top_k)
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    weights, indices = torch.topk(probabilities, k=top_k, dim=-1)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights * per_expert_scale[indices], indices

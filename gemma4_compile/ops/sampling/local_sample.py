@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.library import UNFUSED, define, expect, jit, power_of_two, tl, unit_stride
+from gemma4_compile.ops.library import UNFUSED, expect, jit, op, power_of_two, tl, unit_stride
 
 from .bitwise import gumbel, gumbel_kernel, philox_kernel, weights, weights_kernel
 from .sample import index_of, ordered, packed, scaled, value_of
@@ -48,72 +48,11 @@ def highest_x(best: Tensor, temperature: Tensor) -> Tensor:
     return highest / torch.where(temperature > 0, temperature, 1.0)
 
 
-def highest_reference(logits: Tensor, first: int) -> Tensor:
-    _check(logits)
-    return pack(logits.float(), torch.arange(first, first + logits.shape[1], device=logits.device)).amax(dim=1)
-
-
-def draw_reference(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, offsets: Tensor, first: int,
-    least: Tensor | None, best: Tensor | None, min_p: Tensor | None,
-) -> Tensor:  # fmt: skip
-    _check(logits, temperature, seeds, offsets, least, best, min_p)
-    width = logits.shape[1]
-    x = scaled(logits, temperature)
-    score = x + gumbel(seeds, offsets, width, first=first)
-    if least is not None:
-        score = torch.where(keys(x) >= least[:, None], score, -torch.inf)
-    if best is not None and min_p is not None:
-        likely = weights(x - highest_x(best, temperature)[:, None]) >= (min_p.clamp(max=1.0) * 2.0**40)[:, None]
-        score = torch.where(likely, score, -torch.inf)
-    highest = highest_reference(logits, first)
-    drawn = pack(score, torch.arange(first, first + width, device=logits.device)).amax(dim=1)
-    return torch.stack((highest, torch.where(temperature > 0, drawn, highest)))
-
-
-def token_reference(best: Tensor, temperature: Tensor) -> Tensor:
-    highest, drawn = best
-    return token_of(torch.where((temperature > 0) & highest_x(highest, temperature).isfinite(), drawn, highest))
-
-
-def search_reference(temperature: Tensor, limit: Tensor, best: Tensor | None, size: int) -> Search:
-    if best is None:
-        uses = (temperature > 0) & (limit > 0) & (limit < size)
-    else:
-        uses = (temperature > 0) & (limit < 1) & highest_x(best, temperature).isfinite()
-    return uses.long() - 1, torch.zeros_like(limit, dtype=torch.int64), limit.double()
-
-
-def histogram_reference(
-    logits: Tensor, temperature: Tensor, prefix: Tensor, least: Tensor | None, best: Tensor | None, digit: int
-) -> Tensor:
-    _check(logits, temperature, prefix, least, best)
-    shift, count = sum(BITS[digit + 1 :]), 1 << BITS[digit]
-    x = scaled(logits, temperature)
-    key = keys(x)
-    agrees = key >> (shift + BITS[digit]) == prefix[:, None]
-    if least is not None:
-        agrees &= key >= least[:, None]
-    amounts = torch.ones_like(key) if best is None else weights(x - highest_x(best, temperature)[:, None]).long()
-    found = amounts.new_zeros((len(x), count))
-    return found.scatter_add_(1, key >> shift & count - 1, torch.where(agrees, amounts, 0))
-
-
-def next_digit_reference(histogram: Tensor, prefix: Tensor, above: Tensor, wanted: Tensor, share: bool) -> Search:
-    from_here = histogram.flip(1).cumsum(1).flip(1)
-    # A share of nothing is more than nothing: the largest value.
-    wanted = (wanted * from_here[:, 0].double()).clamp(min=1.0) if share else wanted.clone()
-    enough = (above[:, None] + from_here).double() >= wanted[:, None]
-    digit = (enough.sum(dim=1, keepdim=True) - 1).clamp(min=0)
-    above = above + (from_here - histogram).gather(1, digit)[:, 0]
-    return prefix * histogram.shape[1] + digit[:, 0], above, wanted
-
-
-def _check(logits: Tensor, *rows: Tensor | None) -> None:
+def _check(op: str, logits: Tensor, **given: Tensor | int | None) -> None:
     expect("local_sample", "logits must be [N, here]", logits.dim(), 2, "pass the rows that ask for a token")
-    for given in rows:
-        if given is not None:
-            expect("local_sample", "parameters must be [N] for logits [N, here]", given.shape, logits.shape[:1], "one a row")
+    for value in given.values():
+        if isinstance(value, Tensor):
+            expect("local_sample", "parameters must be [N] for logits [N, here]", value.shape, logits.shape[:1], "one a row")
 
 
 @jit
@@ -250,19 +189,6 @@ _HISTOGRAM_TILE = 4096
 _ROWS = 128  # a program of the kernels that read no logits
 
 
-def launch_highest(logits: Tensor, first: int) -> Tensor:
-    _check(logits)
-    return _launch_best(logits, None, None, None, first, None, None, None)[0]
-
-
-def launch_draw(
-    logits: Tensor, temperature: Tensor, seeds: Tensor, offsets: Tensor, first: int,
-    least: Tensor | None, best: Tensor | None, min_p: Tensor | None,
-) -> Tensor:  # fmt: skip
-    _check(logits, temperature, seeds, offsets, least, best, min_p)
-    return _launch_best(logits, temperature, seeds, offsets, first, least, best, min_p)
-
-
 def _launch_best(logits: Tensor, temperature: Tensor | None, *rest: Tensor | int | None) -> Tensor:
     seeds, offsets, first, *kept = (t.contiguous() if isinstance(t, Tensor) else t for t in (*rest,))
     logits = unit_stride(logits)
@@ -278,14 +204,14 @@ def _launch_best(logits: Tensor, temperature: Tensor | None, *rest: Tensor | int
     return best.amax(dim=2)
 
 
-def launch_token(best: Tensor, temperature: Tensor) -> Tensor:
+def _launch_token(best: Tensor, temperature: Tensor) -> Tensor:
     best, temperature, out = best.contiguous(), temperature.contiguous(), torch.empty_like(best[0])
     if len(out):
         _token_kernel[(-(-len(out) // _ROWS),)](best, temperature, out, len(out), _ROWS, **UNFUSED)
     return out
 
 
-def launch_search(temperature: Tensor, limit: Tensor, best: Tensor | None, size: int) -> Search:
+def _launch_search(temperature: Tensor, limit: Tensor, best: Tensor | None, size: int) -> Search:
     found = _search_like(temperature)
     if rows := len(temperature):
         given = temperature.contiguous(), limit.contiguous(), best if best is None else best.contiguous()
@@ -293,10 +219,9 @@ def launch_search(temperature: Tensor, limit: Tensor, best: Tensor | None, size:
     return found
 
 
-def launch_histogram(
+def _launch_histogram(
     logits: Tensor, temperature: Tensor, prefix: Tensor, least: Tensor | None, best: Tensor | None, digit: int
 ) -> Tensor:
-    _check(logits, temperature, prefix, least, best)
     logits = unit_stride(logits)
     rows, width = logits.shape
     tile = min(_HISTOGRAM_TILE, max(16, power_of_two(width)))
@@ -309,7 +234,7 @@ def launch_histogram(
     return found
 
 
-def launch_next_digit(histogram: Tensor, prefix: Tensor, above: Tensor, wanted: Tensor, share: bool) -> Search:
+def _launch_next_digit(histogram: Tensor, prefix: Tensor, above: Tensor, wanted: Tensor, share: bool) -> Search:
     found = _search_like(prefix)
     rows, count = histogram.shape
     if rows:
@@ -323,58 +248,20 @@ def _search_like(row: Tensor) -> Search:
     return prefix, torch.empty_like(prefix), row.new_empty(row.shape, dtype=torch.float64)
 
 
-def _highest_fake(logits: Tensor, first: int) -> Tensor:
-    _check(logits)
-    return logits.new_empty(logits.shape[:1], dtype=torch.int64)
-
-
-def _draw_fake(logits: Tensor, temperature: Tensor, seeds: Tensor, offsets: Tensor, first: int, *kept: Tensor | None) -> Tensor:
-    _check(logits, temperature, seeds, offsets, *kept)
-    return logits.new_empty((2, logits.shape[0]), dtype=torch.int64)
-
-
-def _histogram_fake(
-    logits: Tensor, temperature: Tensor, prefix: Tensor, least: Tensor | None, best: Tensor | None, digit: int
-) -> Tensor:
-    _check(logits, temperature, prefix, least, best)
-    return logits.new_empty((logits.shape[0], 1 << BITS[digit]), dtype=torch.int64)
-
-
-define(
-    "local_highest(Tensor logits, int first) -> Tensor",
-    reference=highest_reference, launch=launch_highest, fake=_highest_fake,
-)  # fmt: skip
-define(
-    "local_draw(Tensor logits, Tensor temperature, Tensor seeds, Tensor offsets, int first, Tensor? least, Tensor? best,"
-    " Tensor? min_p) -> Tensor",
-    reference=draw_reference, launch=launch_draw, fake=_draw_fake,
-)  # fmt: skip
-define(
-    "drawn_token(Tensor best, Tensor temperature) -> Tensor",
-    reference=token_reference, launch=launch_token, fake=lambda best, temperature: torch.empty_like(best[0]),
-)  # fmt: skip
-define(
-    "begin_search(Tensor temperature, Tensor limit, Tensor? best, int size) -> (Tensor, Tensor, Tensor)",
-    reference=search_reference, launch=launch_search, fake=lambda temperature, *_: _search_like(temperature),
-)  # fmt: skip
-define(
-    "digit_histogram(Tensor logits, Tensor temperature, Tensor prefix, Tensor? least, Tensor? best, int digit) -> Tensor",
-    reference=histogram_reference, launch=launch_histogram, fake=_histogram_fake,
-)  # fmt: skip
-define(
-    "next_digit(Tensor histogram, Tensor prefix, Tensor above, Tensor wanted, bool share) -> (Tensor, Tensor, Tensor)",
-    reference=next_digit_reference, launch=launch_next_digit, fake=lambda histogram, prefix, *_: _search_like(prefix),
-)  # fmt: skip
-
-
+@op(
+    launch=lambda logits, first: _launch_best(logits, None, None, None, first, None, None, None)[0],
+    fake=lambda logits, first: logits.new_empty(logits.shape[:1], dtype=torch.int64),
+    check=_check,
+)
 def local_highest(logits: Tensor, first: int) -> Tensor:
     """The highest logit of each row, packed with its token: logits [N, here] of tokens from `first` on -> [N] int64."""
-    return torch.ops.gemma4.local_highest(logits, first)
+    return pack(logits.float(), torch.arange(first, first + logits.shape[1], device=logits.device)).amax(dim=1)
 
 
+@op(launch=_launch_best, fake=lambda logits, *_: logits.new_empty((2, logits.shape[0]), dtype=torch.int64), check=_check)
 def local_draw(
     logits: Tensor, temperature: Tensor, seeds: Tensor, offsets: Tensor, first: int,
-    least: Tensor | None = None, best: Tensor | None = None, min_p: Tensor | None = None,
+    least: Tensor | None, best: Tensor | None, min_p: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The highest logit of each row, and the highest x + gumbel of its kept tokens, packed with their tokens: [2, N] int64.
 
@@ -384,19 +271,41 @@ def local_draw(
     best         [N] int64  what local_highest gives, of all ranks: for min_p
     min_p        [N] fp32   as in `sample`; None: all are kept
     """
-    return torch.ops.gemma4.local_draw(logits, temperature, seeds, offsets, first, least, best, min_p)
+    width = logits.shape[1]
+    x = scaled(logits, temperature)
+    score = x + gumbel(seeds, offsets, width, first=first)
+    if least is not None:
+        score = torch.where(keys(x) >= least[:, None], score, -torch.inf)
+    if best is not None and min_p is not None:
+        likely = weights(x - highest_x(best, temperature)[:, None]) >= (min_p.clamp(max=1.0) * 2.0**40)[:, None]
+        score = torch.where(likely, score, -torch.inf)
+    highest = local_highest.reference(logits, first)
+    drawn = pack(score, torch.arange(first, first + width, device=logits.device)).amax(dim=1)
+    return torch.stack((highest, torch.where(temperature > 0, drawn, highest)))
 
 
+@op(launch=_launch_token)
 def drawn_token(best: Tensor, temperature: Tensor) -> Tensor:
     """The token [N] int64 of each row: drawn or, as in `sample`, its argmax; best [2, N] int64 is local_draw's of all ranks."""
-    return torch.ops.gemma4.drawn_token(best, temperature)
+    highest, drawn = best
+    return token_of(torch.where((temperature > 0) & highest_x(highest, temperature).isfinite(), drawn, highest))
 
 
+@op(launch=_launch_search)
 def begin_search(temperature: Tensor, limit: Tensor, best: Tensor | None, size: int) -> Search:
     """Before the first digit: top_k [N] int32 without, or top_p [N] fp32 with the packed highest logits of all ranks."""
-    return torch.ops.gemma4.begin_search(temperature, limit, best, size)
+    if best is None:
+        uses = (temperature > 0) & (limit > 0) & (limit < size)
+    else:
+        uses = (temperature > 0) & (limit < 1) & highest_x(best, temperature).isfinite()
+    return uses.long() - 1, torch.zeros_like(limit, dtype=torch.int64), limit.double()
 
 
+@op(
+    launch=_launch_histogram,
+    fake=lambda logits, *rest: logits.new_empty((logits.shape[0], 1 << BITS[rest[-1]]), dtype=torch.int64),
+    check=_check,
+)
 def digit_histogram(
     logits: Tensor, temperature: Tensor, prefix: Tensor, least: Tensor | None, best: Tensor | None, digit: int
 ) -> Tensor:
@@ -410,13 +319,29 @@ def digit_histogram(
     digit        0..2       the length of each is in BITS
     returns      [N, 2**BITS[digit]] int64
     """
-    return torch.ops.gemma4.digit_histogram(logits, temperature, prefix, least, best, digit)
+    shift, count = sum(BITS[digit + 1 :]), 1 << BITS[digit]
+    x = scaled(logits, temperature)
+    key = keys(x)
+    agrees = key >> (shift + BITS[digit]) == prefix[:, None]
+    if least is not None:
+        agrees &= key >= least[:, None]
+    amounts = torch.ones_like(key) if best is None else weights(x - highest_x(best, temperature)[:, None]).long()
+    found = amounts.new_zeros((len(x), count))
+    return found.scatter_add_(1, key >> shift & count - 1, torch.where(agrees, amounts, 0))
 
 
-def next_digit(histogram: Tensor, search: Search, share: bool) -> Search:
+@op(launch=_launch_next_digit)
+def next_digit(histogram: Tensor, prefix: Tensor, above: Tensor, wanted: Tensor, share: bool) -> Search:
     """One digit on: the largest from which on values suffice.
 
-    histogram  [N, C] int64  of all ranks
-    share      what suffices is given as a share of the histogram's sum
+    histogram              [N, C] int64  of all ranks
+    prefix, above, wanted  a Search
+    share                  what suffices is given as a share of the histogram's sum
     """
-    return torch.ops.gemma4.next_digit(histogram, *search, share)
+    from_here = histogram.flip(1).cumsum(1).flip(1)
+    # A share of nothing is more than nothing: the largest value.
+    wanted = (wanted * from_here[:, 0].double()).clamp(min=1.0) if share else wanted.clone()
+    enough = (above[:, None] + from_here).double() >= wanted[:, None]
+    digit = (enough.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    above = above + (from_here - histogram).gather(1, digit)[:, 0]
+    return prefix * histogram.shape[1] + digit[:, 0], above, wanted

@@ -14,29 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.library import define, expect, jit, power_of_two, tl, unit_stride
+from gemma4_compile.ops.library import expect, jit, op, power_of_two, tl, unit_stride
 
 from .sample import index_of, ordered, packed
 
 
-def ordered_argmax_reference(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> Tensor:
-    vocabulary = weight.shape[0]
-    logits, tokens = ordered_scores_reference(states, scores, ordering, weight, top_k)
-    highest = logits.amax(-1, keepdim=True)
-    return torch.where(logits == highest, tokens, vocabulary).amin(-1).clamp(max=vocabulary - 1)
-
-
-def ordered_scores_reference(
-    states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check(states, scores, ordering, weight, top_k)
-    clusters = torch.topk(scores, k=top_k, dim=-1).indices.sort(-1).values
-    tokens = ordering.long().view(scores.shape[1], -1)[clusters].flatten(1)
-    return (weight[tokens].float() * states[:, None].float()).sum(-1), tokens
-
-
-def _check(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> None:
-    op = "ordered_argmax"
+def _check(op: str, states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> None:
     expect(op, "states must be [R, H]", states.dim(), 2, "flatten them")
     expect(op, "scores must be [R, C] for states [R, H]", scores.shape[:1], states.shape[:1], "pass a row for each state")
     expect(op, "weight must be [V, H] for states [R, H]", weight.shape[1:], states.shape[1:], "pass the head's weight")
@@ -101,20 +84,7 @@ def _tokens_kernel(
         tl.store(out_ptr + row, index_of(tl.atomic_max(best_ptr + row, best)).to(tl.int64))
 
 
-def launch_ordered_argmax(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> Tensor:
-    return _launch(states, scores, ordering, weight, top_k, every=False)[1]
-
-
-def launch_ordered_scores(
-    states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _launch(states, scores, ordering, weight, top_k, every=True)
-
-
-def _launch(
-    states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int, every: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check(states, scores, ordering, weight, top_k)
+def _launch(every: bool, states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     states, scores, weight, ordering = unit_stride(states), unit_stride(scores), unit_stride(weight), ordering.contiguous()
     (rows, hidden), clusters = states.shape, scores.shape[1]
     tokens = weight.shape[0] // clusters
@@ -136,29 +106,11 @@ def _launch(
     return logits, out
 
 
-def _fake(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> Tensor:
-    _check(states, scores, ordering, weight, top_k)
-    return states.new_empty(states.shape[:1], dtype=torch.int64)
-
-
-def _scores_fake(
-    states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check(states, scores, ordering, weight, top_k)
-    shape = states.shape[0], top_k * (weight.shape[0] // scores.shape[1])
-    return states.new_empty(shape, dtype=torch.float32), states.new_empty(shape, dtype=torch.int64)
-
-
-define(
-    "ordered_argmax(Tensor states, Tensor scores, Tensor ordering, Tensor weight, int top_k) -> Tensor",
-    reference=ordered_argmax_reference, launch=launch_ordered_argmax, fake=_fake,
-)  # fmt: skip
-define(
-    "ordered_scores(Tensor states, Tensor scores, Tensor ordering, Tensor weight, int top_k) -> (Tensor, Tensor)",
-    reference=ordered_scores_reference, launch=launch_ordered_scores, fake=_scores_fake,
-)  # fmt: skip
-
-
+@op(
+    launch=lambda *args: _launch(False, *args)[1],
+    fake=lambda states, *_: states.new_empty(states.shape[:1], dtype=torch.int64),
+    check=_check,
+)
 def ordered_argmax(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> Tensor:
     """The highest-scored token of the top_k clusters, before it is rounded; the lowest among equals.
 
@@ -170,9 +122,18 @@ def ordered_argmax(states: Tensor, scores: Tensor, ordering: Tensor, weight: Ten
 
     Raises ValueError for shapes that do not fit, and top_k outside of 1 to C.
     """
-    return torch.ops.gemma4.ordered_argmax(states, scores, ordering, weight, top_k)
+    vocabulary = weight.shape[0]
+    logits, tokens = ordered_scores.reference(states, scores, ordering, weight, top_k)
+    highest = logits.amax(-1, keepdim=True)
+    return torch.where(logits == highest, tokens, vocabulary).amin(-1).clamp(max=vocabulary - 1)
 
 
+def _scores_fake(states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = states.shape[0], top_k * (weight.shape[0] // scores.shape[1])
+    return states.new_empty(shape, dtype=torch.float32), states.new_empty(shape, dtype=torch.int64)
+
+
+@op(launch=lambda *args: _launch(True, *args), fake=_scores_fake, check=_check)
 def ordered_scores(
     states: Tensor, scores: Tensor, ordering: Tensor, weight: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -180,4 +141,6 @@ def ordered_scores(
 
     Raises ValueError as ordered_argmax.
     """
-    return torch.ops.gemma4.ordered_scores(states, scores, ordering, weight, top_k)
+    clusters = torch.topk(scores, k=top_k, dim=-1).indices.sort(-1).values
+    tokens = ordering.long().view(scores.shape[1], -1)[clusters].flatten(1)
+    return (weight[tokens].float() * states[:, None].float()).sum(-1), tokens

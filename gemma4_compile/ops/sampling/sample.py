@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.library import UNFUSED, define, expect, jit, power_of_two, tl, unit_stride
+from gemma4_compile.ops.library import UNFUSED, expect, jit, op, power_of_two, tl, unit_stride
 
 from .bitwise import gumbel, gumbel_kernel, gumbel_of_kernel, philox_kernel, weights, weights_kernel
 
@@ -33,17 +33,6 @@ PARAMETERS = {
     "seeds": torch.int64,
     "offsets": torch.int64,
 }
-
-
-def sample_reference(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor
-) -> Tensor:
-    _check(logits, temperature, top_k, top_p, min_p, seeds, offsets)
-    best = logits.argmax(dim=1)
-    x = scaled(logits, temperature)
-    score = torch.where(kept_reference(x, top_k, top_p, min_p), x + gumbel(seeds, offsets, x.shape[1]), -torch.inf)
-    drawn = (temperature > 0) & x.amax(dim=1).isfinite()
-    return torch.where(drawn, score.argmax(dim=1), best)
 
 
 def scaled(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -65,12 +54,13 @@ def kept_reference(x: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
     return (x >= kth) & (x >= last) & likely
 
 
-def _check(logits: Tensor, *parameters: Tensor) -> None:
-    expect("sample", "logits must be [N, V]", logits.dim(), 2, "pass the rows that ask for a token")
-    expect("sample", "V must lie in 1..2**22", bool(1 <= logits.shape[1] <= MOST), True, "pass the model's vocabulary")
-    for (name, dtype), value in zip(PARAMETERS.items(), parameters, strict=True):
-        expect("sample", f"{name} must be [N] for logits [N, V]", value.shape, logits.shape[:1], "pass one a row")
-        expect("sample", f"{name} has a dtype of its own", value.dtype, dtype, f"build it with dtype={dtype}")
+def _check(op: str, logits: Tensor, **parameters: Tensor) -> None:
+    expect(op, "logits must be [N, V]", logits.dim(), 2, "pass the rows that ask for a token")
+    expect(op, "V must lie in 1..2**22", bool(1 <= logits.shape[1] <= MOST), True, "pass the model's vocabulary")
+    for name, value in parameters.items():
+        dtype = PARAMETERS[name]
+        expect(op, f"{name} must be [N] for logits [N, V]", value.shape, logits.shape[:1], "pass one a row")
+        expect(op, f"{name} has a dtype of its own", value.dtype, dtype, f"build it with dtype={dtype}")
 
 
 @jit
@@ -327,18 +317,17 @@ class Kept(NamedTuple):
     highest: Tensor
 
 
-def launch_sample(
+def _launch_sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor,
     *, plan: SamplePlan | None = None,
 ) -> Tensor:  # fmt: skip
-    _check(logits, temperature, top_k, top_p, min_p, seeds, offsets)
     return _launch(logits, (temperature, top_k, top_p, min_p), seeds, offsets, plan, None)
 
 
 def launch_kept(
     logits: Tensor, parameters: tuple[Tensor, ...], seeds: Tensor, offsets: Tensor, plan: SamplePlan | None = None
 ) -> Kept:
-    """As launch_sample, for callers that go on to ask what a token's probability is. Rows without thresholds are read twice."""
+    """As sample.launch, for callers that go on to ask what a token's probability is. Rows without thresholds are read twice."""
     kept = Kept(torch.empty_like(seeds), torch.empty_like(seeds), torch.empty_like(seeds), torch.empty_like(parameters[0]))
     _launch(logits, parameters, seeds, offsets, plan, kept)
     return kept
@@ -378,22 +367,11 @@ def _launch(
     return out
 
 
-def _sample_fake(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor
-) -> Tensor:
-    _check(logits, temperature, top_k, top_p, min_p, seeds, offsets)
-    return logits.new_empty(logits.shape[:1], dtype=torch.int64)
-
-
-define(
-    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor offsets)"
-    " -> Tensor",
-    reference=sample_reference,
-    launch=launch_sample,
-    fake=_sample_fake,
+@op(
+    launch=_launch_sample,
+    fake=lambda logits, *_: logits.new_empty(logits.shape[:1], dtype=torch.int64),
+    check=_check,
 )
-
-
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor
 ) -> Tensor:
@@ -412,4 +390,8 @@ def sample(
 
     Raises ValueError for shapes and dtypes that do not fit. The same tokens on CPU and CUDA.
     """
-    return torch.ops.gemma4.sample(logits, temperature, top_k, top_p, min_p, seeds, offsets)
+    best = logits.argmax(dim=1)
+    x = scaled(logits, temperature)
+    score = torch.where(kept_reference(x, top_k, top_p, min_p), x + gumbel(seeds, offsets, x.shape[1]), -torch.inf)
+    drawn = (temperature > 0) & x.amax(dim=1).isfinite()
+    return torch.where(drawn, score.argmax(dim=1), best)

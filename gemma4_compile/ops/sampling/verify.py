@@ -27,11 +27,14 @@ By block, rows and scores of drafts with c between 0 and 1 are read again.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma4_compile.ops.library import UNFUSED, constant, expect, jit, power_of_two, register, tl, unit_stride
+from gemma4_compile.ops.examples import Draw
+from gemma4_compile.ops.library import UNFUSED, constant, expect, jit, op, power_of_two, tl, unit_stride
 
 from . import bitwise
 from .bitwise import (
@@ -59,7 +62,7 @@ from .sample import (
     launch_kept,
     ordered,
     packed,
-    sample_reference,
+    sample,
     scaled,
     value_of,
 )
@@ -68,38 +71,6 @@ TILE = 1024  # candidates that are weighed at their own highest score: the draft
 _NORMAL = 2.0**-126  # the least fp32 whose log bitwise.py has
 # As kernels see them.
 ACCEPT_WORD, RESIDUAL_WORD, NORMAL = constant(ACCEPT), constant(RESIDUAL), constant(_NORMAL)
-
-
-def verify_reference(
-    logits: Tensor, first: Tensor, counts: Tensor, drafts: Tensor, draft_scores: Tensor, draft_tokens: Tensor | None,
-    temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor, block: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check(logits, first, counts, drafts, draft_scores, draft_tokens, temperature, top_k, top_p, min_p, seeds, offsets)
-    most, vocabulary = drafts.shape[1], logits.shape[1]
-    place = torch.arange(most + 1, device=drafts.device)
-    given = logits[first[:, None] + torch.minimum(place, counts[:, None])]  # behind a request's last row: that row
-    shaping = temperature, top_k, top_p, min_p
-    p, possible = _target(given, *(t.repeat_interleave(most + 1) for t in shaping))
-    q, known = _drafter(draft_scores, draft_tokens, vocabulary)
-
-    greedy = ~(temperature > 0)
-    known |= greedy[:, None]  # nothing is asked of q
-    usable = (place[:-1] < counts[:, None]) & (drafts >= 0) & (drafts < vocabulary) & possible[:, :-1] & known
-    limit = usable.long().cumprod(1).sum(1)
-    x = drafts.clamp(0, vocabulary - 1)[:, :, None]
-    chances = p[:, :-1].gather(2, x)[:, :, 0], q.gather(2, x)[:, :, 0]
-    u = uniform(seeds, offsets, most, ACCEPT)
-    accepted, carried = accept_block(p, q, *chances, limit, u) if block else accept_tokens(*chances, limit, u)
-    equal = usable & (drafts == given[:, :-1].argmax(2))
-    accepted = torch.where(greedy, equal.long().cumprod(1).sum(1), accepted)
-
-    here = accepted[:, None, None].expand(-1, 1, vocabulary)
-    left = residual(p.gather(1, here)[:, 0], q.gather(1, here.clamp(max=most - 1))[:, 0], carried).float()
-    noise = gumbel(seeds, offsets + accepted, vocabulary, RESIDUAL)
-    score = torch.where(left >= _NORMAL, bitwise.log(left.clamp(min=_NORMAL)) + noise, -torch.inf)
-    drawn = ~greedy & (accepted < limit) & (score.amax(1) > -torch.inf)  # rounding may leave nothing where p is q
-    sampled = sample_reference(given.gather(1, here)[:, 0], *shaping, seeds, offsets + accepted)
-    return accepted, torch.where(drawn, score.argmax(1), sampled)
 
 
 def accept_tokens(p: Tensor, q: Tensor, limit: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,10 +126,9 @@ def _drafter(scores: Tensor, tokens: Tensor | None, vocabulary: int) -> tuple[Te
 
 
 def _check(
-    logits: Tensor, first: Tensor, counts: Tensor, drafts: Tensor, draft_scores: Tensor, draft_tokens: Tensor | None,
-    *parameters: Tensor,
+    op: str, logits: Tensor, first: Tensor, counts: Tensor, drafts: Tensor, draft_scores: Tensor, draft_tokens: Tensor | None,
+    block: bool, **parameters: Tensor,
 ) -> None:  # fmt: skip
-    op = "verify"
     expect(op, "logits must be [S, V]", logits.dim(), 2, "pass the rows of the step")
     expect(op, "V must lie in 1..2**22", bool(1 <= logits.shape[1] <= MOST), True, "pass the model's vocabulary")
     expect(op, "drafts must be [R, K]", drafts.dim(), 2, "pass -1 where a request has fewer")
@@ -174,8 +144,7 @@ def _check(
         expect(op, "draft_tokens must have the shape of draft_scores", draft_tokens.shape, shape, "pass one a candidate")
         expect(op, "draft_tokens has a dtype of its own", draft_tokens.dtype, torch.int64, "build it with dtype=torch.int64")
     expect(op, "draft_scores has a dtype of its own", draft_scores.dtype, torch.float32, "divide by temperature in fp32")
-    of_requests = zip(("first", "counts", *PARAMETERS), (first, counts, *parameters), strict=True)
-    for name, value in of_requests:
+    for name, value in {"first": first, "counts": counts, **parameters}.items():
         dtype = PARAMETERS.get(name, torch.int64)
         expect(op, f"{name} must be [R] for drafts [R, K]", value.shape, drafts.shape[:1], "pass one a request")
         expect(op, f"{name} has a dtype of its own", value.dtype, dtype, f"build it with dtype={dtype}")
@@ -478,12 +447,11 @@ def _token_kernel(
     tl.store(token_ptr + request, token)
 
 
-def launch_verify(
+def _launch(
     logits: Tensor, first: Tensor, counts: Tensor, drafts: Tensor, draft_scores: Tensor, draft_tokens: Tensor | None,
     temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor, block: bool,
     *, plan: SamplePlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check(logits, first, counts, drafts, draft_scores, draft_tokens, temperature, top_k, top_p, min_p, seeds, offsets)
     requests, most = drafts.shape
     rows, width = logits.shape
     accepted, token = torch.empty_like(counts), torch.empty_like(counts)
@@ -552,24 +520,25 @@ def launch_verify(
     return accepted, token
 
 
-def _verify_fake(
-    logits: Tensor, first: Tensor, counts: Tensor, drafts: Tensor, draft_scores: Tensor, draft_tokens: Tensor | None,
-    temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor, block: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check(logits, first, counts, drafts, draft_scores, draft_tokens, temperature, top_k, top_p, min_p, seeds, offsets)
-    return counts.new_empty(counts.shape), counts.new_empty(counts.shape)
+def _example(d: Draw) -> tuple[Any, ...]:
+    """A request a token, with three drafts or fewer of five candidates; four in eight are greedy."""
+    requests, most, width = d.batch * d.tokens, 3, d.sizes.vocabulary
+    counts = torch.arange(requests, device=d.device) % (most + 1)
+    first = (counts + 1).cumsum(0) - counts - 1
+    rows = sum(r % (most + 1) + 1 for r in range(requests))
+    logits = 2 * d.normal(rows, width)
+    tokens = torch.rand((requests, most, width), device=d.device).argsort(-1)[..., :5].contiguous()
+    behind = first[:, None] + torch.minimum(torch.arange(most, device=d.device), counts[:, None])
+    scores = logits[behind].float().gather(2, tokens) + torch.randn(tokens.shape, device=d.device)
+    drafts = tokens.gather(2, (scores - torch.empty_like(scores).exponential_().log()).argmax(2, keepdim=True))[..., 0]
+    temperature = (torch.arange(requests, device=d.device) // 4 + 1) % 2 * 0.8
+    top_k = torch.full((requests,), 7, dtype=torch.int32, device=d.device)
+    top_p, min_p = torch.full_like(temperature, 0.9), torch.full_like(temperature, 0.01)
+    seeds = torch.randint(2**62, (requests,), device=d.device)
+    return logits, first, counts, drafts, scores, tokens, temperature, top_k, top_p, min_p, seeds, seeds % 1000, True
 
 
-register(
-    "verify(Tensor logits, Tensor first, Tensor counts, Tensor drafts, Tensor draft_scores, Tensor? draft_tokens,"
-    " Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor offsets, bool block)"
-    " -> (Tensor, Tensor)",
-    reference=verify_reference,
-    launch=launch_verify,
-    fake=_verify_fake,
-)
-
-
+@op(launch=_launch, like=("counts", "counts"), check=_check, example=_example)
 def verify(
     logits: Tensor, first: Tensor, counts: Tensor, drafts: Tensor, draft_scores: Tensor, draft_tokens: Tensor | None,
     temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor, block: bool,
@@ -593,9 +562,31 @@ def verify(
 
     Raises ValueError for shapes and dtypes that do not fit. The same results on CPU and CUDA.
     """
-    return torch.ops.gemma4.verify(
-        logits, first, counts, drafts, draft_scores, draft_tokens, temperature, top_k, top_p, min_p, seeds, offsets, block
-    )
+    most, vocabulary = drafts.shape[1], logits.shape[1]
+    place = torch.arange(most + 1, device=drafts.device)
+    given = logits[first[:, None] + torch.minimum(place, counts[:, None])]  # behind a request's last row: that row
+    shaping = temperature, top_k, top_p, min_p
+    p, possible = _target(given, *(t.repeat_interleave(most + 1) for t in shaping))
+    q, known = _drafter(draft_scores, draft_tokens, vocabulary)
+
+    greedy = ~(temperature > 0)
+    known |= greedy[:, None]  # nothing is asked of q
+    usable = (place[:-1] < counts[:, None]) & (drafts >= 0) & (drafts < vocabulary) & possible[:, :-1] & known
+    limit = usable.long().cumprod(1).sum(1)
+    x = drafts.clamp(0, vocabulary - 1)[:, :, None]
+    chances = p[:, :-1].gather(2, x)[:, :, 0], q.gather(2, x)[:, :, 0]
+    u = uniform(seeds, offsets, most, ACCEPT)
+    accepted, carried = accept_block(p, q, *chances, limit, u) if block else accept_tokens(*chances, limit, u)
+    equal = usable & (drafts == given[:, :-1].argmax(2))
+    accepted = torch.where(greedy, equal.long().cumprod(1).sum(1), accepted)
+
+    here = accepted[:, None, None].expand(-1, 1, vocabulary)
+    left = residual(p.gather(1, here)[:, 0], q.gather(1, here.clamp(max=most - 1))[:, 0], carried).float()
+    noise = gumbel(seeds, offsets + accepted, vocabulary, RESIDUAL)
+    score = torch.where(left >= _NORMAL, bitwise.log(left.clamp(min=_NORMAL)) + noise, -torch.inf)
+    drawn = ~greedy & (accepted < limit) & (score.amax(1) > -torch.inf)  # rounding may leave nothing where p is q
+    sampled = sample.reference(given.gather(1, here)[:, 0], *shaping, seeds, offsets + accepted)
+    return accepted, torch.where(drawn, score.argmax(1), sampled)
 
 
 def draw_draft(

@@ -109,7 +109,7 @@ class Vocabulary:
         for digit in range(len(BITS)):
             histogram = digit_histogram(logits, temperature, search[0], least, best, digit)
             # The first histogram is of all that is kept: top_p is a share of its sum.
-            search = next_digit(_all_reduce(histogram, "sum", self.group), search, best is not None and digit == 0)
+            search = next_digit(_all_reduce(histogram, "sum", self.group), *search, best is not None and digit == 0)
         return search[0]
 
     def logprobs(self, logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma4_compile.ops.distributed.all_reduce_norm import FORMS, ranks_in
+from gemma4_compile.ops.distributed.symmetric import MOST_ROWS, on_all_ranks
 from gemma4_compile.ops.library import OPS, fresh
-
-from .all_reduce_norm import FORMS, ranks_in
-from .symmetric import MOST_ROWS, on_all_ranks
 
 _RANKS = (2, 4, 8, 16)  # what its kernels are made for
 

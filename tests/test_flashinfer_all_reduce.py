@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from gemma4_compile.ops import OPS
-from gemma4_compile.ops.distributed import flashinfer_all_reduce
 from gemma4_compile.ops.distributed.all_reduce_norm import FORMS
-from gemma4_compile.ops.distributed.flashinfer_all_reduce import _Space, by_flashinfer
-from gemma4_compile.ops.distributed.symmetric import MOST_ROWS, on_all_ranks
+from gemma4_compile.ops.distributed.symmetric import MOST_ROWS
 from gemma4_compile.ops.examples import SMALL, example
-from tests.models import DEVICE
+from scripts import _flashinfer_all_reduce
+from scripts._flashinfer_all_reduce import _Space, by_flashinfer
 from tests.ops.kernel_cases import outputs
-from tests.passes.one_process import alone, fake_ranks
+from tests.passes.one_process import fake_ranks
 
 ABOUT = {"tp_rank": 0, "tp_size": 2}
 
@@ -36,11 +35,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     module.AllReduceFusionPattern = types.SimpleNamespace(kAllReduce=0)
     monkeypatch.setitem(sys.modules, "flashinfer", types.ModuleType("flashinfer"))
     monkeypatch.setitem(sys.modules, "flashinfer.comm", module)
-    monkeypatch.setattr(flashinfer_all_reduce, "installed", lambda: True)
-    monkeypatch.setattr(flashinfer_all_reduce, "ranks_in", lambda group: 2)
-    monkeypatch.setattr(flashinfer_all_reduce, "_space", lambda group, x: _Space(torch.zeros(7), [], ABOUT))
+    monkeypatch.setattr(_flashinfer_all_reduce, "installed", lambda: True)
+    monkeypatch.setattr(_flashinfer_all_reduce, "ranks_in", lambda group: 2)
+    monkeypatch.setattr(_flashinfer_all_reduce, "_space", lambda group, x: _Space(torch.zeros(7), [], ABOUT))
     for op in FORMS:
-        monkeypatch.setitem(OPS, op, OPS[op]._replace(launch=OPS[op].reference))
+        monkeypatch.setattr(OPS[op], "launch", OPS[op].reference)
     return launches
 
 
@@ -62,20 +61,7 @@ def test_what_does_not_fit_is_left(rows: int, width: int, told: list[dict[str, A
 
 
 def test_none_without_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flashinfer_all_reduce, "installed", lambda: False)
+    monkeypatch.setattr(_flashinfer_all_reduce, "installed", lambda: False)
     x = torch.zeros(3, 24, dtype=torch.bfloat16)
     with fake_ranks(2):
         assert by_flashinfer("rms_norm", x, x[0], 1e-6, "0") is None
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="the group of one process is gloo's")
-def test_on_all_ranks() -> None:
-    def fails() -> str:
-        raise RuntimeError("no peers")
-
-    with alone():
-        assert on_all_ranks("0", 16, lambda: "made") == "made"
-        with pytest.warns(UserWarning, match="stay with NCCL: no peers"):
-            assert on_all_ranks("0", 16, fails) is None
-        with pytest.warns(UserWarning, match="more than 0 ranks"):
-            assert on_all_ranks("0", 0, lambda: "made") is None
