@@ -132,7 +132,7 @@ def serve(folder: str, verification: str) -> dict[str, Any]:
             for name, o in zip(SERVED, outputs, strict=True)
         },
         "again": again[0].token_ids, "last": state.last.tolist()[:-1], "drafts": state.drafts.tolist()[:-1],
-        "vocabulary": engine.runner.vocabulary.here, "counts": counts(engine.model),
+        "vocabulary": engine.runner.vocabulary.shard, "counts": counts(engine.model),
         "after_close": _raised(lambda: engine.generate("x")),
     }  # fmt: skip
 

@@ -244,7 +244,7 @@ def divided(logits: Tensor) -> tuple[Vocabulary, Tensor]:
     size = logits.shape[1]
     here = size // dist.get_world_size()
     vocabulary = Vocabulary(size, dist.get_rank() * here, here, group())
-    return vocabulary, logits[:, vocabulary.first :][:, :here].contiguous()
+    return vocabulary, logits[:, vocabulary.start :][:, :here].contiguous()
 
 
 def divided_vocabulary() -> None:

@@ -174,7 +174,7 @@ def test_parts_that_do_not_fit(message: str):
 
 def test_wrong_arguments():
     divided, (logits, *rest) = Vocabulary(64, 32, 32, "g"), mixture(5, 64)
-    with pytest.raises(ValueError, match="sample: logits must be .N, here., got .2, 64., wanted .2, 32.; pass this"):
+    with pytest.raises(ValueError, match="sample: logits must be .N, shard., got .2, 64., wanted .2, 32.; pass this"):
         divided.sample(logits, *rest)
     with pytest.raises(ValueError, match="sample: thresholds are top_k, top_p and min_p: others, got .'topk'., wanted"):
         divided.sample(logits[:, :32], *rest, thresholds=("topk",))

@@ -30,49 +30,49 @@ class Vocabulary:
     """Which tokens' logits a rank has. Each method is called by all ranks, and gives all of them the same result.
 
     size   tokens of all ranks, at most 2**22
-    first  token of this rank, a multiple of 4
-    here   tokens of this rank, from `first` on, as many as any other has
+    start  the first token of this rank, a multiple of 4
+    shard  tokens of this rank, from `start` on, as many as any other has
     group  name of a process group, as group.group_name gives it, whose ranks have their tokens in order; "": this one has all
 
     Raises ValueError for parts that are not equal, or that do not begin at a multiple of 4 (which share random numbers).
     """
 
     size: int
-    first: int
-    here: int
+    start: int
+    shard: int
     group: str = ""
 
     def __post_init__(self) -> None:
         op = "Vocabulary"
         expect(op, "size must lie in 1..2**22", bool(1 <= self.size <= MOST), True, "pass the model's vocabulary")
-        fits = self.here > 0 and self.size % self.here == self.first % self.here == 0 and 0 <= self.first < self.size
-        expect(op, f"{self.here} tokens from {self.first} on must be an equal part of {self.size}", fits, True, "pad the head")
-        expect(op, "first must be a multiple of 4, its remainder", self.first % 4, 0, "pad the head")
-        expect(op, "a group has parts, one rank has all: divided", self.here < self.size, bool(self.group), "name the group")
+        fits = self.shard > 0 and self.size % self.shard == self.start % self.shard == 0 and 0 <= self.start < self.size
+        expect(op, f"{self.shard} tokens from {self.start} on must be an equal part of {self.size}", fits, True, "pad the head")
+        expect(op, "start must be a multiple of 4, its remainder", self.start % 4, 0, "pad the head")
+        expect(op, "a group has parts, one rank has all: divided", self.shard < self.size, bool(self.group), "name the group")
 
     @property
     def ranks(self) -> int:
-        return self.size // self.here
+        return self.size // self.shard
 
-    def own(self, tokens: list[int]) -> list[int]:
+    def local_tokens(self, tokens: list[int]) -> list[int]:
         """Where these tokens are among those of this rank, without those of other ranks."""
         if not self.group:
             return tokens
-        return [token - self.first for token in tokens if 0 <= token - self.first < self.here]
+        return [token - self.start for token in tokens if 0 <= token - self.start < self.shard]
 
-    def place(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def to_shard(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Where these tokens are among those of this rank, anywhere for others; and which are this rank's."""
         if not self.group:
             return tokens, torch.ones_like(tokens, dtype=torch.bool)
-        places = tokens - self.first
-        return places.clamp(0, self.here - 1), (places >= 0) & (places < self.here)
+        places = tokens - self.start
+        return places.clamp(0, self.shard - 1), (places >= 0) & (places < self.shard)
 
     def argmax(self, logits: Tensor) -> Tensor:
-        """The lowest of the highest: logits [N, here] -> tokens [N] int64. One maximum over the ranks."""
+        """The lowest of the highest: logits [N, shard] -> tokens [N] int64. One maximum over the ranks."""
         self._check("argmax", logits)
         if not self.group:
             return logits.argmax(dim=1)
-        return token_of(_all_reduce(local_highest(logits, self.first), "max", self.group))
+        return token_of(_all_reduce(local_highest(logits, self.start), "max", self.group))
 
     def sample(
         self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, offsets: Tensor,
@@ -80,11 +80,11 @@ class Vocabulary:
     ) -> Tensor:  # fmt: skip
         """The tokens [N] int64 that `sample` gives for all ranks' logits.
 
-        logits      [N, here]  fp32, fp16 or bf16
+        logits      [N, shard]  fp32, fp16 or bf16
         thresholds  which of top_k, top_p and min_p any row uses; the others are not looked at. The same on all ranks, as are
                     the other arguments, which are those of `sample`
 
-        Raises ValueError for a width other than `here`, and for thresholds of other names.
+        Raises ValueError for a width other than `shard`, and for thresholds of other names.
         """
         self._check("sample", logits)
         unknown = sorted(set(thresholds) - THRESHOLDS)
@@ -93,14 +93,14 @@ class Vocabulary:
             return torch.ops.gemma4.sample(logits, temperature, top_k, top_p, min_p, seeds, offsets)
         best = least = None
         if "top_p" in thresholds or "min_p" in thresholds:
-            best = _all_reduce(local_highest(logits, self.first), "max", self.group)
+            best = _all_reduce(local_highest(logits, self.start), "max", self.group)
         if "top_k" in thresholds:
             least = self._least(logits, temperature, top_k, None, None)
         if "top_p" in thresholds:
             last = self._least(logits, temperature, top_p, least, best)
             least = last if least is None else torch.maximum(least, last)
         minimum = min_p if "min_p" in thresholds else None
-        drawn = local_draw(logits, temperature, seeds, offsets, self.first, least, best, minimum)
+        drawn = local_draw(logits, temperature, seeds, offsets, self.start, least, best, minimum)
         return drawn_token(_all_reduce(drawn, "max", self.group), temperature)
 
     def _least(self, logits: Tensor, temperature: Tensor, limit: Tensor, least: Tensor | None, best: Tensor | None) -> Tensor:
@@ -115,7 +115,7 @@ class Vocabulary:
     def logprobs(self, logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `logprobs_of` gives for all ranks' logits; the sum of all exponentials is rounded in another order.
 
-        logits   [N, here]  fp32, fp16 or bf16
+        logits   [N, shard]  fp32, fp16 or bf16
         tokens   [N] int64  from 0 to size - 1, the same on all ranks
         top      0..size
         returns  chosen [N] fp32, ranks [N] int64, top_values [N, top] fp32, top_ids [N, top] int64
@@ -125,29 +125,29 @@ class Vocabulary:
         self._check("logprobs", logits)
         if not self.group:
             return logprobs_of(logits, tokens, top)
-        expect("logprobs", "tokens must be [N] for logits [N, here]", tokens.shape, logits.shape[:1], "pass one a row")
+        expect("logprobs", "tokens must be [N] for logits [N, shard]", tokens.shape, logits.shape[:1], "pass one a row")
         expect("logprobs", "top must lie in 0..size", bool(0 <= top <= self.size), True, "ask for fewer")
-        values, ids = logits.topk(count := min(top, self.here), dim=1)
-        given = logits.gather(1, (tokens - self.first).clamp(0, self.here - 1)[:, None])
-        columns = logits.float().logsumexp(dim=1, keepdim=True), given, values, ids + self.first
+        values, ids = logits.topk(count := min(top, self.shard), dim=1)
+        given = logits.gather(1, (tokens - self.start).clamp(0, self.shard - 1)[:, None])
+        columns = logits.float().logsumexp(dim=1, keepdim=True), given, values, ids + self.start
         exact = torch.cat([t.double() for t in columns], dim=1)  # all in one collective
         found = _all_gather(exact, self.ranks, self.group)
         total = found[:, :, :1].float().logsumexp(dim=0)
-        chosen = found[tokens // self.here, torch.arange(len(tokens), device=tokens.device), 1][:, None].float()
+        chosen = found[tokens // self.shard, torch.arange(len(tokens), device=tokens.device), 1][:, None].float()
         ranks = _all_reduce((logits > chosen).sum(dim=1), "sum", self.group) + 1
         values, ids = (part.transpose(0, 1).flatten(1) for part in found[:, :, 2:].split_with_sizes([count, count], dim=2))
         values, places = values.topk(top, dim=1)
         return (chosen - total)[:, 0], ranks, values.float() - total, ids.gather(1, places).long()
 
     def gather(self, logits: Tensor) -> Tensor:
-        """All ranks' logits, for who needs each of them: [N, here] -> [N, size]."""
+        """All ranks' logits, for who needs each of them: [N, shard] -> [N, size]."""
         self._check("gather", logits)
         if not self.group:
             return logits
         return _all_gather(logits, self.ranks, self.group).transpose(0, 1).flatten(1)
 
     def _check(self, op: str, logits: Tensor) -> None:
-        expect(op, "logits must be [N, here]", (logits.dim(), logits.shape[-1]), (2, self.here), "pass this rank's own")
+        expect(op, "logits must be [N, shard]", (logits.dim(), logits.shape[-1]), (2, self.shard), "pass this rank's own")
 
 
 def _all_reduce(x: Tensor, reduction: str, group: str) -> Tensor:

@@ -285,7 +285,7 @@ class ModelRunner:
     def _new_tokens(
         self, plan: PlannedStep, step: StepInputs[Tensor], logits: Tensor, hidden: Tensor, greedy: Tensor | None
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Tokens [S] of these logits [S, tokens here], their log probabilities where asked for, and how many draft tokens of
+        """Tokens [S] of these logits [S, shard], their log probabilities where asked for, and how many draft tokens of
         each request are accepted, [D], where there are any."""
         accepted: Tensor | None = None
         if greedy is not None:

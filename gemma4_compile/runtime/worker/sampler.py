@@ -36,7 +36,7 @@ class Counted(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """Tokens [S]; the logits [S, tokens here] that they are of, with penalties and biases; and, where the step says how they
+    """Tokens [S]; the logits [S, shard] that they are of, with penalties and biases; and, where the step says how they
     are sampled, how many new tokens each request has before it, [S]."""
 
     tokens: Tensor
@@ -55,7 +55,7 @@ class Sampler:
         self._host |= {name: np.zeros(rows, np.int64) for name in ("seeds", "prompt_length")}
         self._penalizes, self._adjusts = np.zeros(rows, bool), np.zeros(rows, bool)
         self._logprobs = np.full(rows, -1)
-        # [rows, tokens here]; made when the first request asks for penalties: 100 MB and more.
+        # [rows, shard]; made when the first request asks for penalties: 100 MB and more.
         self._counts: Tensor | None = None
         self._in_prompt: Tensor | None = None
 
@@ -75,12 +75,12 @@ class Sampler:
     def count(self, row: int, prompt: list[int], output: list[int]) -> None:
         """Begin a row of those that penalties go by."""
         if self._counts is None or self._in_prompt is None:
-            shape = len(self._penalizes), self.vocabulary.here
+            shape = len(self._penalizes), self.vocabulary.shard
             self._counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
             self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self._counts[row].zero_()
         self._in_prompt[row].zero_()
-        prompt, output = (self.vocabulary.own(tokens) for tokens in (prompt, output))
+        prompt, output = (self.vocabulary.local_tokens(tokens) for tokens in (prompt, output))
         self._in_prompt[row, torch.tensor(prompt, dtype=torch.int64, device=self.device)] = True
         if output:
             tokens = torch.tensor(output, device=self.device)
@@ -132,7 +132,7 @@ class Sampler:
     def __call__(self, logits: Tensor, step: StepInputs[Tensor], thresholds: frozenset[str]) -> Sampled:
         """A token of each row, which goes to the state.
 
-        logits      [S, tokens here], the model's own
+        logits      [S, shard], the model's own
         thresholds  as of the method
         """
         targets = step.targets
@@ -145,7 +145,7 @@ class Sampler:
             )
         if (bias := sampling.bias) is not None:
             assert offsets is not None
-            places, own = self.vocabulary.place(bias.tokens)
+            places, own = self.vocabulary.to_shard(bias.tokens)
             values = torch.where(own & (offsets[bias.rows] < bias.until), bias.values, 0)
             logits = logits.float().index_put((bias.rows, places), values, accumulate=True)
         if (shaping := sampling.shaping) is not None:
@@ -157,7 +157,7 @@ class Sampler:
             tokens = self.vocabulary.argmax(logits)
         self.state.last[targets] = tokens
         if penalties is not None:
-            places, own = self.vocabulary.place(tokens)
+            places, own = self.vocabulary.to_shard(tokens)
             self._counts.index_put_((targets, places), own.to(torch.int32), accumulate=True)  # type: ignore[union-attr]
         return Sampled(tokens, logits, offsets)
 
