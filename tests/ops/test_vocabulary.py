@@ -161,7 +161,7 @@ WRONG: dict[str, tuple[int, int, int, str]] = {
     "24 tokens from 0 on must be an equal part of 64": (64, 0, 24, "g"),
     "32 tokens from 16 on must be an equal part": (64, 16, 32, "g"),
     "32 tokens from 64 on must be an equal part": (64, 64, 32, "g"),
-    "first must be a multiple of 4, its remainder, got 2, wanted 0; pad": (60, 30, 30, "g"),
+    "start must be a multiple of 4, its remainder, got 2, wanted 0; pad": (60, 30, 30, "g"),
     "a group has parts, one rank has all: divided, got True, wanted False; name the group": (64, 0, 32, ""),
 }
 

@@ -49,10 +49,10 @@ def highest_x(best: Tensor, temperature: Tensor) -> Tensor:
 
 
 def _check(op: str, logits: Tensor, **given: Tensor | int | None) -> None:
-    expect("local_sample", "logits must be [N, here]", logits.dim(), 2, "pass the rows that ask for a token")
+    expect("local_sample", "logits must be [N, shard]", logits.dim(), 2, "pass the rows that ask for a token")
     for value in given.values():
         if isinstance(value, Tensor):
-            expect("local_sample", "parameters must be [N] for logits [N, here]", value.shape, logits.shape[:1], "one a row")
+            expect("local_sample", "parameters must be [N] for logits [N, shard]", value.shape, logits.shape[:1], "one a row")
 
 
 @jit
@@ -254,7 +254,7 @@ def _search_like(row: Tensor) -> Search:
     check=_check,
 )
 def local_highest(logits: Tensor, first: int) -> Tensor:
-    """The highest logit of each row, packed with its token: logits [N, here] of tokens from `first` on -> [N] int64."""
+    """The highest logit of each row, packed with its token: logits [N, shard] of tokens from `first` on -> [N] int64."""
     return pack(logits.float(), torch.arange(first, first + logits.shape[1], device=logits.device)).amax(dim=1)
 
 
@@ -265,7 +265,7 @@ def local_draw(
 ) -> Tensor:  # fmt: skip
     """The highest logit of each row, and the highest x + gumbel of its kept tokens, packed with their tokens: [2, N] int64.
 
-    logits       [N, here]  fp32, fp16 or bf16, of tokens from `first` on, a multiple of 4
+    logits       [N, shard]  fp32, fp16 or bf16, of tokens from `first` on, a multiple of 4
     temperature, seeds, offsets  as in `sample`; a row that is not drawn from has its highest logit twice
     least        [N] int64  the least key of x that is kept; None: all
     best         [N] int64  what local_highest gives, of all ranks: for min_p
@@ -311,7 +311,7 @@ def digit_histogram(
 ) -> Tensor:
     """How many values of x, or what weight of them, have each digit behind a prefix.
 
-    logits       [N, here]  fp32, fp16 or bf16
+    logits       [N, shard]  fp32, fp16 or bf16
     temperature  [N] fp32   x = logits / temperature, as in `sample`
     prefix       [N] int64  the digits of the key before this one; negative: an empty histogram
     least        [N] int64  only keys from this on; None: all
