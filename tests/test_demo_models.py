@@ -13,7 +13,7 @@ from tests.accuracy_of_model import Exact, logit_error, plain_logits
 NEW_TOKENS = 64
 
 
-@pytest.mark.parametrize("name", ["e", "moe"])
+@pytest.mark.parametrize("name", ["e", pytest.param("moe", marks=pytest.mark.slow)])
 def test_greedy_tokens_are_equal(name: str) -> None:
     """fp32, 20 held-out prompts, batches of 4 padded on the left, through Inductor."""
     folder = demo_checkpoint(name) / "target"
@@ -31,6 +31,7 @@ def test_greedy_tokens_are_equal(name: str) -> None:
     assert all(f.matched == f.expected for f in result.fusions.values() if f.enabled), str(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["e", "moe"])
 def test_bf16_logits_are_no_further_from_fp64_than_eager(name: str) -> None:
     folder = demo_checkpoint(name) / "target"

@@ -31,8 +31,9 @@ def graphs(model: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("cache", "kind"), [("dynamic", "e"), ("dynamic", "moe"), ("dynamic", "dense"), ("static", "e"), ("static", "moe")]
-)
+    ("cache", "kind"), [("dynamic", "e"), ("dynamic", "moe"), ("dynamic", "dense"), ("static", "e"),
+     pytest.param("static", "moe", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_generates_the_same_tokens(cache: str, kind: str) -> None:
     """Through Inductor; two lengths, padded, across the end of the sliding window (8). Static keys and values of a dense model
     are those of one with experts. With no warning in such ordinary use: transformers warns of its older names, and none of

@@ -26,7 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.oldest), torch.bfloat16])
-@pytest.mark.parametrize("name", TEXT_CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "31B")) for name in TEXT_CONFIGS])
 def test_every_site_of_the_released_models(name: str, dtype: torch.dtype) -> None:
     """Prefill and decode, lengths that change, a batch of 4, and of 1 in the dtype of the releases; all fusions on."""
     layers = 4 if TEXT_CONFIGS[name].get("num_kv_shared_layers") else 2

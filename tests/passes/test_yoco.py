@@ -54,8 +54,8 @@ def test_exact_count(kind: str) -> None:
         assert [isinstance(size, int) and size == 2 for size in rows] == [False, False, True, True]
 
 
-@pytest.mark.parametrize("overrides", [{}, MOE], ids=["dense", "experts"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("overrides", [{}, pytest.param(MOE, marks=pytest.mark.slow)], ids=["dense", "experts"])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_numerics(dtype: torch.dtype, overrides: dict[str, Any]) -> None:
     """With experts too, which no released model with shared KV has."""
     model = tiny("e", dtype, **overrides).requires_grad_(False)
@@ -84,6 +84,7 @@ def test_dynamic_shapes() -> None:
     assert len(done.graphs) == 1 and yoco_of(done).matched("yoco")
 
 
+@pytest.mark.slow
 def test_the_last_row_of_generate() -> None:
     """generate() asks for the last row. transformers 5.2x leaves the others out itself; with 5.17 the pass does."""
     plain, model = tiny("e"), passes_only(tiny("e"), WHOLE)
@@ -134,6 +135,7 @@ def test_off_for_router_logits() -> None:
     assert "asks for router logits" in reason
 
 
+@pytest.mark.slow
 def test_off_where_attention_is_written_out() -> None:
     model = tiny("e")
     model.set_attn_implementation("eager")
@@ -197,6 +199,7 @@ def test_off_for_rows_computed_behind_the_layers() -> None:
     assert "are computed behind" in missed(function, dynamic(2, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows", [torch.tensor([], dtype=torch.int64), torch.tensor([True, False] * 3)], ids=["none", "boolean"]
 )

@@ -131,7 +131,8 @@ def test_tokens_through_graphs(name: str) -> None:
     assert with_graphs == [output.token_ids for output in serve(name).generate(models.prompts(4, 60), sampled)]
 
 
-@one_is_slow
+@pytest.mark.slow
+@both
 def test_soak(name: str) -> None:
     """The short form of the 2,000 requests of tests/gpu/test_engine.py."""
     line = soak(demo(name), requests=60, seed=5, tokens=100, longest=60)
@@ -171,7 +172,7 @@ def test_bad_requests_end_alone() -> None:
     assert_right(engine, models, [outputs[0], outputs[2], outputs[4]])
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_aborts_at_any_moment(overlap: bool) -> None:
     models = demo("e")
     engine = serve("e", EngineConfig(max_requests=4, max_batched_tokens=40, page_size=16, overlap=overlap))

@@ -191,6 +191,7 @@ def test_sampled_tokens_are_those_of_their_seeds(name: str) -> None:
     assert_empty(engine)
 
 
+@pytest.mark.slow
 def test_sampled_text_is_distributed_as_the_targets() -> None:
     """Chi-square of the first three tokens, two of which may be drafts, of 500 seeds; the target's probabilities by Hugging
     Face."""

@@ -148,6 +148,7 @@ def in_turn(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return [json.loads(done.stdout.splitlines()[-1]) for done in runs]
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(in_turn: list[Any]) -> None:
     """The same tokens and the same report, without a trace, a graph or a piece compiled."""
     (first, _), (second, _) = in_turn
@@ -157,6 +158,7 @@ def test_a_second_process_compiles_nothing(in_turn: list[Any]) -> None:
     assert second["texts"] == first["texts"] and second["matched"] == first["matched"]
 
 
+@pytest.mark.slow
 def test_the_report_is_true_on_a_warm_cache(in_turn: list[Any]) -> None:
     """Each process has asserted that its report is; the second found its graph in the cache."""
     assert [hits for _, hits in in_turn] == [0, 1]
