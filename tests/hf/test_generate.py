@@ -293,7 +293,14 @@ OF_EACH = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in CASES for k in KINDS if k == "e" or n in OF_EACH])
+# Each compiles a graph of the whole model.
+SLOW = ("hidden states", "loss", "a mask of four dimensions")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(n, k, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES for k in KINDS if k == "e" or n in OF_EACH],
+)
 @pytest.mark.filterwarnings("ignore:gemma4_compile runs this call")
 def test_as_hugging_face(name: str, kind: str) -> None:
     call, ways = CASES[name]

@@ -16,6 +16,7 @@ def report() -> dict[str, str]:
     return interpreted("tests.ops.interpret_all_reduce")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", FORMS)
 def test_one_shot_is_the_op_over_the_sum(op: str, report: dict[str, str]) -> None:
     """Bit for bit on two ranks or three, with delays, other row counts each round and -0 in the rows."""

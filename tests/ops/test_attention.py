@@ -183,6 +183,7 @@ OTHERS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", (*GRID, *OTHERS))
 def test_kernel_under_the_interpreter(case: str, report: dict[str, str]):
     assert report.get(case) == "ok"

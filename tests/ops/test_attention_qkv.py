@@ -92,6 +92,7 @@ CASES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_under_the_interpreter(case: str, report: dict[str, str]):
     assert report.get(case) == "ok"

@@ -188,6 +188,7 @@ def report() -> dict[str, str]:
     return interpreted("tests.ops.interpret_sample")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ("bitwise", "candidates", "whole rows", "own plan", "ties", "awkward rows", "neighbours", "widths", "strides")
 )

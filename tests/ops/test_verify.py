@@ -346,6 +346,7 @@ def report() -> dict[str, str]:
     return interpreted("tests.ops.interpret_verify")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ("dense", "sparse", "all shapes", "no numbers", "dtypes", "widths", "strides"))
 def test_kernels_under_the_interpreter(case: str, report: dict[str, str]):
     assert report.get(case) == "ok"

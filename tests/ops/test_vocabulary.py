@@ -227,6 +227,7 @@ def report() -> dict[str, str]:
     return interpreted("tests.ops.interpret_vocabulary")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ("mixtures", "ties", "awkward rows", "neighbours", "tiles", "strides", "no rows"))
 def test_kernels_under_the_interpreter(case: str, report: dict[str, str]):
     assert report.get(case) == "ok"

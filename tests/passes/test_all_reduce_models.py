@@ -57,6 +57,7 @@ def test_exact_count(rank: tuple[str, Any]) -> None:
     assert sums_left(done) == 0
 
 
+@pytest.mark.slow
 def test_without_the_fusions_of_norms_the_norm_alone(rank: tuple[str, Any]) -> None:
     """The experts' sum is reshaped in front of its norm, and stays."""
     kind, model = rank
@@ -65,6 +66,7 @@ def test_without_the_fusions_of_norms_the_norm_alone(rank: tuple[str, Any]) -> N
     assert sums_left(done) == (3 if kind == "moe" else 0)
 
 
+@pytest.mark.slow
 def test_switched_off_the_sums_stay(rank: tuple[str, Any]) -> None:
     kind, model = rank
     found, done = forms_of(model, NORMS)
@@ -87,6 +89,7 @@ def test_yoco_takes_the_sums_with_the_rows(rank: tuple[str, Any]) -> None:
     assert len(record.matched(FUSION)) == 8 and sums_left(done) == 0
 
 
+@pytest.mark.slow
 def test_shards_stand_before_everything(rank: tuple[str, Any]) -> None:
     """Else the fusion of Q, K and V, and that of their products, would stand before their weights."""
     kind, model = rank
