@@ -197,9 +197,11 @@ class CompiledModel:
             reason, lasting = f"it does not know {error}", False
         except Uncompiled as error:
             reason, lasting = str(error), error.lasting
-        output = module._call_impl(*args, **kwargs)
-        if lasting:  # else the call was wrong, and Hugging Face has said so
-            self.whole.broken = reason
+        if not lasting:
+            self.ways.note(UNCOMPILED, reason)
+            return module._call_impl(*args, **kwargs)
+        output = module._call_impl(*args, **kwargs)  # if the call was wrong, Hugging Face says so here, and nothing is broken
+        self.whole.broken = reason
         self.ways.note(UNCOMPILED, reason)
         return output
 

@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 _LIBRARIES = ("torch.nn.", "transformers.", "gemma4_compile.")
 _INTERNAL = frozenset(vars(nn.Module()))
-# No step depends on them. The last is transformers' note of the hooks that `has_hooks` passes over.
-_APART = frozenset(
-    ("training", "name_or_path", "_is_hf_initialized", "_compiled_call_impl", "_output_capturing_hooks_installed")
-)
+_APART = frozenset(("training", "name_or_path", "_is_hf_initialized", "_compiled_call_impl"))  # no step depends on them
 _SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _HELD = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 
@@ -50,7 +48,7 @@ def describe(model: nn.Module) -> list[str] | None:
         if has_hooks(module) or "forward" in vars(module):
             return None
         kind = type(module)
-        found = {key: value for key, value in vars(module).items() if key not in _APART and isinstance(value, _SCALARS)}
+        found = _scalars_of(module)
         version = ""
         if is_foreign(module):
             others = {key: value for key, value in vars(module).items() if key not in _INTERNAL | _APART | found.keys()}
@@ -104,7 +102,7 @@ class Watch:
         """Dictionaries, and what reads those of their values that count."""
         for module in modules:
             own = vars(module)
-            yield own, _attributes if is_foreign(module) else _scalars(own)
+            yield own, _attributes if is_foreign(module) else _reader(_scalars_of(module))
         for config in {id(c): c for module in modules if (c := vars(module).get("config")) is not None}.values():
             yield vars(config), _frozen
 
@@ -136,10 +134,18 @@ class Watch:
         return changed
 
 
-def _scalars(own: dict[str, Any]) -> Any:
-    """Reads the numbers, switches and names among the attributes of a library's module."""
-    keys = tuple(key for key, value in own.items() if key not in _APART and isinstance(value, _SCALARS))
-    return itemgetter(*keys) if keys else lambda held: ()
+def _scalars_of(module: nn.Module) -> dict[str, Any]:
+    """The numbers, switches and names among a module's attributes. transformers notes of a model what its last calls were like
+    (the length of their static cache, that hooks are there) in private ones of its own."""
+    notes = isinstance(module, PreTrainedModel) and not is_foreign(module)
+    return {
+        key: value for key, value in vars(module).items()
+        if isinstance(value, _SCALARS) and key not in _APART and not (notes and key.startswith("_"))
+    }  # fmt: skip
+
+
+def _reader(found: dict[str, Any]) -> Any:
+    return itemgetter(*found) if found else lambda held: ()
 
 
 def _attributes(own: dict[str, Any]) -> Any:

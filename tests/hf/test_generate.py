@@ -308,6 +308,7 @@ def test_as_hugging_face(name: str, kind: str) -> None:
     before = Ways(model)
     assert_same(call(model), call(plain))
     assert before.taken() == ways
+    assert report(model).packed_steps <= 1, "no call is a change of the model"
 
 
 @pytest.mark.parametrize("name", [name for name, (_, ways) in CASES.items() if ways == {PACKED}])

@@ -152,9 +152,9 @@ def test_rounds_are_counted_by_position() -> None:
     samples = [s for f in text_string_to_metric_families(found.prometheus()) for s in f.samples]
     values = {(s.name, s.labels["position"]): s.value for s in samples if "position" in s.labels}
     assert values == {
-        ("gemma4_compile_drafted_at_total", "1"): 3, ("gemma4_compile_drafted_at_total", "2"): 2,
-        ("gemma4_compile_drafted_at_total", "3"): 2, ("gemma4_compile_accepted_at_total", "1"): 2,
-        ("gemma4_compile_accepted_at_total", "2"): 1,
+        ("gemma4_compile_draft_tokens_at_total", "1"): 3, ("gemma4_compile_draft_tokens_at_total", "2"): 2,
+        ("gemma4_compile_draft_tokens_at_total", "3"): 2, ("gemma4_compile_accepted_draft_tokens_at_total", "1"): 2,
+        ("gemma4_compile_accepted_draft_tokens_at_total", "2"): 1,
     }  # fmt: skip
 
 
