@@ -1,4 +1,4 @@
-"""How far a whole model is from the truth: logits in fp64, errors against them, and where two greedy texts part.
+"""How far a whole model is from the truth: logits in fp64, errors against them, and where two greedy outputs diverge.
 
 Owns no tolerance: the tests state theirs. Works on any device; the fp64 model is always on the CPU.
 """
@@ -124,7 +124,7 @@ def greedy(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, **opti
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first place where two greedy texts part; what follows was computed from different tokens and tells nothing.
+    """The first place where two greedy outputs diverge; what follows was computed from different tokens and tells nothing.
 
     prompt      its number
     position    of the new token, counted from 0

@@ -252,7 +252,7 @@ class Engine:
         return request_id
 
     def refresh(self) -> None:
-        """Take in all changes of the model and the assistant, and forget the prefixes that earlier prompts have left.
+        """Take in all changes of the model and the assistant, and reset the prefix cache.
 
         An engine looks for changes itself when a request comes while none runs: weights written in place or replaced, modules,
         hooks, attributes, config. It cannot see what is written through `.data`, or to inference tensors: call this then.

@@ -15,7 +15,7 @@ class RequestMetrics:
     prompt_tokens, output_tokens                the latter of all samples; longest_output of the longest one
     cached_tokens                               prompt tokens whose keys and values were there already
     preemptions                                 how often it was computed anew
-    draft_tokens, accepted_draft_tokens             drafts that were verified, and those that turned out right
+    draft_tokens, accepted_draft_tokens         draft tokens that were verified, and those accepted
     """
 
     arrived: float = 0.0

@@ -34,7 +34,7 @@ def engine(models: Demo, config: EngineConfig) -> Engine:
 
 
 def report(models: Demo, outputs: list[RequestOutput], title: str) -> list[Divergence]:
-    """Where texts part from Hugging Face's greedy ones, and what fp64 says of it."""
+    """Where outputs diverge from Hugging Face's greedy ones, and what fp64 says of it."""
     found: list[Divergence] = []
     exact: Exact | None = None
     for number, output in enumerate(outputs):
@@ -54,8 +54,8 @@ def report(models: Demo, outputs: list[RequestOutput], title: str) -> list[Diver
 @dtypes
 @pytest.mark.parametrize("how", SERVED)
 def test_tokens_are_hugging_faces(name: str, dtype: torch.dtype, how: str) -> None:
-    """fp32: all. bf16: where texts part, Hugging Face itself cannot tell the two tokens apart: in fp64 they differ by at most
-    twice the largest error of its own logits there."""
+    """fp32: all. bf16: where outputs diverge, Hugging Face itself cannot tell the two tokens apart: in fp64 they differ by at
+    most twice the largest error of its own logits there."""
     torch.set_float32_matmul_precision("highest")
     models = demo(name, "cuda", dtype)
     scarce = how == "preemption"

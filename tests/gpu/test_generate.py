@@ -78,7 +78,7 @@ def test_fp32_tokens_are_equal(name: str) -> None:
 
 
 def test_bf16_tokens_part_at_ties(name: str) -> None:
-    """Where bf16 texts part, plain logits of the two tokens are at most half a point apart; printed."""
+    """Where bf16 outputs diverge, plain logits of the two tokens are at most half a point apart; printed."""
     model, tokenizer = demo(name, torch.bfloat16)
     batch = batch_of(tokenizer, 16, 150)
     with torch.inference_mode():

@@ -59,7 +59,7 @@ def test_greedy_tokens_are_hugging_faces(name: str, drafts: int) -> None:
 
 @both
 def test_bf16(name: str) -> None:
-    """Acceptance as in fp32; where texts part, fp64 calls it a tie."""
+    """Acceptance as in fp32; where outputs diverge, fp64 calls it a tie."""
     models = demo(name, "cuda", torch.bfloat16)
     engine = serve(name, 3, torch.bfloat16)
     outputs = engine.generate(models.prompts(64, 300), SamplingParams(max_tokens=TOKENS, ignore_eos=True))
