@@ -30,3 +30,16 @@ def test_python_m_runs_the_command_line() -> None:
 def test_links_of_the_source_folders() -> None:
     for name in ("passes", "patterns"):
         assert (ROOT / "gemma4_compile" / name).resolve() == ROOT / name
+
+
+def test_help_waits_for_no_library() -> None:
+    """Names of the package are imported when they are asked for: torch alone takes two seconds."""
+    code = "import sys; from gemma4_compile.cli import main\ntry: main(['--help'])\nfinally: print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "an engine continues prompts" in done.stdout
+    assert not {"'torch'", "'transformers'", "'numpy'"} & set(done.stdout.splitlines()[-1].strip("[]").split(", "))
+
+
+def test_every_name_is_where_it_is_said_to_be() -> None:
+    assert all(hasattr(gemma4_compile, name) for name in gemma4_compile.__all__)
+    assert set(gemma4_compile.__all__) == set(gemma4_compile._HOMES) <= set(dir(gemma4_compile))
