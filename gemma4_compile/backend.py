@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 
 from . import passes, patterns
 from .config import OptimizeConfig
-from .passes import Record, pipeline, run
+from .passes import Fusion, Record, pipeline, run
 
 _SOURCES = (Path(__file__).parent, Path(passes.__file__).parent, Path(patterns.__file__).parent)
 
@@ -39,10 +39,14 @@ def _source_digest() -> str:
     return hashlib.sha256(digest.digest() + repr(versions).encode()).hexdigest()
 
 
-def _file_of(function: Callable[..., Any]) -> str:
-    """A digest of the file that a function is written in; of one typed in, another each time, so that no cache knows it."""
+def _files_of(fusion: Fusion) -> str:
+    """A digest of the files that a fusion and its patterns are written in; of one typed in, another each time, so that no cache
+    knows it."""
+    parts = [fusion.rewrites, *(part for rewrite in fusion.rewrites() for part in (rewrite.search, rewrite.replace))]
+    functions = [inspect.unwrap(part) for part in parts if callable(part)]
     try:
-        return hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
+        files = sorted({inspect.getfile(function) for function in functions})
+        return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
     except (TypeError, OSError):
         return secrets.token_hex()
 
@@ -50,7 +54,7 @@ def _file_of(function: Callable[..., Any]) -> str:
 def uuid(config: OptimizeConfig, enabled: frozenset[str]) -> str:
     """Changes with any source file of the package, the enabled fusions, the files of the user's own, the options and the
     versions of what compiles."""
-    own = [(fusion.name, _file_of(fusion.rewrites)) for fusion in config.fusions]
+    own = [(fusion.name, _files_of(fusion)) for fusion in config.fusions]
     options = (sorted(enabled), own, config.cuda_graphs, sorted(config.inductor.items(), key=repr))
     return hashlib.sha256(f"{_source_digest()} {options!r}".encode()).hexdigest()
 

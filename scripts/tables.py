@@ -93,11 +93,17 @@ def workloads(*names: str, vllm: str = "vLLM s") -> str:
 
 
 def acceptance() -> str:
-    drawn = [f"{temperature}_{way}" for temperature in ("0.7", "1.0") for way in ("match", "token", "block")]
-    order = ("hugging_face", "offset_0", "offset_1", *drawn)
-    head = ["", "HF assisted, p + 1", "p", "p + 1", "T 0.7 match", "token", "block", "T 1.0 match", "token", "block"]
+    """Records of before have draft positions p and p + 1, and verification by token, which are no choices any more."""
     rows = records("acceptance-cpu")["rows"]
-    return markdown(head, [[f"`{row['name']}`", *(number(row[key]["mean"], 2) for key in order)] for row in rows])
+    titles = {"hugging_face": "HF assisted, p + 1", "engine": "Engine", "offset_0": "p", "offset_1": "p + 1"}
+    titles |= {
+        f"{temperature}_{way}": f"T {temperature} {way}"
+        for temperature in ("0.7", "1.0")
+        for way in ("match", "token", "block")
+    }
+    order = [key for key in titles if key in rows[0]]
+    cells = [[f"`{row['name']}`", *(number(row[key]["mean"], 2) for key in order)] for row in rows]
+    return markdown(["", *(titles[key] for key in order)], cells)
 
 
 def parallel() -> str:

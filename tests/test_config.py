@@ -1,6 +1,7 @@
 """OptimizeConfig and uuid: every bad value is one line with rule, value and remedy; every change is a new key."""
 
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_uuid_follows_config_sources_and_versions(monkeypatch: pytest.MonkeyPatc
 
 def test_uuid_follows_fusions_of_ones_own() -> None:
     """By the file that they are written in; without one, no cache is ever to know them."""
-    written = Fusion("own", "", every_layer, rewrites=lambda: ())
+    written = Fusion("own", "", every_layer, rewrites=cache(lambda: ()))
     typed = Fusion("own", "", every_layer, rewrites=eval("lambda: ()"))
     known, unknown = ([uuid(OptimizeConfig(fusions=(f,)), frozenset()) for _ in range(2)] for f in (written, typed))
     assert known[0] == known[1] != uuid(OptimizeConfig(), frozenset()) and len({*known, *unknown}) == 3

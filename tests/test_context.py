@@ -89,6 +89,7 @@ def test_packed_steps_are_traced_in_a_state_of_their_own(context: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:gemma4_compile runs this call")
 @torch.no_grad()
+@pytest.mark.slow
 def test_autocast_leaves_the_sites_that_it_changes() -> None:
     """As torch.compile's own; the other fusions go on."""
     plain, model = tiny("e").requires_grad_(False), passes_only(tiny("e").requires_grad_(False))

@@ -9,6 +9,7 @@ import pytest
 
 from tests.models import tiny
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 NAMES = ("optimize", "engine", "mtp", "own_fusion", "inspect_a_step")
 # All in one process: imports take seconds, and the first three share what is compiled.

@@ -50,7 +50,8 @@ def test_generates_the_same_tokens(cache: str, kind: str) -> None:
         assert torch.equal(actual, generate(plain, ids, **options))
 
 
-@pytest.mark.parametrize("kind", ["e", pytest.param("moe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["e", "moe"])
 def test_no_graph_for_lengths_steps_or_batches(kind: str) -> None:
     """Of the whole model: one graph for prefill, one for decode; single rows have their own, as PyTorch specializes size 1."""
     plain, model = tiny(kind), passes_only(tiny(kind), WHOLE)

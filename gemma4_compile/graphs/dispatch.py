@@ -130,8 +130,8 @@ class GraphRunner:
                 raise
             self._give_up(bucket, f"its capture failed: {error}")
             return None
-        logits, tokens, hidden, views = self.full.result(bucket.tokens)
-        given, whole = leaves(step), leaves(views)
+        logits, tokens, hidden, _ = self.full.result(bucket.tokens)
+        given, whole = leaves(step), self.full.arrays(bucket.tokens)
         cut = {name: whole[name][: array.shape[0]] if array.ndim == 1 else whole[name] for name, array in given.items()}
         inputs = rebuilt(step, cut)
         return FullResult(logits[:, :wanted], None if tokens is None else tokens[:wanted], hidden[:wanted], inputs)

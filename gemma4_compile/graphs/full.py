@@ -115,6 +115,10 @@ class FullGraphs:
         assert result is not None, "a bucket has run before its result is asked for"
         return result
 
+    def arrays(self, tokens: int) -> dict[str, Tensor]:
+        """The inputs of the bucket's step as the model sees them, by their paths."""
+        return self._bucket(tokens).buffer.arrays
+
     def _step(self, bucket: _Bucket) -> list[Tensor]:
         bucket.buffer.unpack()
         logits, hidden = self.program(bucket.buffer.views.model() | self.memory)

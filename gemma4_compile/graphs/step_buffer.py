@@ -94,7 +94,7 @@ class StepBuffer:
     tables     by kind, [tokens or more, pages] int32, where tables are widened to
     state      of the rows, which tokens come from; None: all come from the host
     page_size  tokens
-    views      the step as the model sees it, once `unpack` has run
+    views      the step as the model sees it, once `unpack` has run; `arrays` are those of it by their paths
     """
 
     def __init__(self, tokens: int, tables: Mapping[str, Tensor], state: RowState | None, page_size: int):
@@ -113,6 +113,7 @@ class StepBuffer:
             at["sources"], Placement(*(at[name] for name in _PLACEMENT)) if drafted else None,
             Speculation(*(at[name] for name in _SPECULATION)) if drafted else None,
         )  # fmt: skip
+        self.arrays = leaves(self.views)
 
     def send(self, step: StepInputs[np.ndarray] | None) -> None:
         """One copy of a step, padded. None is padding alone."""

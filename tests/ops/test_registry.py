@@ -104,3 +104,11 @@ def test_wrong_shape_is_one_clear_line(name: str, position: int, message: str):
         with pytest.raises(ValueError, match=message) as raised:
             call(*given)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "feed_forward_tail_norm", "all_reduce_rms_norm"])
+def test_a_reference_is_traced_as_one_graph(name: str) -> None:
+    """Its check too: benchmarks compile references as Inductor's own code for the same subgraph."""
+    arguments = example(name, SMALL, 3, torch.float32)
+    compiled = torch.compile(OPS[name].reference, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments), OPS[name].reference(*arguments))

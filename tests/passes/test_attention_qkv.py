@@ -36,7 +36,7 @@ def test_no_site_outside_of_packed_steps() -> None:
     assert not forms("e", FUSION)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["e", "moe"])
 def test_equals_unfused(kind: str, dtype: torch.dtype) -> None:
     """Logits, and what lies in the pages, to the bit."""

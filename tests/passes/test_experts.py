@@ -188,6 +188,7 @@ def test_report_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert FUSION not in OptimizeConfig().enabled()
 
 
+@pytest.mark.slow
 def test_in_a_torch_compile_of_the_users_own() -> None:
     """By the name of the implementation; the passes count it."""
     model = tiny("moe").requires_grad_(False)

@@ -84,7 +84,7 @@ def test_tokens_whatever_the_batch(name: str, how: str) -> None:
     assert_right(engine, models, outputs)
 
 
-@both
+@one_is_slow
 @pytest.mark.parametrize("overlap", [False, True])
 def test_tokens_under_preemption(name: str, overlap: bool) -> None:
     models = demo(name)
@@ -401,6 +401,7 @@ def test_an_optimized_model_stays_as_it_was() -> None:
     assert engine.generate(ids[0].tolist(), SamplingParams(max_tokens=4))[0].token_ids == wanted
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme() -> None:
     """From a folder, in a process of its own: stream, generate, metrics, memory."""
     code = """

@@ -110,7 +110,8 @@ class ModelRunner:
         self.ranks = Ranks(packed.division, config.step_timeout)
         self._closed = False
         alike: dict[str, Any] = {f"EngineConfig.{name}": getattr(config, name) for name in _ALIKE}
-        alike |= {"fusions": sorted(config.optimize.enabled()), "stop tokens": sorted(stop_tokens)}
+        fusions = [*config.optimize.enabled(), *(fusion.name for fusion in config.optimize.fusions)]
+        alike |= {"fusions": sorted(fusions), "stop tokens": sorted(stop_tokens)}
         alike |= {"assistant": type(self._assistant), "speculative tokens": self.speculative_tokens}
         alike |= {"rejection sampling": self._by_block}
         self.ranks.check_equal(alike)
