@@ -135,6 +135,7 @@ def test_engine_and_calls_follow(change: str) -> None:
     assert not torch.allclose(model(ids).logits, logits, atol=1e-2)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_engine_follows_an_adapters_switches() -> None:
     plain, model = pair()

@@ -14,6 +14,7 @@ def test_demo_prints_text_and_report(capsys: pytest.CaptureFixture[str]) -> None
     assert "compiling piece 1 of" in out.err or "loading compiled pieces" in out.err
 
 
+@pytest.mark.slow
 def test_report_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "moe", "--device", "cpu", "--json", "--disable", "route"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -153,6 +153,7 @@ class Odd(Tensor):
     """A weight that is quantized, say."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="open: Dynamo of torch 2.11 does not say what class such a weight has")
 @pytest.mark.filterwarnings("ignore:gemma4_compile runs this call")
 @torch.no_grad()

@@ -31,8 +31,9 @@ def graphs(model: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("cache", "kind"), [("dynamic", "e"), ("dynamic", "moe"), ("dynamic", "dense"), ("static", "e"),
-     pytest.param("static", "moe", marks=pytest.mark.slow)],
+    ("cache", "kind"),
+    [("dynamic", "e"), ("dynamic", "dense"), ("static", "e"),
+     *(pytest.param(cache, "moe", marks=pytest.mark.slow) for cache in ("dynamic", "static"))],
 )  # fmt: skip
 def test_generates_the_same_tokens(cache: str, kind: str) -> None:
     """Through Inductor; two lengths, padded, across the end of the sliding window (8). Static keys and values of a dense model
@@ -67,6 +68,7 @@ def test_no_graph_for_lengths_steps_or_batches(kind: str) -> None:
     assert graphs(model) == 4
 
 
+@pytest.mark.slow
 def test_static_cache_decodes_in_two_graphs() -> None:
     """Before and behind the end of the window: transformers writes these differently. Plain compilation needs one a step."""
     plain, model = tiny("dense"), passes_only(tiny("dense"), WHOLE)
@@ -85,6 +87,7 @@ def test_sampled_tokens_are_the_same() -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.slow
 def test_static_cache_in_chunks() -> None:
     """Chunked prefill on a StaticCache: fills the window at once, then slides; each result as the plain model's."""
     plain, model = tiny("dense"), passes_only(tiny("dense"), WHOLE)
@@ -123,7 +126,10 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("named none", "router logits", "tuple"))) for name in CALLS],
+)
 def test_calls_work_as_before(name: str) -> None:
     kinds = dict.fromkeys(("router logits", "embeddings", "named none"), "moe")
     kinds |= dict.fromkeys(("last logits", "chosen logits", "hidden states", "loss", "positions"), "dense")  # the least

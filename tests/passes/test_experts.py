@@ -61,6 +61,7 @@ def test_equals_unfused(dtype: torch.dtype) -> None:
     assert_same(logits, plain(model))
 
 
+@pytest.mark.slow
 def test_dynamic_shape() -> None:
     model = tiny("moe")
     done, logits = passed(model, 6, 9, 3)
@@ -175,6 +176,7 @@ def test_the_config_says_what_the_user_chose() -> None:
         assert config._experts_implementation == chosen
 
 
+@pytest.mark.slow
 def test_report_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:
     model = passes_only(tiny("moe").requires_grad_(False))
     plain(model)

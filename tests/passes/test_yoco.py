@@ -109,16 +109,19 @@ def reason_of(model: Any, ids: torch.Tensor, **options: Any) -> str:
     return unmatched.reason
 
 
+@pytest.mark.slow
 def test_off_for_full_sequence_logits() -> None:
     model = passes_only(tiny("e"), WHOLE)
     assert "full-sequence logits" in reason_of(model, prompt(2, 7))
 
 
+@pytest.mark.slow
 def test_off_for_hidden_states() -> None:
     model = passes_only(tiny("e"), WHOLE)
     assert "asks for hidden states" in reason_of(model, prompt(2, 7), logits_to_keep=ROWS, output_hidden_states=True)
 
 
+@pytest.mark.slow
 def test_off_for_attentions() -> None:
     model = tiny("e")
     model.set_attn_implementation("eager")
@@ -126,6 +129,7 @@ def test_off_for_attentions() -> None:
     assert "asks for attentions" in reason
 
 
+@pytest.mark.slow
 def test_off_for_router_logits() -> None:
     model = tiny("e", **MOE)
     model.set_experts_implementation("batched_mm")

@@ -58,7 +58,8 @@ def assert_right(engine: Engine, models: Demo, outputs: list[Any]) -> None:
         assert pool.free == pool.pages
 
 
-@one_is_slow
+@pytest.mark.slow
+@both
 def test_tokens_of_held_out_prompts(name: str) -> None:
     models = demo(name)
     engine = serve(name, EngineConfig(max_requests=32, max_batched_tokens=512))

@@ -95,6 +95,7 @@ def test_yoco_works_on_the_wanted_rows() -> None:
         assert queries == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEMO_NAMES)
 def test_bf16_is_as_near_to_fp64_as_eager(name: str) -> None:
     """The last rows of a packed batch of held-out prompts of the demo checkpoint; the median over rows, as a few decide the

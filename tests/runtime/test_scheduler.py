@@ -223,6 +223,7 @@ def test_nobody_is_passed_over() -> None:
     run_out(device)
 
 
+@pytest.mark.slow
 def test_sliding_pages_stay_few() -> None:
     """20,000 tokens in chunks: the window's pages and the chunk's."""
     pages = KVPages(
