@@ -18,7 +18,7 @@ from torch import Tensor
 from gemma4_compile.packed.inputs import KINDS, STEP_INPUTS, check_inputs
 from gemma4_compile.packed.program import Program, StepResult
 from gemma4_compile.packed.row_state import RowState
-from gemma4_compile.packed.step_inputs import StepInputs, leaves, rebuilt
+from gemma4_compile.packed.step_inputs import StepInputs
 
 from .buckets import Bucket, Buckets, fitting
 from .checks import CaptureRefused, check_on_gpu, check_pieces, difference
@@ -131,9 +131,7 @@ class GraphRunner:
             self._give_up(bucket, f"its capture failed: {error}")
             return None
         logits, tokens, hidden, _ = self.full.result(bucket.tokens)
-        given, whole = leaves(step), self.full.arrays(bucket.tokens)
-        cut = {name: whole[name][: array.shape[0]] if array.ndim == 1 else whole[name] for name, array in given.items()}
-        inputs = rebuilt(step, cut)
+        inputs = self.full.seen(bucket.tokens, step)
         return FullResult(logits[:, :wanted], None if tokens is None else tokens[:wanted], hidden[:wanted], inputs)
 
     def _send(self, step: StepInputs[np.ndarray], bucket: Bucket, empty: bool = False) -> None:

@@ -115,9 +115,9 @@ class FullGraphs:
         assert result is not None, "a bucket has run before its result is asked for"
         return result
 
-    def arrays(self, tokens: int) -> dict[str, Tensor]:
-        """The inputs of the bucket's step as the model sees them, by their paths."""
-        return self._bucket(tokens).buffer.arrays
+    def seen(self, tokens: int, step: StepInputs[np.ndarray]) -> StepInputs[Tensor]:
+        """The bucket's last step, as it was given and the model saw it."""
+        return self._bucket(tokens).buffer.seen(step)
 
     def _step(self, bucket: _Bucket) -> list[Tensor]:
         bucket.buffer.unpack()

@@ -15,7 +15,7 @@ from gemma4_compile.ops.library import jit, power_of_two, tl
 from gemma4_compile.packed.inputs import KINDS
 from gemma4_compile.packed.pinned import PinnedRing
 from gemma4_compile.packed.row_state import RowState
-from gemma4_compile.packed.step_inputs import Placement, Speculation, StepInputs, leaves
+from gemma4_compile.packed.step_inputs import Placement, Speculation, StepInputs, leaves, rebuilt
 
 # Fields of StepInputs as long as there are tokens, by their paths; `starts` and the tables have places of their own.
 _TOKENS = ("input_ids", "positions", "rows", *(f"slots.{kind}" for kind in KINDS), "sources", "targets")
@@ -94,7 +94,7 @@ class StepBuffer:
     tables     by kind, [tokens or more, pages] int32, where tables are widened to
     state      of the rows, which tokens come from; None: all come from the host
     page_size  tokens
-    views      the step as the model sees it, once `unpack` has run; `arrays` are those of it by their paths
+    views      the step as the model sees it, once `unpack` has run
     """
 
     def __init__(self, tokens: int, tables: Mapping[str, Tensor], state: RowState | None, page_size: int):
@@ -113,7 +113,7 @@ class StepBuffer:
             at["sources"], Placement(*(at[name] for name in _PLACEMENT)) if drafted else None,
             Speculation(*(at[name] for name in _SPECULATION)) if drafted else None,
         )  # fmt: skip
-        self.arrays = leaves(self.views)
+        self._arrays = leaves(self.views)
 
     def send(self, step: StepInputs[np.ndarray] | None) -> None:
         """One copy of a step, padded. None is padding alone."""
@@ -164,6 +164,14 @@ class StepBuffer:
         views.positions.copy_(step.positions)
         for kind in KINDS:
             views.slots[kind].copy_(step.slots[kind])
+
+    def seen(self, step: StepInputs[np.ndarray]) -> StepInputs[Tensor]:
+        """The step that was sent as the model saw it, without padding, but for tables, which stay as they are here."""
+        cut = {}
+        for name, given in leaves(step).items():
+            whole = self._arrays[name]
+            cut[name] = whole[: given.shape[0]] if given.ndim == 1 else whole
+        return rebuilt(step, cut)
 
     def _launch_unpack(self) -> None:
         layout, buffer = self._layout, self._buffer

@@ -85,13 +85,13 @@ class Op(Generic[P, R]):
         functools.update_wrapper(self, function)  # docstring and signature
         self.name: str = function.__name__
         self.places = {name: i for i, name in enumerate(inspect.signature(function).parameters)}
-        self.reference: Callable[P, R] = self.checked(function) if check else function
-        self.launch: Callable[..., R] = self.checked(launch) if check else launch
         self.example = example
         self._check = check
         wanted = inspect.signature(check).parameters if check else {}
         every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted.values())
         self._checked = {name: i for name, i in self.places.items() if every or name in wanted}
+        self.reference: Callable[P, R] = self.checked(function)
+        self.launch: Callable[..., R] = self.checked(launch)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return getattr(torch.ops.gemma4, self.name)(*args, **kwargs)
@@ -102,6 +102,10 @@ class Op(Generic[P, R]):
             self._check(self.name, **{name: args[i] for name, i in self._checked.items() if i < len(args)})
 
     def checked(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The same behind the op's check; itself if there is none."""
+        if self._check is None:
+            return run
+
         @functools.wraps(run)
         def call(*args: Any, **options: Any) -> Any:
             self.check(*args)
@@ -146,7 +150,7 @@ def op(
         made: Op[P, R] = Op(function, launch, check, example)
         shapes = fake or (_fake_like(like, made.places) if like else function)
         schema = torch.library.infer_schema(function, mutates_args=mutates, op_name=made.name)
-        _define(made, schema, made.checked(shapes) if check else shapes)
+        _define(made, schema, made.checked(shapes))
         if example:
             OPS[made.name] = made
         return made
