@@ -92,6 +92,16 @@ def logit_error(logits: Sequence[Tensor], exact: Sequence[Tensor]) -> LogitError
     )
 
 
+def errors_exceed(ours: Sequence[Tensor], others: Sequence[Tensor], exact: Sequence[Tensor], deviations: float = 2.0) -> bool:
+    """Whether our mean square error is larger than the others' by more than the positions' scatter explains: by more than so
+    many standard deviations of the mean of the differences, position by position."""
+    more = torch.cat([
+        (a.double() - x).square().mean(-1) - (b.double() - x).square().mean(-1)
+        for a, b, x in zip(ours, others, exact, strict=True)
+    ])  # fmt: skip
+    return bool(more.mean() > deviations * more.std() / len(more) ** 0.5)
+
+
 @dataclass(frozen=True)
 class Greedy:
     """A greedy continuation: its tokens, and by how much each led the runner-up in the model's own logits."""

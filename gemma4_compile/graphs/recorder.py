@@ -1,5 +1,6 @@
 """Recording CUDA graphs: what turns a function of fixed tensors into something that can be replayed."""
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -24,6 +25,38 @@ class Recorder(Protocol):
         """The same memory without a claim on it: the pool may hand it to the next graph."""
 
 
+class BlasWorkspaces:
+    """Memory for cuBLAS' workspaces that nobody else is ever given.
+
+    torch keeps one workspace for each handle and stream, and captured products write there at each replay. Inductor's
+    CUDA graph trees give all of them back to the allocator before each of their own captures, and a replay would then
+    write into whatever lies there by now. So workspaces are first asked for in a capture, and come from its pool: one
+    that no other capture uses, and that a small graph keeps for the life of the process.
+    """
+
+    def __init__(self, device: torch.device):
+        self._pool = torch.cuda.graph_pool_handle()
+        self._product = torch.zeros(16, 16, device=device)
+        self._keeper = self._capture(torch.cuda.Stream(device))
+
+    def provide(self, stream: torch.cuda.Stream) -> None:
+        """See to it that products of this thread on the stream have a workspace, here if they had none."""
+        self._capture(stream)
+
+    def _capture(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        torch.mm(self._product, self._product)  # this thread has a handle from here on: making one can't be captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+            torch.mm(self._product, self._product)
+        return graph
+
+
+@functools.cache
+def blas_workspaces(device: torch.device) -> BlasWorkspaces:
+    with torch.cuda.device(device):
+        return BlasWorkspaces(device)
+
+
 class CudaRecorder:
     """CUDA graphs of one device, in one memory pool."""
 
@@ -34,6 +67,8 @@ class CudaRecorder:
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def warm_up(self, function: Callable[[], Any]) -> None:
+        with torch.cuda.device(self.device), without_collection():
+            blas_workspaces(self.device).provide(self.stream)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             function()

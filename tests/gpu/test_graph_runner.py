@@ -179,3 +179,41 @@ def test_a_capture_outlives_another_thread() -> None:
         replay, (result,) = recorder.record(work)
     replay()
     assert result.tolist() == [3.0] * 8
+
+
+def test_workspaces_that_others_clear_stay_ours() -> None:
+    """Inductor's CUDA graph trees clear cuBLAS' workspaces: what is allocated from then on lies nowhere in a replay's way."""
+    recorder, x = CudaRecorder(torch.device("cuda", 0)), torch.randn(64, 16384, device="cuda", dtype=torch.bfloat16)
+    weights = [torch.randn(n, 16384, device="cuda", dtype=torch.bfloat16) for n in (256, 1536)]  # cuBLAS divides K
+
+    def products() -> list[torch.Tensor]:
+        return [torch.nn.functional.linear(x, weight) for weight in weights]
+
+    replays = []
+    for _ in range(2):  # also what is captured behind a clear
+        recorder.warm_up(products)
+        replays.append(recorder.record(products))
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch._C._cuda_clearCublasWorkspaces()
+    with torch.cuda.stream(recorder.stream):
+        others = [torch.full((2**size,), 7, device="cuda", dtype=torch.uint8) for size in range(9, 27) for _ in range(8)]
+    torch.cuda.synchronize()
+    expected = products()
+    for replay, results in replays:
+        replay()
+        assert all(map(torch.equal, results, expected))
+    assert all((other == 7).all() for other in others)
+
+
+def test_recorders_come_and_go() -> None:
+    """More than torch has streams: theirs are used again."""
+    x = torch.randn(64, 64, device="cuda")
+    for _ in range(40):
+        recorder = CudaRecorder(torch.device("cuda", 0))
+        recorder.warm_up(lambda: x @ x)
+        replay, (result,) = recorder.record(lambda: [x @ x])
+        replay()
+        assert torch.equal(result, x @ x)
+        recorder.close()
+        torch._C._cuda_clearCublasWorkspaces()

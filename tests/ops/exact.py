@@ -107,7 +107,7 @@ def verified(
         return accepted, best[accepted]
     p = [kept_softmax(row / temperature, top_k, top_p, min_p) for row in logits]
     q = [torch.zeros_like(row).scatter_(0, t, s.softmax(0)) for row, t, s in zip(logits, tokens, scores, strict=False)]
-    key, place = torch.tensor([seed]), torch.tensor([offset])
+    key, place = (torch.tensor([number], device=logits.device) for number in (seed, offset))
     u = uniform(key, place, len(drafts), ACCEPT)[0].tolist() if drafts else []
     c, accepted, left = 1.0, 0, p[0] if not drafts else (p[0] - q[0]).clamp(min=0)
     for j, x in enumerate(drafts):
