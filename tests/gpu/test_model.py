@@ -11,7 +11,7 @@ from gemma4_compile import OptimizeConfig, optimize, report, restore
 from gemma4_compile.demo import DEMO_NAMES, demo_checkpoint, held_out_prompts
 from gemma4_compile.hf.loading import load
 from gemma4_compile.passes import FUSIONS
-from tests.accuracy_of_model import Exact, divergences, greedy, errors_exceed, logit_error, plain_logits
+from tests.accuracy_of_model import Exact, divergences, errors_exceed, greedy, logit_error, plain_logits
 
 # With `all`, the fusions that are off by default are tested too: off means no faster, not less right.
 CONFIGS = {"default": OptimizeConfig(), "all": OptimizeConfig(enable=tuple(FUSIONS))}
