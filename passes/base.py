@@ -84,22 +84,9 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class Done:
-    """A legal match: `nodes` of Dynamo's graph are in it. `left` says why it stays with Inductor all the same, if it does."""
+    """A legal match that was replaced: `nodes` of Dynamo's graph were in it."""
 
     nodes: tuple[str, ...]
-    left: str = ""
-
-
-def _tokens(match: Match) -> int | None:
-    """Rows that the op works on: the product of batch and token dimensions of its first output. Where they vary, as many as at
-    the compilation; one graph serves all, so the choice is a guess there and costs little either way."""
-    value = value_of(match.outputs[0])
-    if value is None or value.dim() < 2:
-        return None
-    tokens = 1
-    for size in value.shape[:2] if value.dim() > 2 else value.shape[:1]:
-        tokens *= size if isinstance(size, int) else size.node.hint
-    return tokens
 
 
 @dataclass(frozen=True)
@@ -125,7 +112,7 @@ class PatternPass:
                 path = module_path(node)
                 outcome = self._try(graph, rewrite, node, around)
                 if isinstance(outcome, Done):
-                    site = Site(self.name, rewrite.name, path, rewrite.searched.source, outcome.left, outcome.nodes)
+                    site = Site(self.name, rewrite.name, path, rewrite.searched.source, nodes=outcome.nodes)
                     record.sites.append(site)
                     nearest.pop(node, None)
                 elif node not in nearest or outcome.missing < nearest[node].missing:
@@ -139,8 +126,6 @@ class PatternPass:
         objection = rewrite.guard(match)
         if objection is not None:
             return Mismatch(objection, -1)
-        if rewrite.pays_from > 1 and (tokens := _tokens(match)) and tokens < rewrite.pays_from:
-            return Done(_origins(match.nodes.values()), f"at {tokens} tokens {rewrite.name} is no faster than Inductor")
         if (reason := _unplain(match) or around.objection(match)) is not None:
             return Mismatch(reason, -1)
         return replace(graph, match, rewrite, check=not self.lowered)

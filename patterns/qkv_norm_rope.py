@@ -92,9 +92,8 @@ def rewrites() -> tuple[Rewrite, ...]:
     return (
         Rewrite("qkv_norm_rope", search_qkv, replace_qkv, lambda: inputs("qkv"), both),
         Rewrite("kv_norm_rope", search_k_eq_v, replace_k_eq_v, lambda: inputs("k_eq_v"), both),
-        # Last: the q of the forms above looks like this too, and so does their k. Inductor has one kernel for it as well: up to
-        # 64 tokens ours is no faster.
-        Rewrite("q_norm_rope", search_q, replace_q, lambda: inputs("q"), alone, pays_from=128),
+        # Last: the q of the forms above looks like this too, and so does their k.
+        Rewrite("q_norm_rope", search_q, replace_q, lambda: inputs("q"), alone),
     )
 
 

@@ -26,7 +26,6 @@ class Rewrite:
     inputs            example arguments by name, for the test that search and replace compute the same
     guard             None if the match may be replaced, else the reason why not. Templates ignore shapes, dtypes and
                       broadcasting; the guard may not
-    pays_from         tokens from which on it is faster than Inductor's own code; a site of fewer is found and left as it is
     """
 
     name: str
@@ -34,7 +33,6 @@ class Rewrite:
     replace: Callable[..., Any] | Template
     inputs: Callable[[], dict[str, Any]]
     guard: Guard = _always
-    pays_from: int = 1
 
     @cached_property
     def searched(self) -> Template:

@@ -7,7 +7,7 @@
 
 A workload is IN/OUTxREQUESTS in tokens. Models have their real size, random weights (norms 1, matrices N(0, 0.02)) and random
 prompts; every request runs to OUT tokens, greedy. The first run of a workload warms up and is not counted (128 tokens of
-output at most: by then each graph is captured); the median of --repeats others is. vLLM's times are those of version 0.26 on
+output at most); the median of --repeats others is. vLLM's times are those of version 0.26 on
 the same kind of GPU, measured earlier: the ratio is between two days, not within one run. The floor of TPOT at one request is
 the bytes of weights over the copy bandwidth of this run. With --mtp the drafts are verified as ever, but how many count as
 right is drawn, so that rounds give --mtp tokens on average: with random weights none would be right.
@@ -38,7 +38,7 @@ from gemma4_compile.torchrun import launched_ranks
 from scripts._bandwidth import copy_bandwidth
 from scripts._divided import divided_assistant, divided_model
 
-WARM_UP = 128  # tokens: by then every graph that the workload uses is captured
+WARM_UP = 128  # tokens: by then every graph that the workload uses is captured, also with --lazy
 # (total seconds, median TTFT ms, median TPOT ms) of vLLM 0.26 on an H200; with fast prefill where that was measured.
 VLLM: dict[str, dict[str, tuple[float | None, float | None, float]]] = {
     "E2B": {
@@ -130,7 +130,7 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
     config = EngineConfig(
         max_model_len=longest + 1, max_requests=max(parse(w)[2] for w in workloads), expected_tokens=longest,
         max_batched_tokens=arguments.max_batched_tokens, kv_dtype=arguments.kv_dtype, prefix_caching=not arguments.no_reuse,
-        capture_at_start=arguments.capture, page_size=arguments.page_size,
+        capture_at_start=not arguments.lazy, page_size=arguments.page_size,
     )  # fmt: skip
     speculative = None
     if arguments.mtp:
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--no-reuse", action="store_true", help="without the prefix cache")
     parser.add_argument("--host-profile", action="store_true", help="print the host's functions by time, on the last workload")
-    parser.add_argument("--capture", action="store_true", help="capture all graphs at the start, as an Engine does by default")
+    parser.add_argument("--lazy", action="store_true", help="capture graphs when they are first used, not at the start")
     parser.add_argument("--mtp", type=float, default=0.0, help="tokens a round on average, 1 to --speculative-tokens + 1")
     parser.add_argument("--speculative-tokens", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=1)

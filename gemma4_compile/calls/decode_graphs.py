@@ -87,7 +87,7 @@ class _Graph:
     def _step(self) -> list[Tensor]:
         torch.add(self.base, self.length, out=self._moved)
         self.inputs["input_ids"].copy_(self._clean(self.given))
-        return [self._program.run(self.inputs).logits]
+        return [self._program.run_recorded(self.inputs).logits]
 
 
 class DecodeGraphs:

@@ -66,7 +66,7 @@ class GraphRunner:
         self.refused: dict[str, str] = {}
         self.replays = 0  # steps that ran from graphs
         width = max(inputs[f"table.{kind}"].shape[1] for kind in KINDS)
-        self.full = FullGraphs(program.run, self.memory, self.buckets.decode, width, recorder, device, state, argmax)
+        self.full = FullGraphs(program.run_recorded, self.memory, self.buckets.decode, width, recorder, device, state, argmax)
         memory = self.memory if own_memory else None
         self.piecewise = PiecewiseGraphs(program, memory, inputs, requests, self.buckets, recorder)
         self._checked: set[Bucket] = set()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dependent import alone, start
 from .library import expect, exponential, fresh, jit, op, pinned, power_of_two, tl, triton, unit_stride
 
 PROCESSORS = 132  # of an H200; plans depend on shapes alone, so that a captured graph fits any contents
@@ -97,9 +98,10 @@ def _write_row(
 def _write_rows_kernel(
     k_ptr, v_ptr, keys_ptr, values_ptr, slots_ptr, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
     key_page_stride, key_row_stride, key_head_stride, value_page_stride, value_row_stride, value_head_stride,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Row program_id(0) of k, or of v where program_id(1) is 1, into its slot."""
+    start(DEPENDENT)
     token = tl.program_id(0)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     if slot < 0:
@@ -215,13 +217,14 @@ def _attention_kernel(
     value_page_stride, value_row_stride, value_head_stride, table_stride, visible_stride, scale,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    VISIBLE: tl.constexpr,
+    VISIBLE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q rows of one request times the GROUP query heads of one KV head, over one of SPLITS shares of their keys.
 
     Request r has the tiles from starts[r] // BLOCK_Q + r on: as many as it can need, whatever the starts are. One more
     request without keys stands for the padding. With SPLITS > 1 out is [rows, heads, SPLITS, DIM], not divided by totals yet.
     """
+    start(DEPENDENT)
     scale = pinned(scale)
     # Of a long request the last tiles see the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -291,8 +294,12 @@ def _attention_kernel(
 
 
 @jit
-def _combine_kernel(mixed_ptr, tops_ptr, totals_ptr, out_ptr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+def _combine_kernel(
+    mixed_ptr, tops_ptr, totals_ptr, out_ptr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """One row of one head from its SPLITS shares. A share that saw no key has total 0, and its row was not written."""
+    start(DEPENDENT)
     head = tl.program_id(0).to(tl.int64)
     share = head * SPLITS + tl.arange(0, SPLITS)
     column = tl.arange(0, DIM_BLOCK)
@@ -385,9 +392,11 @@ def launch_planned(
     requests = table.shape[0]
     if k is not None and v is not None and k.shape[1]:
         k, v = unit_stride(k), unit_stride(v)
+        dependent, options = alone()
         _write_rows_kernel[(k.shape[1], 2)](
             k, v, keys, values, slots.contiguous(), *k.stride()[1:3], *v.stride()[1:3],
-            *keys.stride()[:3], *values.stride()[:3], kv_heads, dim, page, power_of_two(kv_heads * dim), num_warps=4,
+            *keys.stride()[:3], *values.stride()[:3], kv_heads, dim, page, power_of_two(kv_heads * dim), dependent,
+            num_warps=4, **options,
         )  # fmt: skip
     if not q.numel():
         return
@@ -405,14 +414,16 @@ def launch_planned(
         tops, totals = q.new_empty((2, rows, heads, splits), dtype=torch.float32)
     q, table = unit_stride(q), unit_stride(table)
     shown = unit_stride(visible).view(torch.uint8) if masks(visible) else table
+    dependent, options = alone()
     _attention_kernel[(rows // block_q + requests + 1, kv_heads, splits)](
         q, keys, values, table, positions.contiguous(), starts.contiguous(), shown, mixed, tops, totals, rows, requests,
         *q.stride()[1:3], *keys.stride()[:3], *values.stride()[:3], table.stride(0), shown.stride(0), scale,
-        group, group_block, dim, dim_block, page, window, block_q, block_n, splits, masks(visible),
-        num_warps=warps, num_stages=stages,
+        group, group_block, dim, dim_block, page, window, block_q, block_n, splits, masks(visible), dependent,
+        num_warps=warps, num_stages=stages, **options,
     )  # fmt: skip
     if splits > 1:
-        _combine_kernel[(rows * heads,)](mixed, tops, totals, out, dim, dim_block, splits, num_warps=4)
+        dependent, options = alone()
+        _combine_kernel[(rows * heads,)](mixed, tops, totals, out, dim, dim_block, splits, dependent, num_warps=4, **options)
 
 
 @op(launch=_launch, like="q", check=check_attention, mutates=("keys", "values"))

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
-
-from .library import INTERPRETED
-
-
-@functools.cache
-def can_chain() -> bool:
-    """Whether kernels of one op may overlap their prologues (programmatic dependent launch): Hopper and newer.
-
-    Used between kernels of one op only, where it is plain which inputs an earlier kernel of the op wrote. Around the
-    kernels of others it lost: 13.9 us against 12.9 for a PLE tail whose products are cuBLAS's (H200, CUDA graph).
-    """
-    return not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def row_plan(rows: int, width: int) -> tuple[int, bool]:

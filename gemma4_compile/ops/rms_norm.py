@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dependent import alone, ready, start
 from .library import as_rows, expect, fresh, jit, op, pinned, tl
 from .plans import row_plan
 from .rows import chunk_size, inverse_rms, load_row, scale_row, store_row
@@ -28,14 +29,18 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
 
 
 @jit
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, eps, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, x_stride, eps, WIDTH: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
 
-    x = load_row(x_ptr + row * x_stride, WIDTH, CHUNK)
     weights = None
     if weight_ptr is not None:
         weights = load_row(weight_ptr, WIDTH, CHUNK)
+    ready(DEPENDENT)
+    x = load_row(x_ptr + row * x_stride, WIDTH, CHUNK)
 
     out = scale_row(x, inverse_rms(x, WIDTH, eps), weights, out_ptr.dtype.element_ty)
 
@@ -43,6 +48,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, eps, WIDTH: tl.conste
 
 
 def _launch(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    dependent, options = alone(weight)
     if weight is not None:
         weight = weight.contiguous()
     rows, out = as_rows(x), fresh(x)
@@ -50,7 +56,7 @@ def _launch(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         count, width = rows.shape
         warps, _ = row_plan(count, width)
         chunk = chunk_size(width, warps)
-        _rms_norm_kernel[(count,)](rows, weight, out, rows.stride(0), eps, width, chunk, num_warps=warps)
+        _rms_norm_kernel[(count,)](rows, weight, out, rows.stride(0), eps, width, chunk, dependent, num_warps=warps, **options)
     return out
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dependent import alone, start
 from .library import UNFUSED, expect, fresh, jit, op, power_of_two, rounded, tl, unit_stride
 from .plans import head_plan
 
@@ -59,8 +60,9 @@ def rotated(low, high, cos_ptr, sin_ptr, column, inside, HALF: tl.constexpr, dty
 def _rope_kernel(
     x_ptr, cos_ptr, sin_ptr, out_ptr, rows, tokens,
     x_batch_stride, x_token_stride, x_head_stride, cos_batch_stride, cos_token_stride,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    start(DEPENDENT)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < HALF)
@@ -89,9 +91,10 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tokens, heads, dim = x.shape[1:]
         rows = x.shape[0] * tokens * heads
         per_program, warps = head_plan(rows, dim)
+        dependent, options = alone()
         _rope_kernel[(-(-rows // per_program),)](
             x, cos, sin, out, rows, tokens, *x.stride()[:3], *angle_strides,
-            heads, dim // 2, power_of_two(dim // 2), per_program, num_warps=warps, **UNFUSED,
+            heads, dim // 2, power_of_two(dim // 2), per_program, dependent, num_warps=warps, **UNFUSED, **options,
         )  # fmt: skip
     return out
 

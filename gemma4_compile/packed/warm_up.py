@@ -8,7 +8,7 @@ prompt and in a decode step; what it computes is dropped.
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import chain
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
+from gemma4_compile.ops.dependent import constants
 from gemma4_compile.ops.library import without_products
 
 _THREADS = 8
@@ -28,26 +29,28 @@ class WarmUp:
     graph      after the passes: example values on its nodes
     examples   of its placeholders, weights among them
     names      id of an example -> ("input", name) for a step's inputs
-    steps      inputs by name, of each kind of step
+    steps      inputs by name, of each kind of step; those behind the first are what CUDA graphs will hold
     """
 
     def __init__(
         self, graph: GraphModule, examples: Sequence[Any], names: Mapping[int, Any], steps: Sequence[Mapping[str, Tensor]]
     ):
         first, *self._others = [_calls(graph, examples, names, step) for step in steps]
+        self._weights = [x for x in examples if isinstance(x, Tensor) and names[id(x)][0] == "weight"]
         self._threads = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
         self._running = [self._threads.submit(_call, *call) for call in first]
 
     def join(self) -> None:
         wait(self._running)
         for call in chain.from_iterable(self._others):
-            self._threads.submit(_call, *call)
+            self._threads.submit(_call, *call, self._weights)
         self._threads.shutdown(wait=False)
 
 
-def _call(target: Any, arguments: Sequence[Any]) -> None:
-    """What goes wrong here, the first step will say, and where."""
-    with suppress(Exception), torch.no_grad(), without_products():
+def _call(target: Any, arguments: Sequence[Any], recorded_with: Sequence[Tensor] | None = None) -> None:
+    """As a CUDA graph would hold it if these weights are given. What goes wrong here, the first step will say, and where."""
+    mode = nullcontext() if recorded_with is None else constants(recorded_with)
+    with suppress(Exception), torch.no_grad(), without_products(), mode:
         target(*[argument() if callable(argument) else argument for argument in arguments])
 
 

@@ -29,7 +29,6 @@ from .sampling_params import SamplingParams
 from .scheduling.scheduler import Scheduler
 from .scheduling.sequence import DecodeBatch, ScheduledChunk, Sequence
 from .speculative.config import SpeculativeConfig
-from .speculative.length import DraftLength
 from .step import invariants
 from .text import Prompt, TextStream, encode, prompts_of
 from .worker.memory import MemoryReport
@@ -61,14 +60,14 @@ class Engine:
         speculative: SpeculativeConfig | None = None,
     ):  # fmt: skip
         self.config = config = config or EngineConfig()
-        self._draft_length = None if speculative is None else DraftLength(speculative.tokens)
-        adaptive = self._draft_length if self._draft_length is not None and self._draft_length.adaptive else None
         self.model, self.tokenizer = model_of(model, config, tokenizer)
         if speculative is not None:
             speculative = replace(speculative, assistant=assistant_of(speculative.assistant, self.model))
         self.assistant: Any = None if speculative is None else speculative.assistant
         self._stop_tokens = frozenset(i for i in stop_tokens(self.model) if i < self.model.config.vocab_size)
         self.runner = ModelRunner(PackedModel(self.model), config, self._stop_tokens, speculative)
+        self._draft_length = self.runner.draft_length
+        adaptive = self._draft_length if self._draft_length is not None and self._draft_length.adaptive else None
         self.scheduler = Scheduler(
             self.runner.pages,
             config.max_batched_tokens,

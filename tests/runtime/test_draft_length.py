@@ -13,6 +13,13 @@ def test_fixed_and_by_batch() -> None:
     assert [by_batch.choose(n) for n in (0, 1, 15, 16, 63, 64, 200)] == [0, 4, 4, 2, 2, 0, 0] and by_batch.most == 4
 
 
+def test_the_lengths_that_rounds_can_have() -> None:
+    by_batch = DraftLength({1: 4, 16: 2, 64: 0})
+    assert by_batch.lengths(1, 1) == [4] and by_batch.lengths(9, 16) == [4, 2] and by_batch.lengths(64, 80) == []
+    assert DraftLength(3).lengths(1, 256) == [3]
+    assert DraftLength("adaptive").lengths(2, 4) == [6, 5, 4, 3, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("chance", "cost", "wanted"),
     [(0.95, 0.02, {6}), (0.0, 0.2, {0}), (0.5, 0.2, {1, 2}), (0.75, 0.12, {2, 3, 4})],

@@ -262,6 +262,31 @@ def test_tokens_through_graphs() -> None:
     assert_empty(engine)
 
 
+def test_nothing_is_captured_while_requests_run() -> None:
+    """Rounds of each length that the configuration allows, greedy and drawn, for one request and for several."""
+    config = EngineConfig(max_requests=4, max_batched_tokens=64, page_size=16, max_model_len=256)
+    engine = serve("e", {1: 3, 2: 2}, config, "block")
+    runner, recorder = engine.runner, HostRecorder()
+    width = runner.pages.tables["full_attention"].shape[1]
+    inputs = runner._padding_step(1, 1, width) | runner.kv
+    buckets = Buckets(decode=(1, 4, 8, 16), tokens=(16, 64), rows=(4, 16))
+    runner.graphs = GraphRunner(runner.packed.program, inputs, 4, buckets, recorder, runner.state)
+    drafter = Drafter(
+        runner.packed.model, engine.assistant, 3, runner.kv, width=width, sizes=(1, 2, 4), draws=True, recorder=recorder
+    )
+    runner.drafter = drafter
+    names = list(runner.capture())
+    assert [name for name in names if name.startswith("draft")] == [
+        f"draft {drafts} for {size}{drawn}" for drafts, size in ((2, 4), (2, 2), (3, 1)) for drawn in ("", ", drawn")
+    ]
+    recorded = recorder.recorded
+    for temperature in (0.0, 0.8):
+        params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=temperature)
+        for count in (1, 4):
+            engine.generate(demo("e").prompts(count, 60), params)
+    assert recorder.recorded == recorded and not drafter.refused and not runner.graphs.refused
+
+
 # Ends
 
 

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma4_compile.ops.dependent import Launch, alone, behind, first, ready, start
 from gemma4_compile.ops.examples import Draw
 from gemma4_compile.ops.library import as_rows, expect, jit, op, power_of_two, rounded, tl
-from gemma4_compile.ops.plans import PairPlan, TiledPlan, TilePlan, can_chain, experts_plan
+from gemma4_compile.ops.plans import PairPlan, TiledPlan, TilePlan, experts_plan
 
 from .geglu import geglu, launch_geglu
 from .linear import add_products, gated_product, load_weights, stacked_rows
@@ -59,11 +60,10 @@ def _weighted(product, weight_ptr, present, dtype: tl.constexpr):
 def _pair_up_kernel(
     x_ptr, indices_ptr, weight_ptr, hidden_ptr, x_stride,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, CHAINED: tl.constexpr,
+    OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """hidden[pair] = gelu_tanh(gate) * up, OUTPUTS // 2 elements a program."""
-    if CHAINED:  # this kernel itself started after all before it, so the next may read whatever those wrote
-        tl.extra.cuda.gdc_launch_dependents()
+    start(DEPENDENT)
     pair = tl.program_id(1)
     row = stacked_rows(ROWS, OUTPUTS, True)
     expert = tl.load(indices_ptr + pair).to(tl.int64)
@@ -88,9 +88,12 @@ def _pair_up_kernel(
 def _pair_down_kernel(
     hidden_ptr, indices_ptr, routing_ptr, weight_ptr, out_ptr,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, CHAINED: tl.constexpr,
+    OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[token] = the weighted sum over its experts, OUTPUTS elements a program: the same rows of all its experts at once."""
+    """out[token] = the weighted sum over its experts, OUTPUTS elements a program: the same rows of all its experts at once.
+
+    When it starts, only the op's first kernel may still run: the routes are there, and with them it is known which weights."""
+    start(DEPENDENT)
     token = tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, TOP_BLOCK * OUTPUTS)
     place = lane // OUTPUTS
@@ -105,8 +108,7 @@ def _pair_down_kernel(
     sums = (tl.zeros((TOP_BLOCK * OUTPUTS, BLOCK // 8), tl.float32),)
     for begin in range(0, WIDTH, BLOCK * BLOCKS):
         weights = load_weights(weight_ptr, present, begin, WIDTH, BLOCK, BLOCKS, WHOLE)
-        if CHAINED:  # only `hidden` is the kernel before's: the weights come while that one still runs
-            tl.extra.cuda.gdc_wait()
+        ready(DEPENDENT)
         sums = add_products(sums, weights, hidden_ptr, 0, begin, WIDTH, TOP_BLOCK * OUTPUTS, BLOCK, WHOLE)
 
     weighted = _weighted(tl.sum(sums[0], axis=1), routing_ptr + token * TOP_K + place, present, out_ptr.dtype.element_ty)
@@ -118,7 +120,7 @@ def _pair_down_kernel(
 @jit(do_not_specialize=["pairs", "bound"])  # one compilation for all token counts
 def _sort_kernel(
     indices_ptr, order_ptr, place_ptr, ends_ptr, tiles_ptr, pairs, bound,
-    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program e lists the pairs of expert e in their order: all programs read all indices, and none waits for another.
 
@@ -127,8 +129,7 @@ def _sort_kernel(
     ends     [EXPERTS]    sorted position behind each expert's last pair
     tiles    [2, bound]   expert and first position of each tile of ROWS; expert -1 where there is no tile
     """
-    if CHAINED:
-        tl.extra.cuda.gdc_launch_dependents()
+    start(DEPENDENT)
     mine = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     expert = tl.arange(0, EXPERTS_BLOCK)
@@ -171,15 +172,13 @@ def _tile_kernel(
     x_ptr, weight_ptr, out_ptr, order_ptr, ends_ptr, tiles_ptr, bound, x_stride,
     TOP_K: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
-    CHAINED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[position] for a tile of positions, OUTPUTS rows of the tile's expert a program.
 
     GATED    x is by token, weight [E, 2 COUNT, WIDTH], out gelu_tanh(gate) * up; else x by position, weight [E, COUNT, WIDTH]
     """
-    if CHAINED:  # also in programs that return at once: each must have waited for the next kernel to be behind all before it
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    start(DEPENDENT)
     tile = tl.program_id(1)
     expert = tl.load(tiles_ptr + tile).to(tl.int64)
     if expert < 0:
@@ -228,11 +227,10 @@ def _tile_kernel(
 @jit
 def _sum_kernel(
     products_ptr, place_ptr, routing_ptr, out_ptr,
-    WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[token] = the sum over its experts of weight * product, in the order of the routes."""
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
+    start(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
 
@@ -270,23 +268,21 @@ def run_plan(
 
 def _by_pairs(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, plan: PairPlan) -> None:
     (tokens, width), top_k, (experts, _, inner) = x.shape, indices.shape[1], down.shape
-    hidden, chained = x.new_empty((tokens * top_k, inner)), can_chain()
+    hidden = x.new_empty((tokens * top_k, inner))
     up, last = plan.up, plan.down
+    dependent, options = first()
     _pair_up_kernel[(-(-2 * inner // up.outputs), tokens * top_k)](
         x, indices, gate_up, hidden, x.stride(0),
-        experts, top_k, inner, width, up.outputs, up.block, up.blocks, width % (up.block * up.blocks) == 0, chained,
-        num_warps=up.warps,
+        experts, top_k, inner, width, up.outputs, up.block, up.blocks, width % (up.block * up.blocks) == 0, dependent,
+        num_warps=up.warps, **options,
     )  # fmt: skip
+    dependent, options = behind(down)
     _pair_down_kernel[(-(-width // last.outputs), tokens)](
         hidden, indices, weights, down, out,
         experts, top_k, power_of_two(top_k), width, inner,
-        last.outputs, last.block, last.blocks, inner % (last.block * last.blocks) == 0, chained,
-        num_warps=last.warps, **_after(chained),
+        last.outputs, last.block, last.blocks, inner % (last.block * last.blocks) == 0, dependent,
+        num_warps=last.warps, **options,
     )  # fmt: skip
-
-
-def _after(chained: bool) -> dict[str, Any]:
-    return {"launch_pdl": True} if chained else {}
 
 
 def _by_tiles(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, out: Tensor, plan: TiledPlan) -> None:
@@ -294,18 +290,19 @@ def _by_tiles(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down
     hidden, products = (x.new_empty((indices.numel(), width)) for width in (down.shape[2], down.shape[1]))
     _launch_tiles(x, gate_up, hidden, order, ends, tiles, indices.shape[1], plan.rows, plan.up, gated=True)
     _launch_tiles(hidden, down, products, order, ends, tiles, indices.shape[1], plan.rows, plan.down, gated=False)
-    _sum(products, place, weights, out, can_chain())
+    _sum(products, place, weights, out, behind())
 
 
 def _launch_tiles(
     x: Tensor, weight: Tensor, out: Tensor, order: Tensor, ends: Tensor, tiles: Tensor, top_k: int, rows: int, plan: TilePlan,
     gated: bool,
 ) -> None:  # fmt: skip
-    bound, (count, width), chained = tiles.shape[1], weight.shape[1:], can_chain()
+    bound, (count, width) = tiles.shape[1], weight.shape[1:]
+    dependent, options = behind()
     _tile_kernel[(-(-count // plan.outputs), bound)](
         x, weight, out, order, ends, tiles, bound, x.stride(0), top_k, out.shape[1], width,
-        rows, plan.outputs, plan.block, width % plan.block == 0, gated, chained,
-        num_warps=plan.warps, num_stages=plan.stages, **_after(chained),
+        rows, plan.outputs, plan.block, width % plan.block == 0, gated, dependent,
+        num_warps=plan.warps, num_stages=plan.stages, **options,
     )  # fmt: skip
 
 
@@ -313,7 +310,7 @@ def _by_vendor(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, dow
     order, place, ends, _ = sorted_pairs(indices, down.shape[0], 128)
     rows = x.index_select(0, order // indices.shape[1])
     gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    _sum(F.grouped_mm(launch_geglu(gate, up), down.transpose(1, 2), offs=ends), place, weights, out, False)
+    _sum(F.grouped_mm(launch_geglu(gate, up), down.transpose(1, 2), offs=ends), place, weights, out, alone())
 
 
 def sorted_pairs(indices: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -322,18 +319,20 @@ def sorted_pairs(indices: Tensor, experts: int, rows: int) -> tuple[Tensor, Tens
     bound = min(pairs, experts + pairs // rows)  # each expert's last tile may be partly filled
     order, place, ends, tiles = (indices.new_empty(n, dtype=torch.int32) for n in (pairs, pairs, experts, 2 * bound))
     block = 128 if pairs <= 128 else 1024 if pairs <= 1024 else 8192  # a prefill's pairs are read in few rounds
+    dependent, options = first()
     _sort_kernel[(experts,)](
         indices, order, place, ends, tiles, pairs, bound,
-        experts, max(power_of_two(experts), 32), rows, block, can_chain(), num_warps=max(block // 256, 4),
+        experts, max(power_of_two(experts), 32), rows, block, dependent, num_warps=max(block // 256, 4),
+        **options,
     )  # fmt: skip
     return order, place, ends, tiles.view(2, bound)
 
 
-def _sum(products: Tensor, place: Tensor, weights: Tensor, out: Tensor, chained: bool) -> None:
+def _sum(products: Tensor, place: Tensor, weights: Tensor, out: Tensor, launch: Launch) -> None:
     (tokens, width), top_k = out.shape, weights.shape[1]
     block = min(power_of_two(width), 1024)
     _sum_kernel[(tokens, -(-width // block))](
-        products, place, weights, out, width, top_k, block, chained, num_warps=4, **_after(chained)
+        products, place, weights, out, width, top_k, block, launch.kind, num_warps=4, **launch.options
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gemma4_compile.ops.dependent import alone, behind, ready, start
 from gemma4_compile.ops.examples import Draw
 from gemma4_compile.ops.library import as_rows, expect, fresh, jit, op, pinned, tl
 from gemma4_compile.ops.plans import row_plan
@@ -75,25 +76,22 @@ def finish_tail(
 def _tail_kernel(
     x_ptr, experts_ptr, residual_ptr, dense_weight_ptr, expert_weight_ptr, weight_ptr, scalar_ptr, next_weight_ptr,
     hidden_ptr, normed_ptr, x_stride, experts_stride, residual_stride, eps,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, CHAINED: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
     experts = None
 
-    if CHAINED:  # after a kernel of the same op: only x is its output, so all else may be read while it still runs
-        residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
     weight = load_row(weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
     dense_weight = load_row(dense_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and dense_weight_ptr is not None else None
     expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and expert_weight_ptr is not None else None
     next_weight = load_row(next_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and next_weight_ptr is not None else None
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
+    ready(DEPENDENT)
     x = load_row(x_ptr + row * x_stride, WIDTH, CHUNK)
     if experts_ptr is not None:
         experts = load_row(experts_ptr + row * experts_stride, WIDTH, CHUNK)
-    if not CHAINED:
-        residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
+    residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
     finish_tail(
         x, experts, residual, weight, dense_weight, expert_weight, next_weight,
         weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
@@ -111,11 +109,11 @@ def launch_tail(
     experts: Tensor | None = None,
     dense_weight: Tensor | None = None,
     expert_weight: Tensor | None = None,
-    chained: bool = False,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The one launcher of every chain that ends in residual + norm [* scalar] [, next norm]; arguments are checked.
 
-    chained: x is the output of a kernel that lets its dependents start early (ple_tail); nothing else is.
+    last: x is the output of another kernel of the op.
     """
     hidden = fresh(residual)
     normed = None if next_weight is None else fresh(residual)
@@ -124,15 +122,14 @@ def launch_tail(
         expert_rows = None if experts is None else as_rows(experts)
         rows, width = x_rows.shape
         warps, weights_first = row_plan(rows, width)
-        # A copy of strided weights would be written by the kernel right before, and read before its end.
-        chained = chained and all(t is None or t.is_contiguous() for t in (weight, next_weight))
+        norms = (weight, dense_weight, expert_weight, next_weight) if weights_first else ()
+        dependent, options = behind(*norms) if last else alone(*norms)
         weights = (t if t is None else t.contiguous() for t in (dense_weight, expert_weight, weight))
-        options = {"launch_pdl": True} if chained else {}
         _tail_kernel[(rows,)](
             x_rows, expert_rows, residual_rows, *weights, layer_scalar,
             next_weight if next_weight is None else next_weight.contiguous(), hidden, normed,
             x_rows.stride(0), 0 if expert_rows is None else expert_rows.stride(0), residual_rows.stride(0), eps,
-            width, chunk_size(width, warps), weights_first, chained, num_warps=warps, **options,
+            width, chunk_size(width, warps), weights_first, dependent, num_warps=warps, **options,
         )  # fmt: skip
     return hidden, normed
 

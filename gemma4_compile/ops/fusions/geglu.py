@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma4_compile.ops.dependent import alone, start
 from gemma4_compile.ops.library import as_rows, expect, fresh, gelu_tanh, jit, op, power_of_two, rounded, tl
 
 
@@ -17,7 +18,8 @@ def _check(op: str, gate: Tensor, up: Tensor) -> None:
 
 
 @jit
-def _geglu_kernel(gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, BLOCK: tl.constexpr):
+def _geglu_kernel(gate_ptr, up_ptr, out_ptr, width, gate_stride, up_stride, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -35,7 +37,10 @@ def launch_geglu(gate: Tensor, up: Tensor) -> Tensor:
     if out.numel():
         rows, width = gates.shape
         block = min(power_of_two(width), 1024)
-        _geglu_kernel[(rows, -(-width // block))](gates, ups, out, width, gates.stride(0), ups.stride(0), block, num_warps=4)
+        dependent, options = alone()
+        _geglu_kernel[(rows, -(-width // block))](
+            gates, ups, out, width, gates.stride(0), ups.stride(0), block, dependent, num_warps=4, **options
+        )
     return out
 
 

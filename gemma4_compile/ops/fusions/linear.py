@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma4_compile.ops.dependent import alone, ready, start
 from gemma4_compile.ops.library import as_rows, expect, gelu_tanh, jit, op, product, rounded, tl
 from gemma4_compile.ops.plans import DotPlan, VectorPlan, product_plan
 
@@ -102,9 +103,10 @@ def _vector_kernel(
     x_ptr, first_ptr, second_ptr, third_ptr, first_out_ptr, second_out_ptr, third_out_ptr,
     first_rows, second_rows, third_rows, width, x_stride, TOKENS: tl.constexpr,
     OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
-    GATED: tl.constexpr,
+    GATED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """OUTPUTS rows of weights times TOKENS rows of x, in fp32 without tensor cores; BLOCKS loads of BLOCK columns at a time."""
+    start(DEPENDENT)
     row = stacked_rows(first_rows, OUTPUTS, GATED)
     local = _row_of_matrix(row, first_rows, second_rows, second_ptr, third_ptr)
     present = row < first_rows + second_rows + third_rows
@@ -114,6 +116,7 @@ def _vector_kernel(
         sums = sums + (tl.zeros((OUTPUTS, BLOCK // 8), tl.float32),)  # type: ignore[assignment]
     for begin in range(0, width, BLOCK * BLOCKS):
         weights = load_weights(weight_ptr, present, begin, width, BLOCK, BLOCKS, WHOLE)
+        ready(DEPENDENT)
         sums = add_products(sums, weights, x_ptr, x_stride, begin, width, OUTPUTS, BLOCK, WHOLE)
 
     for token in tl.static_range(TOKENS):
@@ -135,9 +138,10 @@ def _dot_kernel(
     x_ptr, first_ptr, second_ptr, third_ptr, first_out_ptr, second_out_ptr, third_out_ptr,
     first_rows, second_rows, third_rows, width, x_stride, tokens,
     TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr, WHOLE: tl.constexpr,
-    GATED: tl.constexpr,
+    GATED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """As _vector_kernel, with tensor cores. SLICES > 1: each warp takes every SLICES-th block of columns of the same rows."""
+    start(DEPENDENT)
     row = stacked_rows(first_rows, OUTPUTS, GATED)
     local = _row_of_matrix(row, first_rows, second_rows, second_ptr, third_ptr)
     present = row < first_rows + second_rows + third_rows
@@ -204,12 +208,17 @@ def launch_products(x: Tensor, weights: tuple[Tensor, ...], gated: bool, plan: V
     grid = (-(-sum(counts) // plan.outputs),)
     if isinstance(plan, VectorPlan):
         whole = width % (plan.block * plan.blocks) == 0
-        _vector_kernel[grid](*arguments, plan.outputs, plan.block, plan.blocks, whole, gated, num_warps=plan.warps)
+        dependent, options = alone(*weights)
+        _vector_kernel[grid](
+            *arguments, plan.outputs, plan.block, plan.blocks, whole, gated, dependent, num_warps=plan.warps, **options
+        )
     else:
         whole = width % (plan.block * plan.slices) == 0
+        # Weights before the wait, in registers or asked into the L2 cache, gained nothing here (docs/fusions.md).
+        dependent, options = alone()
         _dot_kernel[grid](
-            *arguments, plan.tokens, plan.outputs, plan.block, plan.slices, whole, gated,
-            num_warps=plan.warps, num_stages=plan.stages,
+            *arguments, plan.tokens, plan.outputs, plan.block, plan.slices, whole, gated, dependent,
+            num_warps=plan.warps, num_stages=plan.stages, **options,
         )  # fmt: skip
     return outputs
 

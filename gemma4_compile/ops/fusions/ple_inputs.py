@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma4_compile.ops.dependent import alone, start
 from gemma4_compile.ops.examples import Draw
 from gemma4_compile.ops.library import UNFUSED, expect, fresh, jit, op, pinned, power_of_two, rounded, tl
 from gemma4_compile.ops.plans import ple_inputs_plan
@@ -45,8 +46,9 @@ def _check_inputs(op: str, input_ids: Tensor, table: Tensor, projection: Tensor,
 def _ple_inputs_kernel(
     ids_ptr, token_ptr, embed_scale_ptr, projection_ptr, weight_ptr, out_ptr, rows,
     projection_scale, combine_scale, eps,
-    LAYERS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    LAYERS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    start(DEPENDENT)
     eps = pinned(eps)
     projection_scale = pinned(projection_scale)
     combine_scale = pinned(combine_scale)
@@ -80,10 +82,11 @@ def _launch(
         layers, width = out.shape[-2:]
         rows = out.numel() // width
         per_program, warps = ple_inputs_plan(rows)
+        dependent, options = alone()
         _ple_inputs_kernel[(-(-rows // per_program),)](
             None if input_ids is None else input_ids.contiguous(), token_rows.contiguous(), embed_scale,
             projection.contiguous(), norm_weight.contiguous(), out, rows, projection_scale, combine_scale, eps,
-            layers, width, power_of_two(width), per_program, num_warps=warps, **UNFUSED,
+            layers, width, power_of_two(width), per_program, dependent, num_warps=warps, **UNFUSED, **options,
         )  # fmt: skip
     return out
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma4_compile.ops.dependent import alone, behind, first, ready, start
 from gemma4_compile.ops.examples import Draw
 from gemma4_compile.ops.library import as_rows, expect, fresh, gelu_tanh, jit, op, power_of_two, product, rounded, tl
-from gemma4_compile.ops.plans import PlePlan, can_chain, ple_plan
+from gemma4_compile.ops.plans import PlePlan, ple_plan
 from gemma4_compile.ops.rms_norm import normalize
 
 from .feed_forward_tail import launch_tail, scale_by
@@ -40,11 +41,10 @@ def _check(
 def _gate_kernel(
     hidden_ptr, input_ptr, weight_ptr, gated_ptr, rows, hidden_stride, input_stride,
     WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr,
-    CHAINED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """gated[t, p] = gelu(hidden[t] . weight[p]) * input[t, p] for TOKENS values of t and OUTPUTS of p."""
-    if CHAINED:  # this kernel itself started after all before it, so the next may read whatever those wrote
-        tl.extra.cuda.gdc_launch_dependents()
+    start(DEPENDENT)
     dtype = gated_ptr.dtype.element_ty
     first = tl.program_id(1) * TOKENS
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -55,6 +55,7 @@ def _gate_kernel(
         column = chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = mine[:, None] & (column < WIDTH)
         weights = weights + (tl.load(weight_ptr + output[:, None] * WIDTH + column, inside, other=0.0),)  # type: ignore[assignment]
+    ready(DEPENDENT)
     for i in tl.static_range(TOKENS):
         token = (first + i).to(tl.int64)
         present = token < rows
@@ -73,18 +74,17 @@ def _gate_kernel(
 def _projection_kernel(
     gated_ptr, weight_ptr, projected_ptr, rows,
     WIDTH: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr,
-    CHAINED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """projected[t] = gated[t] @ weight.T for TOKENS values of t, OUTPUTS columns a program."""
+    start(DEPENDENT)
     first = tl.program_id(1) * TOKENS
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     p = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (OUTPUTS, BLOCK))
     mine = output < WIDTH
 
     weight = tl.load(weight_ptr + output[:, None] * P + p, mine[:, None] & (p < P), other=0.0).to(tl.float32)
-    if CHAINED:  # only `gated` is the previous kernel's: the weight came while that one still ran
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    ready(DEPENDENT)
     for i in tl.static_range(TOKENS):
         token = (first + i).to(tl.int64)
         present = token < rows
@@ -93,7 +93,10 @@ def _projection_kernel(
 
 
 @jit
-def _gelu_times_kernel(gate_ptr, input_ptr, out_ptr, count, input_stride, P: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_times_kernel(
+    gate_ptr, input_ptr, out_ptr, count, input_stride, P: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    start(DEPENDENT)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
 
@@ -114,18 +117,18 @@ def _launch(
     if plan is None:
         projected = _project_many(hiddens, inputs, gate_weight, projection_weight)
     else:
-        projected = _project_few(hiddens, inputs, gate_weight.contiguous(), projection_weight.contiguous(), plan)
-    chained = plan is not None and can_chain()
+        projected = _project_few(hiddens, inputs, gate_weight, projection_weight, plan)
     hidden = hiddens.view(hidden.shape)  # a copy of strided rows was made before the products; the tail must not make another
-    return launch_tail(projected.view(hidden.shape), hidden, norm_weight, layer_scalar, next_weight, eps, chained=chained)
+    return launch_tail(projected.view(hidden.shape), hidden, norm_weight, layer_scalar, next_weight, eps, last=plan is not None)
 
 
 def _project_many(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor) -> Tensor:
     """Both matrix products by cuBLAS."""
     gate = product(hidden, gate_weight)
     gated = fresh(gate)
+    dependent, options = alone()
     _gelu_times_kernel[(-(-gate.numel() // 1024),)](
-        gate, inputs, gated, gate.numel(), inputs.stride(0), inputs.shape[1], 1024, num_warps=4
+        gate, inputs, gated, gate.numel(), inputs.stride(0), inputs.shape[1], 1024, dependent, num_warps=4, **options
     )
     return product(gated, projection_weight)
 
@@ -134,14 +137,16 @@ def _project_few(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection
     """Both matrix products here: cuBLAS has too few programs for a handful of tokens, and a launch more."""
     (rows, width), p = hidden.shape, inputs.shape[1]
     gated, projected = hidden.new_empty((rows, p)), hidden.new_empty((rows, width))
-    groups, chained = -(-rows // plan.tokens), can_chain()
+    groups, (dependent, options) = -(-rows // plan.tokens), first(gate_weight)
     _gate_kernel[(-(-p // plan.gate_outputs), groups)](
-        hidden, inputs, gate_weight, gated, rows, hidden.stride(0), inputs.stride(0),
-        width, p, plan.gate_block, plan.gate_outputs, plan.tokens, chained, num_warps=plan.gate_warps,
+        hidden, inputs, gate_weight.contiguous(), gated, rows, hidden.stride(0), inputs.stride(0),
+        width, p, plan.gate_block, plan.gate_outputs, plan.tokens, dependent, num_warps=plan.gate_warps,
+        **options,
     )  # fmt: skip
+    dependent, options = behind(projection_weight)
     _projection_kernel[(-(-width // plan.outputs), groups)](
-        gated, projection_weight, projected, rows, width, p, power_of_two(p), plan.outputs, plan.tokens, chained,
-        num_warps=plan.warps, **({"launch_pdl": True} if chained else {}),
+        gated, projection_weight.contiguous(), projected, rows, width, p, power_of_two(p), plan.outputs, plan.tokens, dependent,
+        num_warps=plan.warps, **options,
     )  # fmt: skip
     return projected
 

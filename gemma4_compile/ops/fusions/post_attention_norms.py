@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gemma4_compile.ops.dependent import alone, ready, start
 from gemma4_compile.ops.library import as_rows, expect, fresh, jit, op, pinned, tl
 from gemma4_compile.ops.plans import row_plan
 from gemma4_compile.ops.rms_norm import normalize
@@ -60,18 +61,20 @@ def finish_norms(
 def _post_attention_norms_kernel(
     x_ptr, residual_ptr, weight_ptr, feed_forward_weight_ptr, router_scale_ptr, expert_weight_ptr,
     hidden_ptr, feed_forward_ptr, router_ptr, expert_ptr, x_stride, residual_stride, router_root, eps,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    start(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     eps = pinned(eps)
     router_root = pinned(router_root)
 
-    x = load_row(x_ptr + row * x_stride, WIDTH, CHUNK)
-    residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
     weight = load_row(weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
     feed_forward_weight = load_row(feed_forward_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
     router_scale = load_row(router_scale_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
     expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
+    ready(DEPENDENT)
+    x = load_row(x_ptr + row * x_stride, WIDTH, CHUNK)
+    residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
     finish_norms(
         x, residual, weight, feed_forward_weight, router_scale, expert_weight,
         weight_ptr, feed_forward_weight_ptr, router_scale_ptr, expert_weight_ptr,
@@ -88,10 +91,11 @@ def _launch(
         x_rows, residual_rows = as_rows(x), as_rows(residual)
         rows, width = x_rows.shape
         warps, weights_first = row_plan(rows, width)
-        weights = (t.contiguous() for t in (weight, feed_forward_weight, router_scale, expert_weight))
+        norms = weight, feed_forward_weight, router_scale, expert_weight
+        dependent, options = alone(*norms) if weights_first else alone()
         _post_attention_norms_kernel[(rows,)](
-            x_rows, residual_rows, *weights, *outputs, x_rows.stride(0), residual_rows.stride(0),
-            router_root, eps, width, chunk_size(width, warps), weights_first, num_warps=warps,
+            x_rows, residual_rows, *(norm.contiguous() for norm in norms), *outputs, x_rows.stride(0), residual_rows.stride(0),
+            router_root, eps, width, chunk_size(width, warps), weights_first, dependent, num_warps=warps, **options,
         )  # fmt: skip
     return outputs
 

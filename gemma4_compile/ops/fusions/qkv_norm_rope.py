@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gemma4_compile.ops.dependent import alone, start
 from gemma4_compile.ops.examples import Draw
 from gemma4_compile.ops.library import UNFUSED, expect, fresh, jit, op, pinned, power_of_two, rounded, tl, unit_stride
 from gemma4_compile.ops.plans import head_plan
@@ -91,8 +92,9 @@ def _qkv_norm_rope_kernel(
     v_batch_stride, v_token_stride, v_head_stride, cos_batch_stride, cos_token_stride,
     key_page_stride, key_row_stride, key_head_stride, value_page_stride, value_row_stride, value_head_stride, eps,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    start(DEPENDENT)
     eps = pinned(eps)
     q_programs = tl.cdiv(q_rows, ROWS)
     k_programs = tl.cdiv(k_rows, ROWS)
@@ -164,11 +166,12 @@ def _launch(
     k_heads = k.shape[2]
     q_rows, k_rows = batch * tokens * q_heads, batch * tokens * k_heads if kv else 0
     rows, warps = head_plan(q_rows + 2 * k_rows, dim)
+    dependent, options = alone()
     _qkv_norm_rope_kernel[(-(-q_rows // rows) + 2 * -(-k_rows // rows),)](
         q, k, v, q_weight, k_weight.contiguous(), cos, sin, q_out, k_out, v_out, slots, q_rows, k_rows, tokens,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *angle_strides, *k_out.stride()[:3], *v_out.stride()[:3], eps,
-        q_heads, k_heads, dim // 2, power_of_two(dim // 2), rows, 0 if slots is None else k_out.shape[1],
-        num_warps=warps, **UNFUSED,
+        q_heads, k_heads, dim // 2, power_of_two(dim // 2), rows, 0 if slots is None else k_out.shape[1], dependent,
+        num_warps=warps, **UNFUSED, **options,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemma4_compile.ops.dependent import alone, start
 from gemma4_compile.ops.library import expect, exponential, jit, op, power_of_two, tl
 from gemma4_compile.ops.plans import route_plan
 
@@ -24,8 +25,9 @@ def _check(op: str, logits: Tensor, per_expert_scale: Tensor, top_k: int) -> Non
 def _route_kernel(
     logits_ptr, scale_ptr, weights_ptr, indices_ptr, tokens, logits_stride, expert_stride,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, TOP_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    start(DEPENDENT)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK)[None, :]
     place = tl.arange(0, TOP_BLOCK)[None, :]
@@ -66,9 +68,10 @@ def _launch(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tenso
     weights, indices = _empty(logits, per_expert_scale, top_k)
     if tokens:
         rows, warps = route_plan(tokens)
+        dependent, options = alone()
         _route_kernel[(-(-tokens // rows),)](
             logits, per_expert_scale.contiguous(), weights, indices, tokens, *logits.stride(),
-            experts, power_of_two(experts), top_k, power_of_two(top_k), rows, num_warps=warps,
+            experts, power_of_two(experts), top_k, power_of_two(top_k), rows, dependent, num_warps=warps, **options,
         )  # fmt: skip
     return weights, indices
 

@@ -111,6 +111,11 @@ class Drafter:
             self._sizes = tuple(sizes)
             self._static = self._buffers(max(self._sizes, default=1), self._width)
 
+    @property
+    def draws(self) -> bool:
+        """Whether drafts can be drawn."""
+        return self._drawing is not None
+
     @torch.no_grad()
     def draft(
         self, tokens: Tensor, hidden: Tensor, positions: Tensor, tables: dict[str, Tensor], drafts: int | None = None
@@ -159,14 +164,16 @@ class Drafter:
         fill(inputs)
         return Drafted(*self._steps(inputs, drafts, draws)[1:])
 
-    def _steps(self, inputs: dict[str, Tensor], drafts: int, draws: bool = False) -> list[Tensor]:
+    def _steps(self, inputs: dict[str, Tensor], drafts: int, draws: bool = False, recorded: bool = False) -> list[Tensor]:
         """The states [R, H] that the first step passes on, by which a replay is compared; the drafts [R, drafts]; where they
-        are drawn also scores and, unless they are the vocabulary, candidates [R, drafts, C]."""
+        are drawn also scores and, unless they are the vocabulary, candidates [R, drafts, C].
+
+        recorded: as a CUDA graph holds them."""
         inputs = inputs | self._kv
         program = self.program if self._drawing is None or not draws else self._drawing
         passed, found = [], []
         for index in range(drafts):
-            token, hidden = program.run(inputs)
+            token, hidden = (program.run_recorded if recorded else program.run)(inputs)
             drawn = [token]
             if draws:
                 scores, candidates = self._scores(token)
@@ -196,13 +203,13 @@ class Drafter:
         if first:
             _fill(views, {})  # padding alone: what a graph keeps of its capture shows in the comparison
             assert self.recorder is not None
-            self.recorder.warm_up(lambda: self._steps(views, drafts, draws))
-            self._graphs[key] = self.recorder.record(lambda: self._steps(views, drafts, draws))
+            self.recorder.warm_up(lambda: self._steps(views, drafts, draws, recorded=True))
+            self._graphs[key] = self.recorder.record(lambda: self._steps(views, drafts, draws, recorded=True))
         replay, (passed, *found) = self._graphs[key]
         fill(views)
         replay()
         if first:
-            states, *expected = self._steps(views, drafts, draws)
+            states, *expected = self._steps(views, drafts, draws, recorded=True)
             wrong = difference(passed[:count], states[:count])
             if wrong if self._agree is None else self._agree(bool(wrong)):
                 self._give_up(size, f"a replay gave other states than the program ({wrong or 'on another rank'})")

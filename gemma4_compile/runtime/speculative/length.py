@@ -54,6 +54,11 @@ class DraftLength:
             return max(k for k in range(self.most + 1) if k not in known)
         return max(known, key=lambda k: self.tokens(k) / known[k])
 
+    def lengths(self, fewest: int, most: int) -> list[int]:
+        """Every K above 0 that rounds of `fewest` to `most` requests can have, the largest first."""
+        found = range(1, self.most + 1) if self.adaptive else {self.choose(running) for running in range(fewest, most + 1)}
+        return sorted(set(found) - {0}, reverse=True)
+
     def tokens(self, length: int) -> float:
         """What a round of so many drafts has given a request on average."""
         return 1 + sum(a / v if v else 1.0 for a, v in zip(self._accepted[1 : length + 1], self._verified[1:], strict=False))

@@ -1,14 +1,13 @@
 """Which CUDA graphs an engine has, and their capture before the first request."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from gemma4_compile.graphs.buckets import Buckets
 from gemma4_compile.graphs.dispatch import GraphRunner
-from gemma4_compile.packed.inputs import KINDS
 from gemma4_compile.runtime.speculative.drafter import Drafter
+from gemma4_compile.runtime.speculative.length import DraftLength
 
 _MOST_TOKENS = 8192  # of a step with graphs
 
@@ -49,14 +48,18 @@ def capture(
         graphs(padding_step(tokens, rows, min(-(-tokens // page_size), width) if tokens != rows else 1))
 
 
-def capture_drafts(
-    drafter: Drafter, sizes: Iterable[int], hidden: int, dtype: torch.dtype, device: torch.device
-) -> Iterator[str]:
-    """The same of an assistant's, for so many requests each.
+def capture_drafts(drafter: Drafter, sizes: Sequence[int], length: DraftLength) -> Iterator[str]:
+    """The same of an assistant's.
 
-    hidden, dtype  of the target's states"""
-    for count in sizes:
-        yield f"draft {count}"
-        places = torch.zeros(count, dtype=torch.int64, device=device)
-        states = torch.ones((count, hidden), dtype=dtype, device=device)
-        drafter.draft(places, states, places, {kind: places[:, None].to(torch.int32) for kind in KINDS})
+    sizes   numbers of requests, ascending; a round takes the smallest that holds it
+    length  says how many drafts rounds can have"""
+
+    def padding(inputs: dict[str, Tensor]) -> None:
+        inputs["hidden"].fill_(1)
+
+    ranges = [(below + 1, size) for below, size in zip((0, *sizes), sizes, strict=False)]
+    for fewest, size in reversed(ranges):
+        for drafts in length.lengths(fewest, size):
+            for draws in (False, True) if drafter.draws else (False,):
+                yield f"draft {drafts} for {size}" + ", drawn" * draws
+                drafter.draft_from(size, padding, drafts, draws)

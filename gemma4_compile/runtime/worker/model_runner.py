@@ -13,6 +13,7 @@ from gemma4_compile.graphs.buckets import Buckets
 from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.graphs.recorder import CudaRecorder
 from gemma4_compile.hf.parallel import local_part
+from gemma4_compile.ops import verify
 from gemma4_compile.packed.inputs import KINDS
 from gemma4_compile.packed.program import StepResult
 from gemma4_compile.packed.row_state import RowState
@@ -104,7 +105,8 @@ class ModelRunner:
         self.packed, self.config = packed, config
         self._assistant: Any = None if speculative is None else speculative.assistant
         self._by_block = speculative is not None and speculative.verification == "block"
-        self.speculative_tokens = 0 if speculative is None else DraftLength(speculative.tokens).most
+        self.draft_length = None if speculative is None else DraftLength(speculative.tokens)
+        self.speculative_tokens = 0 if self.draft_length is None else self.draft_length.most
         # Rows of a step that want logits at most, but for those of prompts.
         self._rows = min(config.max_requests * (1 + self.speculative_tokens), config.max_batched_tokens)
         self.ranks = Ranks(packed.division, config.step_timeout)
@@ -207,9 +209,26 @@ class ModelRunner:
         if self.graphs is None:
             return
         yield from capture(self.graphs, lambda *sizes: self._padding_step(*sizes) | self.kv, self._width, self.config.page_size)
-        if (drafter := self._own_drafter()) is not None:
-            sizes = reversed(within(self.graphs.buckets.decode, self.config.max_requests))
-            yield from capture_drafts(drafter, sizes, self.packed.geometry.hidden, self._dtype, self.device)
+        if (drafter := self._own_drafter()) is not None and self.draft_length is not None:
+            yield from capture_drafts(drafter, within(Buckets().decode, self.config.max_requests), self.draft_length)
+        yield "sampling"
+        self._warm_sampling()
+
+    @torch.no_grad()
+    def _warm_sampling(self) -> None:
+        """Compile the kernels that the first sampled request would wait for; they serve any number of rows."""
+        assert self.graphs is not None
+        logits = self.graphs(self._padding_step(1, 1, 1) | self.kv)[0]
+        one = torch.ones(1, device=logits.device)
+        none = torch.zeros(1, dtype=torch.int64, device=logits.device)
+        shaping = one, none.int(), 0.5 * one, 0 * one, none
+        self.vocabulary.sample(logits, *shaping, none)
+        state = self.state
+        if state.scores is not None:
+            candidates = None if state.candidates is None else state.candidates[:1]
+            verify(
+                self.vocabulary.gather(logits), none, none, state.drafts[:1], state.scores[:1], candidates, *shaping, none, True
+            )
 
     def _own_drafter(self) -> Drafter | None:
         """What drafts on this rank."""
