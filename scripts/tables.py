@@ -62,6 +62,8 @@ def attention_qkv() -> str:
 
 # docs/engine.md, docs/tensor_parallel.md
 
+ENGINE = ("engine-e2b-h200", "engine-e2b-later-h200", "engine-26b-h200", "engine-dependent-h200")
+
 
 def rows_of_engine(*names: str) -> list[dict[str, Any]]:
     """Rows of bench_engine.py with their model; of one workload in several files the last counts, in the place of the first."""
@@ -217,7 +219,7 @@ def served() -> str:
     """Some of the rows of docs/engine.md."""
     alone, drafted = (
         {(row["model"], row["workload"]): row for row in rows_of_engine(*names)}
-        for names in (("engine-e2b-h200", "engine-e2b-later-h200", "engine-26b-h200"), ("engine-e2b-mtp-h100",))
+        for names in (ENGINE, ("engine-e2b-mtp-h100", "engine-e2b-mtp-dependent-h200"))
     )
     chosen = [
         (alone, "E2B", "1024/1024x80"), (alone, "E2B", "8000/1000x80"), (alone, "E2B", "7000/10x30"),
@@ -233,7 +235,7 @@ def served() -> str:
         what = "one request" if one else f"{tokens} tokens in/out, {requests} requests"
         cells.append([
             f"{model}, {what}" + (", MTP, 2.8 tokens a round" if mtp else ""),
-            f"{row[key]:.{digits}f}{unit}" + (", on an H100" if mtp else ""), f"{row['vllm'][key]:g}{unit}",
+            f"{row[key]:.{digits}f}{unit}" + (", on an H100" if mtp and not one else ""), f"{row['vllm'][key]:g}{unit}",
         ])  # fmt: skip
     return markdown(["one H200, bf16, random weights", "ours", "vLLM 0.26, another day"], cells)
 
@@ -251,7 +253,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ple-inputs": partial(ops, "ple_inputs", "ple_combine"),
     "linear": lambda: bench_linear.markdown(records("linear-h200")["rows"]),
     "alone": partial(ops, "geglu", "rms_norm", "rms_norm_noscale", "rope"),
-    "engine": partial(workloads, "engine-e2b-h200", "engine-e2b-later-h200", "engine-26b-h200"),
+    "engine": partial(workloads, *ENGINE),
     "mtp": partial(workloads, "engine-e2b-mtp-h100", "engine-26b-mtp-h100", vllm="vLLM s (H200)"),
     "acceptance": acceptance,
     "parallel": parallel,

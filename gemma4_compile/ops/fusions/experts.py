@@ -11,8 +11,8 @@ A pair is a token and one of its experts; it has the number token * top_k + plac
               sum: 4 launches. Tensor cores, with the weights as the left operand: 16 rows are enough to fill one
     vendor    the same sort and sum around torch's grouped products, for prefills
 
-The kernels of the first two overlap their starts (programmatic dependent launch, see plans.py); the second kernel of a few
-tokens reads its weights while the first still runs. No way waits for the GPU, and no grid depends on the routes: tiles that are
+The kernels of the first two overlap their starts (ops/dependent.py); the second kernel of a few tokens reads its weights while
+the first still runs. No way waits for the GPU, and no grid depends on the routes: tiles that are
 not needed return at once. Nothing is added by atomics, so the result does not depend on the order in which programs run.
 """
 
