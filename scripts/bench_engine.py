@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig
 from gemma4_compile.hf.loading import random_assistant, random_model
-from gemma4_compile.runtime.speculative import verification as mtp
+from gemma4_compile.runtime.speculative import verification
+from gemma4_compile.runtime.worker import model_runner
 from gemma4_compile.torchrun import launched_ranks
 from scripts._bandwidth import copy_bandwidth
 from scripts._divided import divided_assistant, divided_model
@@ -69,11 +70,13 @@ def force_acceptance(tokens_a_round: float, drafts: int) -> None:
         more = 1 + sum(chance**i for i in range(1, drafts + 1)) > tokens_a_round
         low, high = (low, chance) if more else (chance, high)
 
-    def count_accepted(tokens: torch.Tensor, first: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
-        right = (torch.rand(drafts.shape, device=drafts.device) < chance) & (drafts >= 0)
-        return right.long().cumprod(1).sum(1)
+    def propose(drafter: Any, state: Any, tokens: torch.Tensor, hidden: torch.Tensor, step: Any, *rest: Any) -> torch.Tensor:
+        made = verification.verified_drafts(state, step.speculation)
+        right = (torch.rand(made.shape, device=made.device) < chance) & (made >= 0)
+        count, _, *drawn = rest
+        return verification.propose(drafter, state, tokens, hidden, step, count, right.long().cumprod(1).sum(1), *drawn)
 
-    mtp.count_accepted = count_accepted
+    model_runner.propose = propose  # type: ignore[assignment]
 
 
 def parse(workload: str) -> tuple[int, int, int]:

@@ -14,7 +14,12 @@ from gemma4_compile.graphs.step_buffer import StepBuffer
 from gemma4_compile.packed.inputs import KINDS
 from gemma4_compile.packed.row_state import RowState
 from gemma4_compile.packed.step_inputs import Placement, Speculation, StepInputs
-from gemma4_compile.runtime.speculative.verification import _advance_into, _launch_advance
+from gemma4_compile.runtime.speculative.verification import (
+    _advance_into,
+    _launch_advance,
+    count_accepted,
+    verified_drafts,
+)
 
 ROWS, DRAFTS, PAGE, WIDTH = 5, 3, 4, 6
 
@@ -66,8 +71,9 @@ def unpacks(drafts: int) -> None:
         assert torch.equal(found[1][name], wanted), name
 
 
-def advances() -> None:
-    """State and drafter's inputs are those of plain torch; two requests behind the last are padding."""
+def advances(counts: bool) -> None:
+    """State and drafter's inputs are those of plain torch; two requests behind the last are padding. counts: so is how many
+    drafts are accepted."""
     torch.manual_seed(0)
     hidden, width = torch.randn(12, 40), 3
     tokens = torch.randint(0, 90, (12,))
@@ -80,15 +86,23 @@ def advances() -> None:
             counts=torch.tensor([3, 3, 1]), wanted=torch.tensor([0, 4, 9]), capacities=torch.tensor([6, 24, 24]),
         ),
     )  # fmt: skip
-    accepted = torch.tensor([3, 0, 1])
     results = []
-    for function in (_advance_into, _launch_advance):
+    for function in (_advance_into, partial(_launch_advance, counts=counts)):
         torch.manual_seed(1)
         kept = state(DRAFTS)
+        accepted = torch.tensor([3, 0, 1])
+        if counts:
+            assert given.speculation is not None
+            # All three right; none, though the later ones are; one, and no more are verified though the next would be right.
+            kept.drafts[[3, 0, 4]] = torch.stack((tokens[0:3], tokens[4:7], tokens[9:12]))
+            kept.drafts[0, 0] += 1
+            assert count_accepted(tokens, given.speculation.first, verified_drafts(kept, given.speculation)).equal(accepted)
+            if function is not _advance_into:
+                accepted.fill_(-7)
         out = {"tokens": torch.ones(5, dtype=torch.int64), "positions": torch.ones(5, dtype=torch.int64)}
         out |= {"hidden": torch.ones(5, 40)} | {f"table.{kind}": torch.zeros(5, WIDTH, dtype=torch.int32) for kind in KINDS}
         function(kept, tokens, hidden, given, accepted, out)
-        results.append(out | {"last": kept.last, "reached": kept.positions})
+        results.append(out | {"last": kept.last, "reached": kept.positions, "accepted": accepted})
     for name, wanted in results[0].items():
         assert torch.equal(results[1][name], wanted), name
 
@@ -96,7 +110,8 @@ def advances() -> None:
 CASES: dict[str, Callable[[], None]] = {
     "unpack": partial(unpacks, 0),
     "unpack drafts": partial(unpacks, DRAFTS),
-    "advance": advances,
+    "advance": partial(advances, False),
+    "count and advance": partial(advances, True),
 }
 
 if __name__ == "__main__":

@@ -10,6 +10,6 @@ def report() -> dict[str, str]:
     return interpreted("tests.runtime.interpret_rounds")
 
 
-@pytest.mark.parametrize("case", ["unpack", "unpack drafts", "advance"])
+@pytest.mark.parametrize("case", ["unpack", "unpack drafts", "advance", "count and advance"])
 def test_kernels(case: str, report: dict[str, str]) -> None:
     assert report.get(case) == "ok"

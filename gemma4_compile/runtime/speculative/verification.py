@@ -82,16 +82,20 @@ def propose(
     """
     speculation, sampling = step.speculation, step.sampling
     assert speculation is not None
+    rows, first = speculation.state_rows, speculation.first
+    counts = accepted is None and tokens.is_cuda and drafts > 0  # the kernel that advances does
     if accepted is None:
-        accepted = count_accepted(tokens, speculation.first, verified_drafts(state, speculation))
-    right, rows, first = accepted, speculation.state_rows, speculation.first
+        accepted = rows.new_empty(len(rows)) if counts else count_accepted(tokens, first, verified_drafts(state, speculation))
+    right = accepted
     if not drafts:
         advance(state, tokens, hidden, step, right)
         return accepted
 
     def fill(inputs: dict[str, Tensor]) -> None:
-        advanced = _launch_advance if tokens.is_cuda else _advance_into
-        advanced(state, tokens, hidden, step, right, inputs)
+        if tokens.is_cuda:
+            _launch_advance(state, tokens, hidden, step, right, inputs, counts)
+        else:
+            _advance_into(state, tokens, hidden, step, right, inputs)
         if draws:
             assert sampling is not None and sampling.shaping is not None
             fill_rows(inputs["temperature"], sampling.shaping.temperature[first])
@@ -154,21 +158,33 @@ def _advance_into(
 @jit
 def _advance_kernel(
     tokens_ptr, hidden_ptr, positions_ptr, rows_ptr, table_a_ptr, table_b_ptr, round_rows_ptr, requests_ptr, first_ptr,
-    states_ptr, room_ptr, accepted_ptr, last_ptr, reached_ptr, out_tokens_ptr, out_hidden_ptr, out_positions_ptr, out_a_ptr,
-    out_b_ptr, requests, hidden_stride, a_stride, b_stride, out_stride, a_width, b_width, HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    counts_ptr, states_ptr, room_ptr, drafts_ptr, accepted_ptr, last_ptr, reached_ptr, out_tokens_ptr, out_hidden_ptr,
+    out_positions_ptr, out_a_ptr, out_b_ptr, requests, hidden_stride, a_stride, b_stride, out_stride, a_width, b_width,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, DRAFTS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """`advance` of one request, and its inputs put where the drafter reads them. Those behind the last request read position 0
-    of page 0, which exists, and belong to nobody."""
+    of page 0, which exists, and belong to nobody. COUNTS: `count_accepted` first, else `accepted` is given."""
     request = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     real = request < requests
-    accepted = tl.load(accepted_ptr + request, real, other=0)
+    row = tl.load(round_rows_ptr + request, real, other=0)
+    first = tl.load(first_ptr + request, real, other=0)
+    if COUNTS:
+        count = tl.load(counts_ptr + request, real, other=0)
+        accepted = tl.full((), 0, tl.int64)
+        running = real
+        for j in tl.static_range(DRAFTS):
+            running &= j < count
+            draft = tl.load(drafts_ptr + row * DRAFTS + j, running, other=-1)
+            running &= tl.load(tokens_ptr + first + j, running, other=-2) == draft
+            accepted += running.to(tl.int64)
+        tl.store(accepted_ptr + request, accepted, real)
+    else:
+        accepted = tl.load(accepted_ptr + request, real, other=0)
     state = tl.load(states_ptr + request, real, other=0)
-    last = tl.load(tokens_ptr + tl.load(first_ptr + request, real, other=0) + accepted, real, other=0)
+    last = tl.load(tokens_ptr + first + accepted, real, other=0)
     reached = tl.load(positions_ptr + tl.load(rows_ptr + state, real, other=0), real, other=0) + accepted
     room = tl.load(room_ptr + request, real, other=1)
-    row = tl.load(round_rows_ptr + request, real, other=0)
     tl.store(last_ptr + row, last, real)
     tl.store(reached_ptr + row, reached + 1, real)
     tl.store(out_tokens_ptr + request, last)
@@ -187,8 +203,10 @@ def _advance_kernel(
 
 
 def _launch_advance(
-    state: RowState, tokens: Tensor, hidden: Tensor, step: StepInputs[Tensor], accepted: Tensor, out: dict[str, Tensor]
+    state: RowState, tokens: Tensor, hidden: Tensor, step: StepInputs[Tensor], accepted: Tensor, out: dict[str, Tensor],
+    counts: bool,
 ) -> None:  # fmt: skip
+    """counts: `accepted` is written, not read."""
     speculation = step.speculation
     assert speculation is not None
     tables = [step.tables[kind] for kind in KINDS]
@@ -196,8 +214,8 @@ def _launch_advance(
     count, size = len(speculation.state_rows), out["tokens"].shape[0]
     _advance_kernel[(size,)](
         tokens, hidden, step.positions, step.rows, *tables, speculation.state_rows, speculation.requests, speculation.first,
-        speculation.wanted, speculation.capacities, accepted, state.last, state.positions, out["tokens"], out["hidden"],
-        out["positions"], *outs, count, hidden.stride(0), tables[0].stride(0), tables[1].stride(0), outs[0].stride(0),
-        *(min(table.shape[1], outs[0].shape[1]) for table in tables), hidden.shape[1],
-        min(1024, power_of_two(hidden.shape[1])),
+        speculation.counts, speculation.wanted, speculation.capacities, state.drafts, accepted, state.last, state.positions,
+        out["tokens"], out["hidden"], out["positions"], *outs, count, hidden.stride(0), tables[0].stride(0),
+        tables[1].stride(0), outs[0].stride(0), *(min(table.shape[1], outs[0].shape[1]) for table in tables), hidden.shape[1],
+        min(1024, power_of_two(hidden.shape[1])), state.drafts.shape[1], counts,
     )  # fmt: skip
