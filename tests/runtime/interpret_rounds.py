@@ -1,57 +1,22 @@
 """Runs the kernels of a round under Triton's interpreter and prints a line a case. Started by test_rounds.py."""
 
-import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from tests.ops.interpret import run  # isort: skip  (before all that imports Triton: it switches the interpreter on)
 
-import numpy as np
 import torch
 
 from gemma4_compile.graphs.step_buffer import StepBuffer
 from gemma4_compile.packed.inputs import KINDS
-from gemma4_compile.packed.row_state import RowState
-from gemma4_compile.packed.step_inputs import Placement, Speculation, StepInputs
 from gemma4_compile.runtime.speculative.verification import (
     _advance_into,
     _launch_advance,
     count_accepted,
     verified_drafts,
 )
-
-ROWS, DRAFTS, PAGE, WIDTH = 5, 3, 4, 6
-
-
-def state(drafts: int) -> RowState:
-    found = RowState.empty(ROWS, drafts, torch.device("cpu"))
-    for tensor, most in ((found.last, 90), (found.positions, WIDTH * PAGE), (found.drafts, 90)):
-        tensor.copy_(torch.randint(0, most, tensor.shape))
-    return found
-
-
-def step(drafts: int) -> StepInputs[np.ndarray]:
-    """Requests of which some are placed by the state, up to behind their room; the others come with all that they are."""
-    chooser = random.Random(drafts)
-    arrays: dict[str, list[int]] = {name: [] for name in ("sources", "places", "owners", "capacities")}
-    starts = [0]
-    for request, row in enumerate(chooser.sample(range(ROWS), 4)):
-        placed = drafts > 0 and request != 2
-        length = chooser.randint(1, 1 + drafts) if placed else 1
-        arrays["sources"] += [row] * length if request != 3 or placed else [-1]
-        arrays["places"] += range(length) if placed else [-1]
-        arrays["owners"] += [request] * length
-        arrays["capacities"] += [PAGE * chooser.randint(1, WIDTH)] * length
-        starts.append(starts[-1] + length)
-    tokens = starts[-1]
-    given = {name: np.array(values) for name, values in arrays.items()}
-    tables = {kind: np.random.default_rng(len(kind)).integers(0, 50, (4, WIDTH - 1)).astype(np.int32) for kind in KINDS}
-    return StepInputs(
-        np.arange(100, 100 + tokens)[None], np.arange(tokens), np.arange(tokens), np.array(starts, np.int32),
-        {kind: np.arange(tokens) + 7 for kind in KINDS}, tables, np.arange(tokens) % ROWS, given["sources"],
-        Placement(given["places"], given["owners"], given["capacities"]) if drafts else None,
-    )  # fmt: skip
+from tests.runtime.round_cases import DRAFTS, PAGE, WIDTH, drafting, state, step, verification
 
 
 def unpacks(drafts: int) -> None:
@@ -75,17 +40,7 @@ def advances(counts: bool) -> None:
     """State and drafter's inputs are those of plain torch; two requests behind the last are padding. counts: so is how many
     drafts are accepted."""
     torch.manual_seed(0)
-    hidden, width = torch.randn(12, 40), 3
-    tokens = torch.randint(0, 90, (12,))
-    nothing = torch.zeros(0, dtype=torch.int64)
-    given = StepInputs(
-        nothing[None], torch.arange(12) + 5, torch.arange(12), nothing, {},
-        {kind: torch.randint(0, 50, (3, width), dtype=torch.int32) for kind in KINDS}, nothing,
-        speculation=Speculation(
-            state_rows=torch.tensor([3, 0, 4]), requests=torch.tensor([2, 0, 1]), first=torch.tensor([0, 4, 9]),
-            counts=torch.tensor([3, 3, 1]), wanted=torch.tensor([0, 4, 9]), capacities=torch.tensor([6, 24, 24]),
-        ),
-    )  # fmt: skip
+    tokens, hidden, given = verification()
     results = []
     for function in (_advance_into, partial(_launch_advance, counts=counts)):
         torch.manual_seed(1)
@@ -99,8 +54,7 @@ def advances(counts: bool) -> None:
             assert count_accepted(tokens, given.speculation.first, verified_drafts(kept, given.speculation)).equal(accepted)
             if function is not _advance_into:
                 accepted.fill_(-7)
-        out = {"tokens": torch.ones(5, dtype=torch.int64), "positions": torch.ones(5, dtype=torch.int64)}
-        out |= {"hidden": torch.ones(5, 40)} | {f"table.{kind}": torch.zeros(5, WIDTH, dtype=torch.int32) for kind in KINDS}
+        out = drafting()
         function(kept, tokens, hidden, given, accepted, out)
         results.append(out | {"last": kept.last, "reached": kept.positions, "accepted": accepted})
     for name, wanted in results[0].items():

@@ -1,0 +1,119 @@
+"""Every kernel passes Triton's frontend for a Hopper GPU, as its launcher calls it. No GPU is needed, and nothing runs.
+
+The interpreter runs kernels as Python, and takes what the compiler does not: a name of two types, for example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the frontend is Triton's own")
+
+import triton.language as tl  # noqa: E402
+from triton._C.libtriton import ir  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+
+from gemma4_compile.graphs.step_buffer import StepBuffer  # noqa: E402
+from gemma4_compile.ops import OPS, dependent  # noqa: E402
+from gemma4_compile.ops.attention import attention  # noqa: E402
+from gemma4_compile.ops.dependent import constants  # noqa: E402
+from gemma4_compile.ops.examples import Sizes, example  # noqa: E402
+from gemma4_compile.ops.fusions.attention_qkv import attention_qkv  # noqa: E402
+from gemma4_compile.ops.sampling.sample import sample  # noqa: E402
+from gemma4_compile.packed.inputs import KINDS  # noqa: E402
+from gemma4_compile.runtime.speculative.verification import _launch_advance  # noqa: E402
+from tests.ops.attention_cases import Request, raw, step  # noqa: E402
+from tests.runtime.round_cases import DRAFTS, PAGE, WIDTH, drafting, state, verification  # noqa: E402
+from tests.runtime.round_cases import step as drafted_step  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SIZES = Sizes(hidden=1536, q_heads=8, kv_heads=1, head_dim=256, intermediate=64, layers=2, vocabulary=512)
+
+
+@triton.jit
+def _of_two_types_kernel(x_ptr, COUNT: tl.constexpr):
+    for place in tl.static_range(COUNT):
+        tl.store(x_ptr + place, 1)
+    for start in range(0, COUNT, 2):
+        place = start + tl.arange(0, 2)
+        tl.store(x_ptr + place, 1)
+
+
+class Frontend:
+    """Takes the launches of kernels; each kind of arguments is compiled to Triton's IR once."""
+
+    def __init__(self) -> None:
+        self.backend = make_backend(HOPPER)
+        self.seen: set[str] = set()
+
+    def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+        options = {"debug": False, "instrumentation_mode": ""} | options
+        bound, specialization, given = bind(*args, **options)
+        chosen, signature, constexprs, attributes = kernel._pack_args(self.backend, options, bound, specialization, given)
+        key = f"{kernel.fn.__qualname__} {signature} {constexprs} {attributes}"
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        source = ASTSource(kernel, signature, constexprs, attributes)
+        context = ir.context()
+        ir.load_dialects(context)
+        self.backend.load_dialects(context)
+        generators = self.backend.get_codegen_implementation(chosen)
+        source.make_ir(HOPPER, chosen, generators, self.backend.get_module_map(), context)
+
+
+@pytest.fixture
+def frontend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Frontend]:
+    made = Frontend()
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: made.run(kernel, *args, **options))
+    monkeypatch.setattr(dependent, "supported", lambda: True)
+    with torch.no_grad():
+        yield made
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if not name.startswith("all_reduce")])
+def test_op(name: str, frontend: Frontend) -> None:
+    for tokens in (1, 6, 20):
+        args = example(name, SIZES, tokens, torch.bfloat16)
+        with constants([a for a in args if isinstance(a, torch.Tensor)]):
+            OPS[name].launch(*args)
+    assert frontend.seen
+
+
+@pytest.mark.parametrize(("dim", "window"), [(256, 512), (512, 0)])
+def test_attention(dim: int, window: int, frontend: Frontend) -> None:
+    for requests in ([Request(70, 1)] * 2, [Request(0, 600)]):
+        made = step(requests, heads=8, dim=dim, page=64, window=window, dtype=torch.bfloat16, unwritten=0.0)
+        attention.launch(*made.fresh())
+        attention_qkv.launch(*raw(made, False))
+    assert len(frontend.seen) > 4
+
+
+def test_sampling(frontend: Frontend) -> None:
+    logits, count = torch.randn(3, 512), 3
+    whole = torch.zeros(count, dtype=torch.int64)
+    shaping = torch.ones(count), whole.int(), torch.ones(count), torch.zeros(count)
+    sample.launch(logits, *shaping, whole, whole)
+    assert frontend.seen
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_rounds(counts: bool, frontend: Frontend) -> None:
+    tokens, hidden, given = verification()
+    _launch_advance(state(DRAFTS), tokens, hidden, given, torch.tensor([3, 0, 1]), drafting(), counts)
+    tables = {kind: torch.zeros(16, WIDTH, dtype=torch.int32) for kind in KINDS}
+    buffer = StepBuffer(16, tables, state(DRAFTS), PAGE)
+    buffer.send(drafted_step(DRAFTS))
+    buffer._launch_unpack()
+    assert len(frontend.seen) > 1
+
+
+def test_what_the_compiler_refuses_is_found(frontend: Frontend) -> None:
+    with pytest.raises(triton.CompilationError, match="changed type"):
+        _of_two_types_kernel[(1,)](torch.zeros(4), 4)
