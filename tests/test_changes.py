@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers import CompileConfig, GenerationConfig
 
-from gemma4_compile import Engine, EngineConfig, SamplingParams, restore
+from gemma4_compile import Engine, EngineConfig, SamplingParams, optimize, restore
 from gemma4_compile.hf.watch import Watch
 from gemma4_compile.packed.program import fingerprint, weights_of
 from tests.models import prompt, tiny
@@ -278,3 +279,28 @@ def test_generate_compiles_no_optimized_model(how: str, monkeypatch: pytest.Monk
     restore(model)
     model.generate(prompt(1, 5), **options)
     assert asked[-1] is model
+
+
+def _generate_elsewhere(model: Any, results: Any) -> None:
+    """In another process."""
+    results.put(model.generate(prompt(1, 5), max_new_tokens=6, do_sample=False).tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_an_optimized_model_in_another_process(how: str) -> None:
+    """Forked, with what is compiled; spawned, it is pickled and compiles for itself. Both, and the parent, go on as before."""
+    plain: Any = tiny("e").requires_grad_(False)
+    model: Any = optimize(tiny("e").requires_grad_(False))
+    wanted = plain.generate(prompt(1, 5), max_new_tokens=6, do_sample=False).tolist()
+    assert model.generate(prompt(1, 5), max_new_tokens=6, do_sample=False).tolist() == wanted
+    context: Any = multiprocessing.get_context(how)
+    results = context.Queue()
+    process = context.Process(target=_generate_elsewhere, args=(model, results))
+    process.start()
+    try:
+        assert results.get(timeout=240) == wanted
+    finally:
+        process.join(30)
+        process.kill()
+    assert model.generate(prompt(1, 5), max_new_tokens=6, do_sample=False).tolist() == wanted
