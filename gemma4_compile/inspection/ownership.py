@@ -93,6 +93,8 @@ def _generated(i: int, call: Call, claimed: set[Node], callers: set[Node], uses:
     else:
         arguments = {base_of(n) for caller in callers for n in caller.all_input_nodes}
         own = _without(claimed, (arguments & claimed) - set(targets.values()) | read & claimed)
+        if all(map(is_view, own)):  # then what it fills is an argument that the call takes by name, as SDPA does its mask
+            own = _ancestors(arguments & claimed, claimed, read)
     own = own or claimed
     left = [node for node in own if _is_read_outside(node, own)]
     holds |= targets
