@@ -75,8 +75,6 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens must be at most max_tokens, got {self.min_tokens} and {self.max_tokens}; raise max_tokens"
             )
-        if self.n > 1 and self.temperature == 0:
-            raise ValueError(f"n > 1 greedy samples would be equal, got n={self.n}, temperature=0; raise the temperature")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise ValueError(f"stop must hold strings that are not empty, got {list(self.stop)!r}; leave it out")
         for name, tokens in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
