@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runtime.speculative",),
     ("runtime.worker",),
     ("runtime",),
+    ("serve",),
     ("cli", "__main__"),
 )
 

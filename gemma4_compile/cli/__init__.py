@@ -10,6 +10,7 @@ from gemma4_compile.torchrun import RanksError, launched_ranks
 
 from .compiled import add_compiled
 from .serve import SERVING, add_serving
+from .server import add_server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,4 +44,5 @@ def _parser() -> argparse.ArgumentParser:
 
     add_compiled(commands)
     add_serving(commands)
+    add_server(commands)
     return parser
