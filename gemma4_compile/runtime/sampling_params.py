@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .constraint import MakeConstraint
+
 MAX_LOGPROBS = 100  # what a step copies to the host for each row stays small
 
 _MOST = 1e6  # of what becomes fp32: far beyond any use, far from overflow
@@ -32,6 +34,8 @@ class SamplingParams:
     logprobs              log probabilities of each new token and of so many likeliest, by the model's own logits; None for none
     prompt_logprobs       the same for the prompt's tokens: all its rows are computed, prefixes are not reused
     skip_special_tokens   leave special tokens out of the text
+    constraint            makes a Constraint (runtime/constraint.py) for each sample, which says at each place which tokens may
+                          come; nothing is drafted then
 
     Raises ValueError for a value out of range, or values that contradict each other.
     """
@@ -54,6 +58,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    constraint: MakeConstraint | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -80,6 +85,10 @@ class SamplingParams:
         for name, tokens in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             if wrong := [token for token in tokens if isinstance(token, bool) or not isinstance(token, int)]:
                 raise ValueError(f"{name} must name tokens by their ids, got {wrong[0]!r}; use the tokenizer's integers")
+        if self.constraint is not None and self.min_tokens:
+            raise ValueError(
+                f"min_tokens and a constraint may leave no token that may come, got min_tokens={self.min_tokens}; leave it out"
+            )
         for token, bias in self.logit_bias.items():
             if not isinstance(bias, (int, float)) or not (abs(bias) <= _MOST or bias == -math.inf):
                 raise ValueError(
