@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from llguidance.hf import from_tokenizer
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,6 +27,7 @@ from .config import ServeConfig
 from .context import Context
 from .errors import ApiError, fault
 from .gate import Gate
+from .grammars import Grammars
 from .logs import event
 from .sampling import SamplingDefaults
 from .schema import DetokenizeRequest, TokenizeRequest, parse
@@ -42,11 +44,14 @@ def create_app(engine: AsyncEngine, config: ServeConfig) -> Starlette:
     tokenizer = engine.engine.tokenizer
     if tokenizer is None:
         raise ValueError(f"a server needs a tokenizer, got none with {config.model}; use a checkpoint folder with one")
-    texts = Texts(tokenizer, config.chat_template)
+    served = engine.engine
+    pieces = from_tokenizer(tokenizer, served.runner.vocabulary.size, sorted(served.stop_tokens) or None)
+    texts = Texts(tokenizer, pieces, config.chat_template)
+    template = response_template(tokenizer, texts.chat_template)
     context = Context(
-        config, engine, texts, SamplingDefaults.of(getattr(engine.engine.model, "generation_config", None)),
-        response_template(tokenizer, texts.chat_template), Gate(engine.engine.config.max_requests, config.max_waiting),
-        int(time.time()),
+        config, engine, texts, Grammars(pieces, tokenizer.get_vocab(), thinking=template is not None),
+        SamplingDefaults.of(getattr(served.model, "generation_config", None)), template,
+        Gate(served.config.max_requests, config.max_waiting), int(time.time()),
     )  # fmt: skip
     observed = _Observed(context.gate)
 

@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: messages are answered."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from gemma4_compile.runtime.constraint import MakeConstraint
 from gemma4_compile.runtime.outputs import Chunk, RequestOutput, Sample
 
 from .answers import Answer, Delta, tool_call
@@ -16,7 +18,7 @@ from .generation import chunks_of, outputs_of
 from .http import EventStream, unless_gone
 from .logprobs import chat_logprobs, prompt_logprobs
 from .sampling import params_of
-from .schema import ChatRequest, parse
+from .schema import ChatRequest, NamedTool, Tool, parse
 
 
 async def chat_completions(context: Context, request: Request) -> Response:
@@ -36,17 +38,22 @@ class _Chat:
     text, tokens  the prompt, through the chat template
     """
 
-    def __init__(self, context: Context, asked: ChatRequest, request_id: str, text: str, tokens: list[int]):
+    def __init__(
+        self, context: Context, asked: ChatRequest, request_id: str, text: str, tokens: list[int],
+        constraint: MakeConstraint | None,
+    ):  # fmt: skip
         self.context, self.asked, self.text, self.tokens = context, asked, text, tokens
         self.tools = _tools(asked)
         self.model = context.config.model
         self.id = f"chatcmpl-{request_id}"
         if asked.top_logprobs is not None and not asked.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs; set that to true", "top_logprobs")
-        more: dict[str, Any] = {"logprobs": (asked.top_logprobs or 0) if asked.logprobs else None}
+        more: dict[str, Any] = {"logprobs": (asked.top_logprobs or 0) if asked.logprobs else None, "constraint": constraint}
         more["max_tokens"] = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         if context.template is not None:
             more["skip_special_tokens"] = False  # the parser goes by them
+        if constraint is not None and context.template is None and _needed(asked):
+            raise ApiError(400, "this model's chat template knows no tools; leave tool_choice out", "tool_choice")
         self.params = params_of(asked, context.defaults, **more)
 
     @classmethod
@@ -58,7 +65,8 @@ class _Chat:
             asked.messages, _tools(asked), kwargs, add_generation_prompt=asked.add_generation_prompt,
             continue_final_message=asked.continue_final_message,
         )  # fmt: skip
-        return cls(context, asked, request_id, text, tokens)
+        constraint = await asyncio.to_thread(context.grammars.of, asked, _needed(asked))
+        return cls(context, asked, request_id, text, tokens, constraint)
 
     def _answer(self) -> Answer:
         return Answer(self.context.template, self.text, self.tools, self.asked.parallel_tool_calls is not False)
@@ -155,6 +163,19 @@ def _finish(reason: str, answer: Answer) -> str:
     return "tool_calls" if reason == "stop" and answer.calls else reason
 
 
-def _tools(asked: ChatRequest) -> Any:
+def _tools(asked: ChatRequest) -> list[Tool] | None:
     """Those that the model may call."""
     return None if asked.tool_choice == "none" else asked.tools
+
+
+def _needed(asked: ChatRequest) -> list[Tool] | None:
+    """Those of which the model must call one, if it must. Raises ApiError for a choice that is none of the tools."""
+    choice = asked.tool_choice
+    if choice is None or choice in ("none", "auto"):
+        return None
+    found = [
+        tool for tool in asked.tools or [] if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name
+    ]
+    if not found:
+        raise ApiError(400, "tool_choice must name one of tools; list it there", "tool_choice")
+    return found

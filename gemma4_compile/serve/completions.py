@@ -1,5 +1,6 @@
 """POST /v1/completions: texts or token ids are continued."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from gemma4_compile.runtime.constraint import MakeConstraint
 from gemma4_compile.runtime.outputs import Chunk, RequestOutput, Sample, TokenLogprob
 
 from .context import Context, head, usage
@@ -35,13 +37,15 @@ class _Completion:
     """One request. Choices are numbered through prompts and their samples."""
 
     def __init__(
-        self, context: Context, asked: CompletionRequest, request_id: str, prompts: list[list[int]], echoes: list[str]
-    ):
+        self, context: Context, asked: CompletionRequest, request_id: str, prompts: list[list[int]], echoes: list[str],
+        constraint: MakeConstraint | None,
+    ):  # fmt: skip
         self.context, self.asked, self.prompts, self.echoes = context, asked, prompts, echoes
         self._head = head("text_completion", f"cmpl-{request_id}", context.config.model)
         # A prompt's log probabilities alone need no new token; the engine computes one.
         self._silent = asked.echo and asked.max_tokens == 0
         more: dict[str, Any] = {"max_tokens": 1 if self._silent else asked.max_tokens, "logprobs": asked.logprobs}
+        more["constraint"] = constraint
         if asked.echo and asked.logprobs is not None:
             more["prompt_logprobs"] = asked.logprobs
         self.params = params_of(asked, context.defaults, **more)
@@ -58,7 +62,8 @@ class _Completion:
         echoes = [""] * len(prompts)
         if asked.echo:
             echoes = [one if isinstance(one, str) else await context.texts.decode(one, True) for one in given]
-        return cls(context, asked, request_id, prompts, echoes)
+        constraint = await asyncio.to_thread(context.grammars.of, asked)
+        return cls(context, asked, request_id, prompts, echoes, constraint)
 
     async def whole(self) -> JSONResponse:
         with self.context.gate.enter(len(self.prompts) * self.params.n):

@@ -13,6 +13,7 @@ from gemma4_compile.runtime.outputs import RequestOutput
 from .config import ServeConfig
 from .errors import ApiError
 from .gate import Gate
+from .grammars import Grammars
 from .http import body_of
 from .sampling import SamplingDefaults
 from .texts import Texts
@@ -29,6 +30,7 @@ class Context:
     config: ServeConfig
     engine: AsyncEngine
     texts: Texts
+    grammars: Grammars
     defaults: SamplingDefaults
     template: dict[str, Any] | None
     gate: Gate

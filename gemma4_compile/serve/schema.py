@@ -25,7 +25,7 @@ class StreamOptions(_Strict):
 class JsonSchema(_Strict):
     name: str
     description: str | None = None
-    schema_: dict[str, Any] | bool = Field(default_factory=dict, alias="schema")
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 
@@ -37,10 +37,10 @@ class ResponseFormat(_Strict):
 class StructuredOutputs(_Strict):
     """One of them. grammar is Lark as llguidance takes it."""
 
-    json_: dict[str, Any] | bool | str | None = Field(None, alias="json")
+    json_: dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = None
     grammar: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
 
 
 class _Sampled(_Strict):

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from jinja2 import TemplateError
-from llguidance.hf import from_tokenizer
+from llguidance import LLTokenizer
 
 from .errors import ApiError
 from .schema import Message, Tool
@@ -17,13 +17,13 @@ class Texts:
     """A tokenizer, as several requests use it at a time.
 
     tokenizer       the checkpoint's
+    pieces          the same for llguidance, which knows each token's bytes
     chat_template   Jinja text; None: the tokenizer's own, if there is one
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, pieces: LLTokenizer, chat_template: str | None = None):
+        self.tokenizer, self.pieces = tokenizer, pieces
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
-        self.pieces = from_tokenizer(tokenizer)
 
     async def encode(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, without its chat template."""
