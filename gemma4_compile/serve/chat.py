@@ -65,7 +65,7 @@ class _Chat:
             asked.messages, _tools(asked), kwargs, add_generation_prompt=asked.add_generation_prompt,
             continue_final_message=asked.continue_final_message,
         )  # fmt: skip
-        constraint = await asyncio.to_thread(context.grammars.of, asked, _needed(asked))
+        constraint = await asyncio.to_thread(context.grammars.of, asked, _needed(asked), _several(asked))
         return cls(context, asked, request_id, text, tokens, constraint)
 
     def _answer(self) -> Answer:
@@ -166,6 +166,11 @@ def _finish(reason: str, answer: Answer) -> str:
 def _tools(asked: ChatRequest) -> list[Tool] | None:
     """Those that the model may call."""
     return None if asked.tool_choice == "none" else asked.tools
+
+
+def _several(asked: ChatRequest) -> bool:
+    """Whether more than one call may be made where one must be."""
+    return asked.tool_choice == "required" and asked.parallel_tool_calls is not False
 
 
 def _needed(asked: ChatRequest) -> list[Tool] | None:

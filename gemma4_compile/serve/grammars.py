@@ -31,15 +31,18 @@ class Grammars:
         self._tokenizer, self._tokens, self._thinking = tokenizer, tokens, thinking
         self._matcher = lru_cache(_CACHED)(self._compiled)
 
-    def of(self, asked: ChatRequest | CompletionRequest, tools: list[Tool] | None = None) -> MakeConstraint | None:
+    def of(
+        self, asked: ChatRequest | CompletionRequest, tools: list[Tool] | None = None, several: bool = False
+    ) -> MakeConstraint | None:
         """What a request asks for, or None. Takes up to seconds: not for the event loop.
 
-        tools  of which one at least must be called; None: none need be
+        tools    of which one must be called; None: none need be
+        several  more calls may follow
 
         Raises ApiError for a grammar that cannot be, or two of them."""
         found = [grammar for grammar in (_of_format(asked), _of_structured(asked.structured_outputs)) if grammar]
         if tools:
-            found.append(self._of_calls(tools))
+            found.append(self._of_calls(tools, several))
         if len(found) > 1:
             raise ApiError(400, "one of response_format, structured_outputs and tool_choice may bind an answer, got two")
         if not found:
@@ -63,7 +66,7 @@ class Grammars:
             + f'own_thought: {opening} "thought\\n" /(.|\\n)*/ {closing}\n'
         )
 
-    def _of_calls(self, tools: list[Tool]) -> str:
+    def _of_calls(self, tools: list[Tool], several: bool) -> str:
         """Calls as Gemma 4 writes them, call:NAME{key:value,...}: strings between marks, keys bare. Properties come in their
         order, of their type; what they hold, if they are objects or arrays, is free."""
         quote = self._mark('<|"|>')
@@ -71,7 +74,7 @@ class Grammars:
         calls = [f'call{i}: "call:{tool.function.name}{{" {_arguments(tool, quote)} "}}"' for i, tool in enumerate(tools)]
         names = " | ".join(f"call{i}" for i in range(len(tools)))
         rules = (
-            f"start: ({self._mark('<|tool_call>')} ({names}) {self._mark('<tool_call|>')})+",
+            f"start: ({self._mark('<|tool_call>')} ({names}) {self._mark('<tool_call|>')}){'+' if several else ''}",
             *calls,
             'value: text | number | boolean | "null" | object | array',
             f"text: {quote} {letters} {quote}",
