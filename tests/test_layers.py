@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runtime.speculative",),
     ("runtime.worker",),
     ("runtime",),
-    ("serve",),
+    ("bench", "serve"),
     ("cli", "__main__"),
 )
 

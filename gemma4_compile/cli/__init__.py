@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from gemma4_compile import __version__
 from gemma4_compile.torchrun import RanksError, launched_ranks
 
+from .bench import add_bench
 from .compiled import add_compiled
 from .serve import SERVING, add_serving
 from .server import add_server
@@ -45,4 +46,5 @@ def _parser() -> argparse.ArgumentParser:
     add_compiled(commands)
     add_serving(commands)
     add_server(commands)
+    add_bench(commands)
     return parser

@@ -1,0 +1,37 @@
+"""Forced acceptance: with random weights no draft would be right, so chance decides which count as right."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from gemma4_compile.runtime.speculative import verification
+
+
+@contextmanager
+def forced(tokens_a_round: float, drafts: int) -> Iterator[None]:
+    """Within it, greedy rounds accept so many drafts that they give so many tokens on average. Tokens are then not the model's.
+
+    Raises ValueError for fewer than one, or more than drafts + 1."""
+    if not 1 <= tokens_a_round <= drafts + 1:
+        raise ValueError(f"tokens a round must be 1 to {drafts + 1} with {drafts} drafts, got {tokens_a_round}; draft more")
+    chance = _chance(tokens_a_round, drafts)
+
+    def count_accepted(tokens: Tensor, first: Tensor, drafts: Tensor) -> Tensor:
+        right = (torch.rand(drafts.shape, device=drafts.device) < chance) & (drafts >= 0)
+        return right.long().cumprod(1).sum(1)
+
+    with mock.patch.object(verification, "count_accepted", count_accepted):
+        yield
+
+
+def _chance(tokens_a_round: float, drafts: int) -> float:
+    """Of each draft behind right ones; by bisection of a sum that grows with it."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        chance = (low + high) / 2
+        more = sum(chance**i for i in range(drafts + 1)) > tokens_a_round
+        low, high = (low, chance) if more else (chance, high)
+    return low
