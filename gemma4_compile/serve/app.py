@@ -49,7 +49,7 @@ def create_app(engine: AsyncEngine, config: ServeConfig) -> Starlette:
     texts = Texts(tokenizer, pieces, config.chat_template)
     template = response_template(tokenizer, texts.chat_template)
     context = Context(
-        config, engine, texts, Grammars(pieces, tokenizer.get_vocab(), thinking=template is not None),
+        config, engine, texts, Grammars(pieces, tokenizer.get_vocab()),
         SamplingDefaults.of(getattr(served.model, "generation_config", None)), template,
         Gate(served.config.max_requests, config.max_waiting), int(time.time()),
     )  # fmt: skip

@@ -65,7 +65,8 @@ class _Chat:
             asked.messages, _tools(asked), kwargs, add_generation_prompt=asked.add_generation_prompt,
             continue_final_message=asked.continue_final_message,
         )  # fmt: skip
-        constraint = await asyncio.to_thread(context.grammars.of, asked, _needed(asked), _several(asked))
+        thinks = context.template is not None and bool(kwargs.get("enable_thinking"))
+        constraint = await asyncio.to_thread(context.grammars.of, asked, _needed(asked), _several(asked), thinks)
         return cls(context, asked, request_id, text, tokens, constraint)
 
     def _answer(self) -> Answer:

@@ -24,20 +24,24 @@ class Grammars:
 
     tokenizer  llguidance's, of the checkpoint's tokenizer
     tokens     names of tokens -> ids
-    thinking   whether answers of a chat may begin with a channel of thought, which no grammar holds for
     """
 
-    def __init__(self, tokenizer: LLTokenizer, tokens: Mapping[str, int], thinking: bool):
-        self._tokenizer, self._tokens, self._thinking = tokenizer, tokens, thinking
+    def __init__(self, tokenizer: LLTokenizer, tokens: Mapping[str, int]):
+        self._tokenizer, self._tokens = tokenizer, tokens
         self._matcher = lru_cache(_CACHED)(self._compiled)
 
     def of(
-        self, asked: ChatRequest | CompletionRequest, tools: list[Tool] | None = None, several: bool = False
+        self,
+        asked: ChatRequest | CompletionRequest,
+        tools: list[Tool] | None = None,
+        several: bool = False,
+        thinks: bool = False,
     ) -> MakeConstraint | None:
         """What a request asks for, or None. Takes up to seconds: not for the event loop.
 
         tools    of which one must be called; None: none need be
         several  more calls may follow
+        thinks   the answer may begin with a channel of thought, which no grammar holds for
 
         Raises ApiError for a grammar that cannot be, or two of them."""
         found = [grammar for grammar in (_of_format(asked), _of_structured(asked.structured_outputs)) if grammar]
@@ -47,9 +51,7 @@ class Grammars:
             raise ApiError(400, "one of response_format, structured_outputs and tool_choice may bind an answer, got two")
         if not found:
             return None
-        matcher = self._matcher(
-            self._behind_thought(found[0]) if self._thinking and isinstance(asked, ChatRequest) else found[0]
-        )
+        matcher = self._matcher(self._behind_thought(found[0]) if thinks else found[0])
         return lambda: _Matched(matcher.deep_copy())
 
     def _compiled(self, grammar: str) -> LLMatcher:

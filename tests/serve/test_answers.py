@@ -135,8 +135,8 @@ SAYS = "<[|]channel>thought\nIs it[?] <a> b\n<channel[|]>It is[.]  So"
 
 @pytest.mark.parametrize("budget", [None, 9])
 def test_reasoning_comes_apart(served: Running, budget: int | None) -> None:
-    asked = {"messages": [{"role": "user", "content": "x"}], "structured_outputs": {"grammar": f"start: /{SAYS}/"}}
-    asked["max_tokens"] = budget
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": budget}
+    asked["structured_outputs"] = {"grammar": f"start: /{SAYS}/"}
     (choice,) = served.post(CHAT, **asked).json()["choices"]
     message = choice["message"]
     assert same(streamed(served, asked), message)
@@ -198,7 +198,12 @@ def test_thinking_is_asked_for(served: Running) -> None:
 
 def test_a_schema_holds_behind_the_thought(served: Running) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
-    asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 30}
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "temperature": 1.0, "max_tokens": 60}
     asked["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     message = served.post(CHAT, **asked).json()["choices"][0]["message"]
-    assert message.get("reasoning_content") or json.loads(message["content"]).keys() == {"a"}
+    assert json.loads(message["content"]).keys() == {"a"} and "reasoning_content" not in message
+    asked |= {"reasoning_effort": "high", "n": 8, "seed": 0}
+    messages = [choice["message"] for choice in served.post(CHAT, **asked).json()["choices"]]
+    assert any("reasoning_content" in message for message in messages)
+    contents = [message["content"] for message in messages if message["content"] not in ("", "<")]
+    assert all(json.loads(content).keys() == {"a"} for content in contents)

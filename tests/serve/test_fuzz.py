@@ -32,10 +32,11 @@ TEXTS = (b"\x00", b"{", b"}", b"[", b'"', b"\\", b"\xff", b"1e999", b"NaN", b",,
 
 def fields(chooser: random.Random, path: str) -> dict[str, Any]:
     """A request that is right but for some fields."""
-    found: dict[str, Any] = {
+    right: dict[str, dict[str, Any]] = {
         "/v1/chat/completions": {"messages": HELLO, "max_tokens": 2}, "/v1/completions": {"prompt": "x", "max_tokens": 2},
         "/tokenize": {"prompt": "x"}, "/detokenize": {"tokens": [5]},
-    }[path]  # fmt: skip
+    }  # fmt: skip
+    found = right[path]
     names = [field.alias or name for name, field in PATHS[path].model_fields.items()]
     for _ in range(chooser.choice((1, 1, 1, 2, 3))):
         found[chooser.choice([*names, "nonsense"])] = chooser.choice(VALUES)
