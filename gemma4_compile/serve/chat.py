@@ -25,6 +25,10 @@ async def chat_completions(context: Context, request: Request) -> Response:
     """Raises ApiError."""
     asked = parse(ChatRequest, await context.body(request))
     context.check_model(asked.model)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs; set that to true", "top_logprobs")
+    if _tools(asked) and context.template is None:
+        raise ApiError(400, "this model's chat template knows no tools; leave them out, or give another template", "tools")
     run = await _Chat.of(context, asked, request.state.id)
     if not asked.stream:
         return await unless_gone(request, run.whole())
@@ -46,14 +50,10 @@ class _Chat:
         self.tools = _tools(asked)
         self.model = context.config.model
         self.id = f"chatcmpl-{request_id}"
-        if asked.top_logprobs is not None and not asked.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs; set that to true", "top_logprobs")
         more: dict[str, Any] = {"logprobs": (asked.top_logprobs or 0) if asked.logprobs else None, "constraint": constraint}
         more["max_tokens"] = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         if context.template is not None:
             more["skip_special_tokens"] = False  # the parser goes by them
-        if constraint is not None and context.template is None and _needed(asked):
-            raise ApiError(400, "this model's chat template knows no tools; leave tool_choice out", "tool_choice")
         self.params = params_of(asked, context.defaults, **more)
 
     @classmethod

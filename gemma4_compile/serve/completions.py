@@ -24,6 +24,8 @@ async def completions(context: Context, request: Request) -> Response:
     """Raises ApiError."""
     asked = parse(CompletionRequest, await context.body(request))
     context.check_model(asked.model)
+    if asked.stream and asked.echo and asked.logprobs is not None:
+        raise ApiError(400, "echo with logprobs comes whole; set stream to false", "stream")
     if asked.best_of is not None and asked.best_of != asked.n:
         raise ApiError(400, f"best_of must be n={asked.n}, got {asked.best_of}; leave it out", "best_of")
     run = await _Completion.of(context, asked, request.state.id)
@@ -57,11 +59,11 @@ class _Completion:
             given = [given]
         if not given:
             raise ApiError(400, "prompt must not be empty; give a text or token ids", "prompt")
-        special = asked.add_special_tokens is not False
-        prompts = [await context.texts.encode(one, special) if isinstance(one, str) else one for one in given]
+        special, texts = asked.add_special_tokens, context.texts
+        prompts = [await texts.encode(one, special) if isinstance(one, str) else one for one in given]
         echoes = [""] * len(prompts)
         if asked.echo:
-            echoes = [one if isinstance(one, str) else await context.texts.decode(one, True) for one in given]
+            echoes = [one if isinstance(one, str) else await texts.decode(one, True) for one in given]
         constraint = await asyncio.to_thread(context.grammars.of, asked)
         return cls(context, asked, request_id, prompts, echoes, constraint)
 
@@ -102,8 +104,6 @@ class _Completion:
                     yield event
 
     async def _said(self, chunks: AsyncGenerator[tuple[int, Chunk], None]) -> AsyncGenerator[dict[str, Any], None]:
-        if self.asked.echo and self.asked.logprobs is not None:
-            raise ApiError(400, "echo with logprobs comes whole; set stream to false", "stream")
         options = self.asked.stream_options
         outputs: list[RequestOutput] = []
         names: dict[int, CompletionLogprobs] = {}

@@ -67,7 +67,6 @@ class _Sampled(_Strict):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
-    add_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool = False
     # without effect here
@@ -83,6 +82,8 @@ class CompletionRequest(_Sampled):
     logprobs: int | None = None
     best_of: int | None = None
     suffix: None = None
+    # extensions
+    add_special_tokens: bool = True
 
 
 class Function(_Strict):
@@ -153,7 +154,6 @@ class ChatRequest(_Sampled):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    echo: Literal[False] = False
     # without effect here
     metadata: dict[str, Any] | None = None
     store: bool | None = None

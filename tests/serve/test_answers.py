@@ -97,12 +97,9 @@ def test_a_template_without_marks_is_plain_text() -> None:
     assert answer.feed(f"{CALL} \n").content == f"{CALL} \n" and answer.close() == Delta()
 
 
-@pytest.fixture(scope="module", params=["plain", "mtp"])  # without an assistant and with one
-def served(request: pytest.FixtureRequest) -> Iterator[Running]:
-    models, config = demo("e"), EngineConfig(max_requests=8, max_batched_tokens=64, page_size=16)
-    speculative = SpeculativeConfig(demo_checkpoint("e") / "assistant", 3) if request.param == "mtp" else None
-    engine = Engine(models.served, config, models.tokenizer, speculative=speculative)
-    with running(engine, chat_template=TEMPLATE) as found:
+@pytest.fixture(scope="module")
+def served() -> Iterator[Running]:
+    with running(chat_template=TEMPLATE) as found:
         yield found
 
 
@@ -124,10 +121,13 @@ def streamed(served: Running, asked: dict[str, Any]) -> dict[str, Any]:
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Messages, but for the ids of calls."""
-    for message in (a, b):
-        for call in message.get("tool_calls", []):
-            assert call.pop("id").startswith("call_")
-    return a == b
+    return _without_ids(a) == _without_ids(b)
+
+
+def _without_ids(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls", [])
+    assert all(call["id"].startswith("call_") for call in calls)
+    return message | {"tool_calls": [{name: value for name, value in call.items() if name != "id"} for call in calls]}
 
 
 SAYS = "<[|]channel>thought\nIs it[?] <a> b\n<channel[|]>It is[.]  So"
@@ -177,12 +177,18 @@ def _prompt(served: Running, asked: dict[str, Any]) -> str:
 
 
 def test_drafts_change_nothing(served: Running) -> None:
-    """With an assistant as without: the same texts and calls, greedily."""
+    """With an assistant as without: the same texts, reasoning and calls, greedily, streamed and whole."""
+    models, config = demo("e"), EngineConfig(max_requests=8, max_batched_tokens=64, page_size=16)
+    engine = Engine(
+        models.served, config, models.tokenizer, speculative=SpeculativeConfig(demo_checkpoint("e") / "assistant", 3)
+    )
     asked = {"messages": [{"role": "user", "content": "def f"}], "tools": [WEATHER], "max_tokens": 80}
-    with running(chat_template=TEMPLATE) as plain:
+    with running(engine, chat_template=TEMPLATE) as drafting:
         for more in ({}, {"tool_choice": {"type": "function", "function": {"name": "get-weather"}}}):
-            ours, theirs = (one.post(CHAT, **asked | more).json()["choices"][0]["message"] for one in (served, plain))
+            ours, theirs = (one.post(CHAT, **asked | more).json()["choices"][0]["message"] for one in (drafting, served))
             assert same(ours, theirs) and bool(ours.get("tool_calls")) == bool(more)
+            assert same(streamed(drafting, asked | more), theirs)
+        assert engine.metrics.accepted_draft_tokens
 
 
 def test_thinking_is_asked_for(served: Running) -> None:

@@ -18,6 +18,7 @@ from tests.serve.running import PATIENCE, Running, demo_engine, running
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG: dict[str, Any] = {"prompt": "x = 1\n", "max_tokens": 1500, "ignore_eos": True}
 HELLO = [{"role": "user", "content": "x"}]
+WEATHER = {"type": "function", "function": {"name": "get_weather"}}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def wait_for(condition: Any) -> None:
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "Input should be 'text'"),
         (CHAT, {"messages": HELLO, "top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
         (CHAT, {"messages": HELLO, "chat_template_kwargs": {"tools": 1}}, 400, "chat_template_kwargs", "must not set tools"),
+        (CHAT, {"messages": HELLO, "tools": [WEATHER]}, 400, "tools", "chat template knows no tools"),
         (CHAT, {"messages": HELLO, "continue_final_message": True}, 400, "continue_final_message", "excludes"),
         ("/tokenize", {}, 400, "prompt", "either prompt or messages"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens", "tokens must be 0 to 2047, got -1"),
