@@ -29,6 +29,7 @@ def add_server(commands: Any) -> None:
         "--api-key", metavar="KEY", help=f"clients must send it; better in {API_KEY_VARIABLE}, where ps shows none"
     )
     serve.add_argument("--served-model-name", metavar="NAME", help="what clients ask for (default: MODEL)")
+    serve.add_argument("--tokenizer", metavar="PATH", help="of this folder, where the model has none")
     serve.add_argument("--chat-template", metavar="FILE", help="Jinja, instead of the checkpoint's own")
     serve.add_argument("--max-requests", type=int, default=256, metavar="N", help="that run at a time (default: %(default)s)")
     serve.add_argument("--max-waiting", type=int, default=1024, metavar="N", help="beyond those, 429 (default: %(default)s)")
@@ -92,6 +93,7 @@ def _engine(options: argparse.Namespace) -> "Engine":
     import torch
 
     from gemma4_compile import Engine, EngineConfig
+    from gemma4_compile.hf.loading import tokenizer_of
 
     config = EngineConfig(
         max_model_len=options.max_model_len, kv_dtype=options.kv_dtype, progress=sys.stderr.isatty(),
@@ -99,4 +101,6 @@ def _engine(options: argparse.Namespace) -> "Engine":
     )  # fmt: skip
     speculative = speculative_of(options)
     model, tokenizer = load_model(options, getattr(torch, options.dtype) if options.dtype else None, text_only=True)
+    if options.tokenizer is not None:
+        tokenizer = tokenizer_of(options.tokenizer)
     return Engine(model, config, tokenizer, speculative=speculative)

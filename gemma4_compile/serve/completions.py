@@ -114,8 +114,6 @@ class _Completion:
                 names[number], text = CompletionLogprobs(self.context.texts), self.echoes[place] + text
             if chunk.output is not None:
                 outputs.append(chunk.output)
-            if not text and chunk.finish_reason is None and not chunk.logprobs and not self.asked.return_token_ids:
-                continue
             choice: dict[str, Any] = {
                 "index": number, "text": text, "finish_reason": chunk.finish_reason,
                 "logprobs": None if chunk.logprobs is None else names[number](chunk.logprobs),

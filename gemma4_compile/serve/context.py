@@ -37,7 +37,7 @@ class Context:
     started: int
 
     async def body(self, request: Request) -> bytes:
-        return await body_of(request, self.config.max_body_bytes, self.config.body_seconds)
+        return await body_of(request, self.config.max_body_bytes, self.config.request_seconds)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError for another model than the one that is served."""

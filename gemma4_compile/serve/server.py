@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gemma4_compile.runtime.async_engine import AsyncEngine
 
@@ -39,6 +40,21 @@ def listening(config: ServeConfig) -> socket.socket:
     return listener
 
 
+def _protocol(seconds: float) -> type[HttpToolsProtocol]:
+    """uvicorn's, which alone would wait for ever for the first request of a connection."""
+
+    class Protocol(HttpToolsProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.loop.call_later(seconds, self._close_if_nothing_came)
+
+        def _close_if_nothing_came(self) -> None:
+            if self.cycle is None:
+                self.transport.close()
+
+    return Protocol
+
+
 class Server(uvicorn.Server):
     """uvicorn's, but the first signal only shuts the gate: while requests run it answers others with 503, so that a probe of
     /health sees it. A second signal ends at once."""
@@ -50,6 +66,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 lifespan="off",
+                http=_protocol(config.request_seconds),
                 server_header=False,
                 timeout_keep_alive=65,
                 timeout_graceful_shutdown=5,

@@ -23,7 +23,7 @@ WEATHER = {"type": "function", "function": {"name": "get_weather"}}
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Running]:
-    with running(max_waiting=4, max_body_bytes=100_000, body_seconds=1) as found:
+    with running(max_waiting=4, max_body_bytes=100_000, request_seconds=1) as found:
         yield found
 
 
@@ -101,6 +101,13 @@ def test_a_body_that_does_not_come(served: Running) -> None:
     with socket.create_connection(("127.0.0.1", served.port), timeout=PATIENCE) as half:
         half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
         assert b"408" in half.recv(1000)
+
+
+def test_a_connection_on_which_nothing_comes(served: Running) -> None:
+    for sent in (b"", b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=PATIENCE) as half:
+            half.sendall(sent)
+            assert half.recv(1000) == b""
 
 
 def test_a_client_that_goes_aborts_its_request(served: Running) -> None:
