@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from gemma4_compile.runtime.speculative import verification
+from gemma4_compile.runtime.worker import model_runner
 
 
 @contextmanager
@@ -19,11 +21,14 @@ def forced(tokens_a_round: float, drafts: int) -> Iterator[None]:
         raise ValueError(f"tokens a round must be 1 to {drafts + 1} with {drafts} drafts, got {tokens_a_round}; draft more")
     chance = _chance(tokens_a_round, drafts)
 
-    def count_accepted(tokens: Tensor, first: Tensor, drafts: Tensor) -> Tensor:
-        right = (torch.rand(drafts.shape, device=drafts.device) < chance) & (drafts >= 0)
-        return right.long().cumprod(1).sum(1)
+    def propose(
+        drafter: Any, state: Any, tokens: Tensor, hidden: Tensor, step: Any, drafts: int, accepted: Tensor | None, draws: bool
+    ) -> Tensor:  # fmt: skip
+        made = verification.verified_drafts(state, step.speculation)
+        right = (torch.rand(made.shape, device=made.device) < chance) & (made >= 0)
+        return verification.propose(drafter, state, tokens, hidden, step, drafts, right.long().cumprod(1).sum(1), draws)
 
-    with mock.patch.object(verification, "count_accepted", count_accepted):
+    with mock.patch.object(model_runner, "propose", propose):
         yield
 
 

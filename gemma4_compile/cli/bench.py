@@ -97,7 +97,7 @@ def _plan(options: argparse.Namespace) -> "Plan":
         tuple(map(workload, names.split(","))), tuple(Arrivals(n, rate) for rate in rates for n in at_a_time),
         tuple(options.mtp.split(",")), options.speculative_tokens, tuple(peer for peer in options.against.split(",") if peer),
         options.repeats, options.agreement,
-        EngineConfig(kv_dtype=options.kv_dtype, optimize=config_of(options), capture_at_start=False), options.vllm_command,
+        EngineConfig(kv_dtype=options.kv_dtype, optimize=config_of(options)), options.vllm_command,
     )  # fmt: skip
 
 

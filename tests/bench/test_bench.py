@@ -116,6 +116,11 @@ def test_the_demo_with_drafts_beside_plain_hugging_face(capsys: pytest.CaptureFi
         assert row["summary"]["e2e"]["p99"] >= row["summary"]["ttft"]["median"] > 0
 
 
+def test_forced_tokens_a_round(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = bench(capsys, "--demo", "--workloads", "20/60x8", "--mtp", "2.2", "--dtype", "float32")
+    assert row["mtp"] == "2.2" and row["tokens_a_round"] == pytest.approx(2.2, abs=0.35) and row["agreement"] is None
+
+
 def test_random_weights_at_a_rate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = demo("e").plain.config.to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Constrained requests on the GPU: beside others in overlapped steps, in graphs whose own greedy tokens do not count for them."""
+"""Constrained requests on the GPU: beside others in overlapped steps, in graphs whose own greedy tokens count for nothing."""
 
 from dataclasses import replace
 
