@@ -12,7 +12,7 @@ from gemma4_compile.runtime.constraint import MakeConstraint
 from gemma4_compile.runtime.outputs import Chunk, RequestOutput, Sample
 
 from .answers import Answer, Delta, tool_call
-from .context import Context, head, usage
+from .context import Context, head, usage, usage_so_far
 from .errors import ApiError
 from .generation import chunks_of, outputs_of
 from .http import EventStream, unless_gone
@@ -111,19 +111,21 @@ class _Chat:
                     yield event
 
     async def _said(self, chunks: AsyncGenerator[tuple[int, Chunk], None]) -> AsyncGenerator[dict[str, Any], None]:
-        begin = head("chat.completion.chunk", self.id, self.model)
+        begin, options, new = head("chat.completion.chunk", self.id, self.model), self.asked.stream_options, 0
         answers: dict[int, Answer] = {}
         output: RequestOutput | None = None
         async for _, chunk in chunks:
             output = chunk.output
+            new += len(chunk.token_ids)
+            so_far = {"usage": usage_so_far(len(self.tokens), new)} if options.continuous_usage_stats else {}
             if chunk.index not in answers:
                 answers[chunk.index] = self._answer()
                 first = {"index": chunk.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                yield {**begin, "choices": [first | {"logprobs": None}]}
+                yield {**begin, "choices": [first | {"logprobs": None}], **so_far}
             choice = self._part(chunk, answers[chunk.index])
             if choice is not None:
-                yield {**begin, "choices": [choice]}
-        if self.asked.stream_options is not None and self.asked.stream_options.include_usage:
+                yield {**begin, "choices": [choice], **so_far}
+        if options.include_usage:
             assert output is not None, "the last chunk has the output"
             yield {**begin, "choices": [], "usage": usage([output])}
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from gemma4_compile.runtime.constraint import MakeConstraint
 from gemma4_compile.runtime.outputs import Chunk, RequestOutput, Sample, TokenLogprob
 
-from .context import Context, head, usage
+from .context import Context, head, usage, usage_so_far
 from .errors import ApiError
 from .generation import chunks_of, outputs_of
 from .http import EventStream, unless_gone
@@ -24,8 +24,8 @@ async def completions(context: Context, request: Request) -> Response:
     """Raises ApiError."""
     asked = parse(CompletionRequest, await context.body(request))
     context.check_model(asked.model)
-    if asked.stream and asked.echo and asked.logprobs is not None:
-        raise ApiError(400, "echo with logprobs comes whole; set stream to false", "stream")
+    if asked.stream and asked.echo and (asked.logprobs is not None or asked.max_tokens == 0):
+        raise ApiError(400, "an echo with logprobs, or alone, comes whole; set stream to false", "stream")
     if asked.best_of is not None and asked.best_of != asked.n:
         raise ApiError(400, f"best_of must be n={asked.n}, got {asked.best_of}; leave it out", "best_of")
     run = await _Completion.of(context, asked, request.state.id)
@@ -105,6 +105,7 @@ class _Completion:
 
     async def _said(self, chunks: AsyncGenerator[tuple[int, Chunk], None]) -> AsyncGenerator[dict[str, Any], None]:
         options = self.asked.stream_options
+        prompt, new = sum(map(len, self.prompts)), 0
         outputs: list[RequestOutput] = []
         names: dict[int, CompletionLogprobs] = {}
         async for place, chunk in chunks:
@@ -120,6 +121,8 @@ class _Completion:
             }  # fmt: skip
             if self.asked.return_token_ids:
                 choice["token_ids"] = chunk.token_ids
-            yield {**self._head, "choices": [choice]}
-        if options is not None and options.include_usage:
+            new += len(chunk.token_ids)
+            so_far = {"usage": usage_so_far(prompt, new)} if options.continuous_usage_stats else {}
+            yield {**self._head, "choices": [choice], **so_far}
+        if options.include_usage:
             yield {**self._head, "choices": [], "usage": usage(outputs)}

@@ -55,8 +55,10 @@ def head(kind: str, request_id: str, model: str) -> dict[str, Any]:
 def usage(outputs: Iterable[RequestOutput]) -> dict[str, Any]:
     """Tokens of all prompts and samples."""
     found = [output.metrics for output in outputs]
-    prompt, new = sum(m.prompt_tokens for m in found), sum(m.output_tokens for m in found)
-    return {
-        "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": sum(m.cached_tokens for m in found)},
-    }  # fmt: skip
+    counted = usage_so_far(sum(m.prompt_tokens for m in found), sum(m.output_tokens for m in found))
+    return counted | {"prompt_tokens_details": {"cached_tokens": sum(m.cached_tokens for m in found)}}
+
+
+def usage_so_far(prompt: int, new: int) -> dict[str, Any]:
+    """Tokens of all prompts, and new ones."""
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

@@ -18,6 +18,8 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
+    """include_usage: in an event at the end; continuous_usage_stats: in each, as far as it has come."""
+
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
@@ -48,7 +50,7 @@ class _Sampled(_Strict):
 
     model: str | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
     n: int = 1
     seed: int | None = None
     stop: str | list[str] | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from gemma4_compile import AsyncEngine, Engine, EngineConfig
+from gemma4_compile import AsyncEngine, Engine, EngineConfig, RequestOutput, SamplingParams, SpeculativeConfig
 from gemma4_compile.serve.app import create_app
 from gemma4_compile.serve.config import ServeConfig
 from gemma4_compile.serve.server import Server, listening
@@ -21,11 +21,28 @@ from tests.runtime.demo_models import demo
 PATIENCE = 120  # seconds
 
 
+def new_engine(speculative: SpeculativeConfig | None = None, max_requests: int = 8) -> Engine:
+    """Of the demo in float32."""
+    models, config = demo("e"), EngineConfig(max_requests=max_requests, max_batched_tokens=64, page_size=16)
+    return Engine(models.served, config, models.tokenizer, speculative=speculative)
+
+
 @cache
 def demo_engine() -> Engine:
-    """In float32, with room for eight sequences at a time."""
-    models = demo("e")
-    return Engine(models.served, EngineConfig(max_requests=8, max_batched_tokens=64, page_size=16), models.tokenizer)
+    """The one that is served unless another is given."""
+    return new_engine()
+
+
+@cache
+def judge() -> Engine:
+    """One that no server has: a served engine's thread is its only caller."""
+    return new_engine()
+
+
+def judged(prompt: Any, **params: Any) -> RequestOutput:
+    """What an engine gives for a prompt."""
+    (output,) = judge().generate(prompt, SamplingParams(**params))
+    return output
 
 
 class Running:

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from gemma4_compile import Engine, EngineConfig, SpeculativeConfig, demo_checkpoint
+from gemma4_compile import SpeculativeConfig, demo_checkpoint
 from gemma4_compile.serve.answers import Answer, Delta, response_template
 from gemma4_compile.serve.schema import Tool
-from tests.runtime.demo_models import demo
-from tests.serve.running import Running, running
+from tests.serve.running import Running, new_engine, running
 
 CHAT = "/v1/chat/completions"
 TEMPLATE = (Path(__file__).parent / "gemma.jinja").read_text()
@@ -178,10 +177,7 @@ def _prompt(served: Running, asked: dict[str, Any]) -> str:
 
 def test_drafts_change_nothing(served: Running) -> None:
     """With an assistant as without: the same texts, reasoning and calls, greedily, streamed and whole."""
-    models, config = demo("e"), EngineConfig(max_requests=8, max_batched_tokens=64, page_size=16)
-    engine = Engine(
-        models.served, config, models.tokenizer, speculative=SpeculativeConfig(demo_checkpoint("e") / "assistant", 3)
-    )
+    engine = new_engine(SpeculativeConfig(demo_checkpoint("e") / "assistant", 3))
     asked = {"messages": [{"role": "user", "content": "def f"}], "tools": [WEATHER], "max_tokens": 80}
     with running(engine, chat_template=TEMPLATE) as drafting:
         for more in ({}, {"tool_choice": {"type": "function", "function": {"name": "get-weather"}}}):

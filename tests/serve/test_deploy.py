@@ -12,9 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gemma4_compile import Engine, EngineConfig
-from tests.runtime.demo_models import demo
-from tests.serve.running import PATIENCE, Running, running
+from tests.serve.running import PATIENCE, Running, new_engine, running
 
 CONFIGURATION = Path(__file__).parent.parent.parent / "examples" / "deploy" / "nginx.conf"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
@@ -64,9 +62,8 @@ def _wait(url: str) -> None:
 
 
 def test_two_servers_behind_nginx(tmp_path: Path) -> None:
-    models, config = demo("e"), EngineConfig(max_requests=8, max_batched_tokens=64, page_size=16)
     with ExitStack() as stack:
-        engines = [Engine(models.served, config, models.tokenizer) for _ in range(2)]
+        engines = [new_engine() for _ in range(2)]
         servers = [stack.enter_context(running(engine)) for engine in engines]
         url = stack.enter_context(nginx(tmp_path, servers))
         client = stack.enter_context(httpx.Client(base_url=url, timeout=PATIENCE))

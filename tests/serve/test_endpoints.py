@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from gemma4_compile import SamplingParams
-from tests.serve.running import Running, demo_engine, running
+from tests.serve.running import Running, demo_engine, judged, running
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PROMPT = "def add(a, b):\n    return"
@@ -16,12 +15,6 @@ PROMPT = "def add(a, b):\n    return"
 def served() -> Iterator[Running]:
     with running() as found:
         yield found
-
-
-def of_engine(prompt: Any, **params: Any) -> Any:
-    """What an idle engine gives."""
-    (output,) = demo_engine().generate(prompt, SamplingParams(**params))
-    return output
 
 
 def user(text: str) -> list[dict[str, Any]]:
@@ -41,7 +34,7 @@ def joined(events: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
 
 
 def test_a_completion_is_the_engines(served: Running) -> None:
-    wanted = of_engine(PROMPT, max_tokens=12)
+    wanted = judged(PROMPT, max_tokens=12)
     found = served.post(COMPLETIONS, model="e", prompt=PROMPT, max_tokens=12, return_token_ids=True).json()
     (choice,) = found["choices"]
     assert (choice["text"], choice["token_ids"], choice["finish_reason"]) == (wanted.text, wanted.token_ids, "length")
@@ -82,13 +75,35 @@ def test_a_chat_streams_what_it_is_whole(served: Running) -> None:
         assert b"".join(bytes(entry["bytes"]) for entry in found["logprobs"]).decode() == found["content"]
 
 
+def test_usage_as_far_as_it_has_come(served: Running) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for path, given in ((COMPLETIONS, {"prompt": PROMPT}), (CHAT, {"messages": user(PROMPT)})):
+        events = served.stream(path, **given, max_tokens=5, stream_options=options)
+        counts = [event["usage"]["completion_tokens"] for event in events]
+        assert (
+            counts == sorted(counts)
+            and counts[0] == 1
+            and counts[-1] == 5
+            and {e["usage"]["prompt_tokens"] for e in events} == {10}
+        )
+
+
+def test_a_last_message_is_continued(served: Running) -> None:
+    messages = [*user("def add(a, b):"), {"role": "assistant", "content": "    return"}]
+    more: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
+    found = served.post(CHAT, messages=messages, max_tokens=12, return_token_ids=True, **more).json()
+    tokens = found["prompt_token_ids"]
+    assert demo_engine().tokenizer.decode(tokens).endswith("return")
+    assert found["choices"][0]["message"]["content"] == judged(tokens, max_tokens=12).text
+
+
 def test_greedy_samples_are_equal(served: Running) -> None:
     choices = served.post(CHAT, messages=user("def add(a, b):"), max_tokens=6, n=3).json()["choices"]
     assert len(choices) == 3 and len({choice["message"]["content"] for choice in choices}) == 1
 
 
 def test_echo_with_log_probabilities_of_the_prompt(served: Running) -> None:
-    wanted = of_engine(PROMPT, max_tokens=3, prompt_logprobs=1, logprobs=1)
+    wanted = judged(PROMPT, max_tokens=3, prompt_logprobs=1, logprobs=1)
     (choice,) = served.post(COMPLETIONS, prompt=PROMPT, max_tokens=3, echo=True, logprobs=1).json()["choices"]
     assert choice["text"] == PROMPT + wanted.text
     found = choice["logprobs"]
@@ -108,7 +123,7 @@ def test_prompt_logprobs(served: Running) -> None:
 
 
 def test_stops(served: Running) -> None:
-    text = of_engine(PROMPT, max_tokens=12).text
+    text = judged(PROMPT, max_tokens=12).text
     stop = text[4:7]
     for path, given in ((COMPLETIONS, {"prompt": PROMPT}), (CHAT, {"messages": user(PROMPT)})):
         (choice,) = served.post(path, **given, max_tokens=12, stop=["never", stop]).json()["choices"]
@@ -117,17 +132,17 @@ def test_stops(served: Running) -> None:
 
 
 def test_sampling_fields_reach_the_sampler(served: Running) -> None:
-    token = of_engine(PROMPT, max_tokens=1).token_ids[0]
+    token = judged(PROMPT, max_tokens=1).token_ids[0]
     banned = served.post(COMPLETIONS, prompt=PROMPT, max_tokens=1, logit_bias={str(token): -100}, return_token_ids=True).json()
     assert banned["choices"][0]["token_ids"] != [token]
     hot = {"prompt": PROMPT, "max_tokens": 8, "temperature": 1.5}
     seeded = [served.post(COMPLETIONS, **hot, seed=seed).json()["choices"][0]["text"] for seed in (1, 1, 2)]
     assert seeded[0] == seeded[1] != seeded[2]
-    greedy = of_engine(PROMPT, max_tokens=8).text
+    greedy = judged(PROMPT, max_tokens=8).text
     for field in ({"top_k": 1}, {"top_p": 1e-4}, {"min_p": 1.0}):
         assert served.post(COMPLETIONS, **hot, **field).json()["choices"][0]["text"] == greedy
     penalized = served.post(COMPLETIONS, prompt=PROMPT, max_tokens=8, frequency_penalty=2.0, presence_penalty=2.0).json()
-    assert penalized["choices"][0]["text"] == of_engine(PROMPT, max_tokens=8, frequency_penalty=2.0, presence_penalty=2.0).text
+    assert penalized["choices"][0]["text"] == judged(PROMPT, max_tokens=8, frequency_penalty=2.0, presence_penalty=2.0).text
     stopped = served.post(COMPLETIONS, prompt=PROMPT, max_tokens=8, stop_token_ids=[token]).json()["choices"][0]
     assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", token)
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from gemma4_compile.serve.config import ServeConfig
-from tests.serve.running import PATIENCE, Running, demo_engine, running
+from tests.serve.running import PATIENCE, Running, demo_engine, judged, running
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG: dict[str, Any] = {"prompt": "x = 1\n", "max_tokens": 1500, "ignore_eos": True}
@@ -185,13 +185,7 @@ def test_a_shutdown_lets_streams_end_and_refuses_others() -> None:
         reading.join()
         served.thread.join(PATIENCE)
         assert not served.thread.is_alive()
-        assert texts == [demo_engine().generate("x = 1\n", _params(100))[0].text]
-
-
-def _params(tokens: int) -> Any:
-    from gemma4_compile import SamplingParams
-
-    return SamplingParams(max_tokens=tokens, ignore_eos=True)
+        assert texts == [judged("x = 1\n", max_tokens=100, ignore_eos=True).text]
 
 
 def test_a_shutdown_ends_what_takes_too_long() -> None:
