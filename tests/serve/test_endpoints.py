@@ -107,7 +107,10 @@ def test_echo_with_log_probabilities_of_the_prompt(served: Running) -> None:
     (choice,) = served.post(COMPLETIONS, prompt=PROMPT, max_tokens=3, echo=True, logprobs=1).json()["choices"]
     assert choice["text"] == PROMPT + wanted.text
     found = choice["logprobs"]
-    assert found["token_logprobs"] == [None, *(one.logprob for one in (*wanted.prompt_logprobs, *wanted.logprobs))]
+    assert found["token_logprobs"] == [
+        None,
+        *(one.logprob for one in (*(wanted.prompt_logprobs or ()), *(wanted.logprobs or ()))),
+    ]
     assert found["tokens"][0] == "<bos>" and "".join(found["tokens"][1:]) == choice["text"]
     assert found["text_offset"] == [sum(map(len, found["tokens"][:i])) for i in range(len(found["tokens"]))]
     pairs = list(zip(found["top_logprobs"], found["token_logprobs"], strict=True))
