@@ -34,7 +34,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What is handed to the server, and the engine."""
     found: dict[str, Any] = {"engine": Loaded()}
     monkeypatch.setattr(cli_server, "_engine", lambda options: found["engine"])
-    monkeypatch.setattr(server, "serve", lambda engine, config: found.update(config=config, running=engine.is_running))
+    monkeypatch.setattr(
+        server, "serve", lambda engine, config, on_ready: found.update(config=config, running=engine.is_running)
+    )
     monkeypatch.setattr("gemma4_compile.AsyncEngine", Running)
     return found
 

@@ -66,7 +66,7 @@ def _serve(options: argparse.Namespace) -> int:
     with _engine(options) as engine:
         running = AsyncEngine(engine)
         try:
-            serve(running, config)
+            serve(running, config, lambda url: print(f"gemma4-compile: {config.model} at {url}", file=sys.stderr, flush=True))
         finally:
             running.close()
     return 0

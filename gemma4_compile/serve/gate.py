@@ -14,13 +14,11 @@ class Gate:
 
     inside    sequences that are in
     draining  nobody is let in any more
-    refused   requests refused so far, by HTTP status
     """
 
     def __init__(self, max_running: int, max_waiting: int):
         self.capacity = max_running + max_waiting
         self.inside, self.draining = 0, False
-        self.refused = {429: 0, 503: 0}
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -30,10 +28,8 @@ class Gate:
         if sequences > self.capacity:
             raise ApiError(400, f"a request must have at most {self.capacity} prompts times n, got {sequences}; ask in parts")
         if self.draining:
-            self.refused[503] += 1
             raise ApiError(503, "the server is shutting down; ask another", code="draining", headers={"connection": "close"})
         if self.inside + sequences > self.capacity:
-            self.refused[429] += 1
             raise ApiError(
                 429, f"{self.inside} of at most {self.capacity} sequences run or wait; try again later", code="queue_full",
                 headers={"retry-after": str(_RETRY_SECONDS)},

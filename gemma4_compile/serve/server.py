@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
-import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -19,8 +19,10 @@ from .gate import Gate
 from .logs import event, to_stderr
 
 
-def serve(engine: AsyncEngine, config: ServeConfig) -> None:
+def serve(engine: AsyncEngine, config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT, then let what runs end, within `drain_seconds`. The engine stays open.
+
+    on_ready  called with its URL once it listens
 
     Raises OSError for an address that cannot be had, ValueError as create_app."""
     app = create_app(engine, config)
@@ -28,7 +30,7 @@ def serve(engine: AsyncEngine, config: ServeConfig) -> None:
         to_stderr()
     with listening(config) as listener:
         host, port = listener.getsockname()[:2]
-        print(f"gemma4-compile: {config.model} at http://{host}:{port}", file=sys.stderr, flush=True)
+        on_ready(f"http://{host}:{port}")
         Server(app, app.state.context.gate, config).run([listener])
 
 
@@ -73,7 +75,7 @@ class Server(uvicorn.Server):
             )
         )
         self._gate, self._drain_seconds = gate, config.drain_seconds
-        self._draining: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None  # kept: a loop holds its tasks weakly
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:

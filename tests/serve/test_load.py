@@ -71,8 +71,8 @@ def test_five_hundred_streams_at_a_time() -> None:
     prompts = models.prompts(10, 40)
     with running(engine) as served:
         texts = asyncio.run(all_of(served.url, [{"prompt": prompts[i % 10], "max_tokens": 16} for i in range(500)]))
-        assert max(engine.metrics.waiting, 0) == 0 and served.gate.refused == {429: 0, 503: 0}
-    assert all(texts)
+        assert served.gate.inside == 0
+    assert len(texts) == 500 and all(texts)
 
 
 def test_sigterm_loses_no_running_stream() -> None:
