@@ -24,11 +24,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("optimized",),
     ("reporting", "demo"),
     ("inspection",),
-    ("runtime.scheduling", "runtime.sampling_params", "runtime.outputs", "runtime.metrics", "runtime.text"),
+    (
+        "runtime.scheduling",
+        "runtime.sampling_params",
+        "runtime.outputs",
+        "runtime.metrics",
+        "runtime.text",
+        "runtime.constraint",
+    ),
     ("runtime.step",),
     ("runtime.speculative",),
     ("runtime.worker",),
     ("runtime",),
+    ("bench", "serve"),
     ("cli", "__main__"),
 )
 

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from gemma4_compile import __version__
 from gemma4_compile.torchrun import RanksError, launched_ranks
 
+from .bench import add_bench
 from .compiled import add_compiled
 from .serve import SERVING, add_serving
+from .server import add_server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,4 +45,6 @@ def _parser() -> argparse.ArgumentParser:
 
     add_compiled(commands)
     add_serving(commands)
+    add_server(commands)
+    add_bench(commands)
     return parser

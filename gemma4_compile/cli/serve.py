@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 from gemma4_compile.torchrun import launched_rank
 
 from .common import DEMO_PROMPT, add_common, config_of, load_model
+from .engines import add_engine, speculative_of
 
 if TYPE_CHECKING:
     from gemma4_compile.runtime.engine import Engine
     from gemma4_compile.runtime.outputs import RequestOutput
     from gemma4_compile.runtime.sampling_params import SamplingParams
-    from gemma4_compile.runtime.speculative.config import SpeculativeConfig
-    from gemma4_compile.runtime.speculative.length import SpeculativeTokens
 
 
-SERVING = ("generate", "chat")  # which also run under torchrun
+SERVING = ("generate", "chat", "serve")  # which also run under torchrun
 
 
 def add_serving(commands: Any) -> None:
@@ -48,14 +47,7 @@ def add_serving(commands: Any) -> None:
         parser.add_argument("--top-p", type=float, default=1.0, help="of the likeliest tokens that reach this (default: 1)")
         parser.add_argument("--seed", type=int, help="the same text again")
         parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
-        parser.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt and answer together")
-        parser.add_argument("--mtp", action="store_true", help="draft with the demo checkpoint's own assistant")
-        parser.add_argument("--assistant", metavar="PATH", help="draft with this assistant, a folder or hub id")
-        parser.add_argument(
-            "--speculative-tokens", default="3", metavar="K",
-            help="drafts of a step (default: 3), by running requests as in 1:4,16:2,64:0, or 'adaptive'",
-        )  # fmt: skip
-        parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="default: the weights'")
+        add_engine(parser)
         add_common(parser)
 
 
@@ -75,35 +67,12 @@ def _engine(options: argparse.Namespace) -> "Engine":
         max_model_len=options.max_model_len, kv_dtype=options.kv_dtype, progress=sys.stderr.isatty(),
         optimize=config_of(options), max_requests=16, capture_at_start=False,
     )  # fmt: skip
-    speculative = _speculative(options)
+    speculative = speculative_of(options)
     model, tokenizer = load_model(options, None, text_only=True)
     engine = Engine(model, config, tokenizer, speculative=speculative)
     if engine.tokenizer is None:
         raise ValueError(f"text needs a tokenizer, got none in {options.model}; use a checkpoint folder with one")
     return engine
-
-
-def _drafts(options: argparse.Namespace) -> "SpeculativeTokens":
-    given = options.speculative_tokens
-    try:
-        if ":" in given:
-            return {int(requests): int(drafts) for requests, drafts in (pair.split(":") for pair in given.split(","))}
-        return int(given)
-    except ValueError:
-        return given  # "adaptive", or what an engine refuses
-
-
-def _speculative(options: argparse.Namespace) -> "SpeculativeConfig | None":
-    """With the assistant that is asked for, if one is."""
-    from gemma4_compile import SpeculativeConfig, demo_checkpoint
-    from gemma4_compile.demo import DEMO_NAMES
-
-    found = SpeculativeConfig(options.assistant or "", _drafts(options))
-    if options.assistant or not options.mtp:
-        return found if options.assistant else None
-    if options.model not in DEMO_NAMES:
-        raise ValueError(f"--mtp knows the assistants of the demo checkpoints, got {options.model}; give --assistant PATH")
-    return dataclasses.replace(found, assistant=demo_checkpoint(options.model) / "assistant")
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,27 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="gemma4_compile engine", daemon=True)
         self._thread.start()
 
-    async def stream(
+    def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """A prompt's chunks as they come; the last has the output. Raises ValueError as Engine.add_request, RuntimeError once
         closed."""
+        return self._chunks(prompt, params, request_id, stream=True)
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
+        """A prompt's whole output, whose text is made once, at the end. Raises as `stream`."""
+        output = None
+        async for chunk in self._chunks(prompt, params, None, stream=False):
+            output = chunk.output
+        assert output is not None, "chunks end with an output or an error"
+        return output
+
+    async def _chunks(
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, stream: bool
+    ) -> AsyncGenerator[Chunk, None]:  # fmt: skip
         request_id = request_id or f"async-{next(self._numbers)}"
         chunks: asyncio.Queue[Any] = asyncio.Queue()
-        self._send(self._add, prompt, params, request_id, asyncio.get_running_loop(), chunks)
+        self._send(self._add, prompt, params, request_id, stream, asyncio.get_running_loop(), chunks)
         ended = False
         try:
             while not ended:
@@ -73,13 +86,10 @@ class AsyncEngine:
                 with suppress(RuntimeError):  # closed: nothing is left to abort
                     self._send(self._abort, request_id, chunks)
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
-        """A prompt's whole output. Raises as `stream`."""
-        output = None
-        async for chunk in self.stream(prompt, params):
-            output = chunk.output
-        assert output is not None, "a stream ends with an output or an error"
-        return output
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes requests: it was not closed, and has not failed."""
+        return not self._closed
 
     async def metrics(self) -> EngineMetrics:
         """The engine's metrics as of now."""
@@ -132,11 +142,11 @@ class AsyncEngine:
                 self.engine.abort(request_id)
 
     def _add(
-        self, prompt: Prompt, params: SamplingParams | None, request_id: str, loop: asyncio.AbstractEventLoop,
-        chunks: "asyncio.Queue[Any]",
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str, stream: bool,
+        loop: asyncio.AbstractEventLoop, chunks: "asyncio.Queue[Any]",
     ) -> None:  # fmt: skip
         try:
-            self.engine.add_request(prompt, params, request_id)
+            self.engine.add_request(prompt, params, request_id, stream=stream)
         except Exception as error:  # goes to the one who asked
             _put(loop, [(chunks, error)])
         else:

@@ -6,12 +6,13 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from .step import invariants
 from .text import Prompt, TextStream, encode, prompts_of
 from .worker.memory import MemoryReport
 from .worker.model import PackedModel
-from .worker.model_runner import Launched, ModelRunner
+from .worker.model_runner import Allowed, Launched, ModelRunner
 
 
 class Engine:
@@ -79,6 +80,7 @@ class Engine:
         self._numbers = itertools.count()
         self._seeds = random.Random(config.seed)
         self._running: Launched | None = None
+        self._waited = 0.0  # seconds, within this step
         self._metrics = EngineMetrics()
         self.outputs = OutputProcessor(self.scheduler, self.tokenizer, self._metrics, adaptive)
         self._ranks = self.runner.ranks
@@ -90,6 +92,11 @@ class Engine:
             with capturing, tqdm(self.runner.capture(), desc="CUDA graphs", disable=not shown) as bar:
                 for name in bar:
                     bar.set_postfix_str(name)
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """The model's own end tokens."""
+        return self._stop_tokens
 
     # Several ranks
 
@@ -231,11 +238,14 @@ class Engine:
         limit = min(params.max_tokens or self.max_model_len, self.max_model_len - len(ids))
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._stop_tokens)
         plain = not (stream or params.stop or on_chunk) and params.logprobs is None and params.prompt_logprobs is None
+        plain &= params.constraint is None
         for index in range(params.n):
             sequence = Sequence(next(self._numbers), list(ids), params, limit, (seed + index) % 2**63, request, stops)
             sequence.plain = plain
             # Counts of tokens that a penalty needs would hold drafts too; a prompt's log probabilities have rows of their own.
             sequence.speculates = self.assistant is not None and not params.penalizes and params.prompt_logprobs is None
+            if params.constraint is not None:
+                sequence.constraint, sequence.speculates = params.constraint(), False
             text = None
             if self.tokenizer is not None and (stream or params.stop):
                 text = TextStream(self.tokenizer, params.stop, params.skip_special_tokens)
@@ -274,42 +284,77 @@ class Engine:
 
     def step(self) -> list[Chunk]:
         """Compute one step; returns what requests have got from it, or, where steps overlap, from the one before."""
-        start, waited = time.perf_counter(), 0.0
+        start, self._waited = time.perf_counter(), 0.0
         if self._draft_length is not None:
             self.scheduler.drafts = self._draft_length.choose(len(self.scheduler.running))
         scheduled = self.scheduler.schedule()
-        launched, chunks = None, []
+        launched: Launched | None = None
+        chunks: list[Chunk] = []
         if scheduled:
             for w in () if isinstance(scheduled, DecodeBatch) else scheduled:
                 if w.begins and w.sequence.request.metrics.scheduled is None:
                     self.outputs.begun(w.sequence, start)
             try:
                 with own_dtypes():
-                    launched = self.runner.launch(scheduled, self.scheduler.drafts)
+                    launched = self.runner.launch(scheduled, self.scheduler.drafts, self._allowing(scheduled, chunks))
             except RanksError:
                 raise
             except Exception as error:
-                chunks = self._failed(scheduled, error)
+                chunks += self._failed(scheduled, error)
             self._metrics.steps += 1
         if self._overlap:
             self._running, launched = launched, self._running
         if launched is not None:
-            before = time.perf_counter()
-            try:
-                with self._ranks.collective():
-                    results = launched.fetched.wait()
-            except RanksError:
-                raise
-            except Exception as error:  # of a kernel: it shows only when the host waits
-                chunks += self._failed(launched.scheduled, error)
-                results = None
-            waited = time.perf_counter() - before
-            if results is not None:
-                chunks += self.outputs.arrived(launched.scheduled, results)
+            chunks += self._taken_in(launched)
         if invariants.enabled():
             self.scheduler.check()
-        self._metrics.host_seconds += time.perf_counter() - start - waited
+        self._metrics.host_seconds += time.perf_counter() - start - self._waited
         return chunks
+
+    def _taken_in(self, launched: Launched) -> list[Chunk]:
+        """What requests get from a step, once it has run."""
+        before = time.perf_counter()
+        try:
+            with self._ranks.collective():
+                results = launched.fetched.wait()
+        except RanksError:
+            raise
+        except Exception as error:  # of a kernel: it shows only when the host waits
+            return self._failed(launched.scheduled, error)
+        finally:
+            self._waited += time.perf_counter() - before
+        return self.outputs.arrived(launched.scheduled, results)
+
+    def _allowing(self, scheduled: Tokens[ScheduledChunk], chunks: list[Chunk]) -> Callable[[], Allowed] | None:
+        """What tells, while a step's model runs, which tokens its constrained sequences may get; None if it has none.
+
+        They depend on the tokens of the step before, which is taken in for it: what requests get from that goes to `chunks`.
+        """
+        sequences = scheduled.sequences if isinstance(scheduled, DecodeBatch) else [w.sequence for w in scheduled]
+        if all(sequence.constraint is None for sequence in sequences):
+            return None
+
+        def allowed() -> Allowed:
+            before, self._running = self._running, None
+            if before is not None:
+                chunks.extend(self._taken_in(before))
+            sampled = [w.sequence for w in scheduled for _ in range(w.sampled)]
+            return self._allowed(sampled, chunks)
+
+        return allowed
+
+    def _allowed(self, sampled: list[Sequence], chunks: list[Chunk]) -> Allowed:
+        """sampled  the sequence of each row"""
+        rows = [row for row, sequence in enumerate(sampled) if sequence.constraint is not None]
+        words = np.full((len(rows), -(-self.runner.vocabulary.size // 32)), -1, np.int32)
+        for place, row in enumerate(rows):
+            sequence = sampled[row]
+            if sequence.finish_reason is None and sequence.constraint is not None:
+                try:
+                    sequence.constraint.fill(words[place])
+                except Exception as error:
+                    chunks.extend(self.outputs.end_with_error(sequence.request, f"its constraint failed: {error}"))
+        return Allowed(rows=np.array(rows, np.int64), words=words)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now, with what it has. None if it has ended already, or never was."""
@@ -365,6 +410,8 @@ class Engine:
             raise ValueError(f"tokens in params must be 0 to {vocabulary - 1}, got {wrong[0]}; use this model's tokenizer")
         if (most := max(params.logprobs or 0, params.prompt_logprobs or 0)) > vocabulary:
             raise ValueError(f"logprobs must be at most the vocabulary's {vocabulary}, got {most}; ask for fewer")
+        if params.constraint is not None and self._ranks.several:
+            raise ValueError("a constraint needs a model on one rank, got several; ask without, or serve it from one GPU")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, got none with this model; use stop_token_ids")
         if params.n > self.config.max_requests:

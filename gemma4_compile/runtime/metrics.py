@@ -152,7 +152,7 @@ class _Collector:
                 yield family(name, text, value=value)
                 continue
             labelled = family(name, text, labels=[entry.metadata["label"]])
-            for key, count in value.items():
+            for key, count in tuple(value.items()):  # an engine on another thread may add one
                 labelled.add_metric([str(key)], count)
             yield labelled
         for key, histogram in self.metrics.histograms.items():

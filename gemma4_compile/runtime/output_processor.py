@@ -133,9 +133,14 @@ class OutputProcessor:
         """A step could not be computed: its requests end, the others never notice."""
         chunks: list[Chunk] = []
         for request in dict.fromkeys(w.sequence.request for w in scheduled):
-            for chunk in self._end_with_error(request, f"a step failed: {type(error).__name__}: {error}"):
-                self._tell(request, chunk)
-                chunks.append(chunk)
+            chunks += self.end_with_error(request, f"a step failed: {type(error).__name__}: {error}")
+        return chunks
+
+    def end_with_error(self, request: Request, message: str) -> list[Chunk]:
+        """End a request, and tell it; nothing if it has ended already."""
+        chunks = self._end_with_error(request, message)
+        for chunk in chunks:
+            self._tell(request, chunk)
         return chunks
 
     def _end_with_error(self, request: Request, message: str) -> list[Chunk]:
@@ -173,6 +178,9 @@ class OutputProcessor:
             if reason is not None:
                 tokens = tokens[:count]  # the rest was accepted for nothing
                 break
+        if sequence.constraint is not None:
+            for token in tokens:
+                sequence.constraint.accept(token)
         self.scheduler.arrived(sequence, tokens, verified)
         self.metrics.output_tokens += len(tokens)
         if request.metrics.first_token is None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .constraint import MakeConstraint
+
 MAX_LOGPROBS = 100  # what a step copies to the host for each row stays small
 
 _MOST = 1e6  # of what becomes fp32: far beyond any use, far from overflow
@@ -32,6 +34,8 @@ class SamplingParams:
     logprobs              log probabilities of each new token and of so many likeliest, by the model's own logits; None for none
     prompt_logprobs       the same for the prompt's tokens: all its rows are computed, prefixes are not reused
     skip_special_tokens   leave special tokens out of the text
+    constraint            makes a Constraint (runtime/constraint.py) for each sample, which says at each place which tokens may
+                          come; nothing is drafted then
 
     Raises ValueError for a value out of range, or values that contradict each other.
     """
@@ -54,6 +58,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    constraint: MakeConstraint | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -75,13 +80,15 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens must be at most max_tokens, got {self.min_tokens} and {self.max_tokens}; raise max_tokens"
             )
-        if self.n > 1 and self.temperature == 0:
-            raise ValueError(f"n > 1 greedy samples would be equal, got n={self.n}, temperature=0; raise the temperature")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise ValueError(f"stop must hold strings that are not empty, got {list(self.stop)!r}; leave it out")
         for name, tokens in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             if wrong := [token for token in tokens if isinstance(token, bool) or not isinstance(token, int)]:
                 raise ValueError(f"{name} must name tokens by their ids, got {wrong[0]!r}; use the tokenizer's integers")
+        if self.constraint is not None and self.min_tokens:
+            raise ValueError(
+                f"min_tokens and a constraint may leave no token that may come, got min_tokens={self.min_tokens}; leave it out"
+            )
         for token, bias in self.logit_bias.items():
             if not isinstance(bias, (int, float)) or not (abs(bias) <= _MOST or bias == -math.inf):
                 raise ValueError(

@@ -132,12 +132,12 @@ def test_a_round_waits_for_nothing(params: SamplingParams) -> None:
     engine.generate(prompts, replace(params, ignore_eos=True))  # captures
     launch, rounds = engine.runner.launch, 0
 
-    def guarded(work: Any, drafts: int) -> Any:
+    def guarded(work: Any, drafts: int, *more: Any) -> Any:
         nonlocal rounds
         rounds += any(w.drafts for w in work)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return launch(work, drafts)
+            return launch(work, drafts, *more)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -132,9 +132,9 @@ def test_any_length_at_any_time(drafts: Any) -> None:
     outputs, lengths = [], set()
     launch = engine.runner.launch
 
-    def noted(work: Any, drafts: int) -> Any:
+    def noted(work: Any, drafts: int, *more: Any) -> Any:
         lengths.add(drafts)
-        return launch(work, drafts)
+        return launch(work, drafts, *more)
 
     engine.runner.launch = noted  # type: ignore[method-assign, assignment]
     for prompt in prompts:

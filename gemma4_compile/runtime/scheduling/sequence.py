@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
+from gemma4_compile.runtime.constraint import Constraint
 from gemma4_compile.runtime.sampling_params import SamplingParams
 
 from .pages import Allocation
@@ -27,6 +28,7 @@ class Sequence:
     speculates    whether tokens are drafted for it
     placed        whether the device has its last token and the position of that
     drafted       drafts to follow it that the device has
+    constraint    says which tokens may come; None: all
     ahead         drafts that steps verify whose results the host does not know yet: so many tokens more may be computed
     """
 
@@ -39,6 +41,7 @@ class Sequence:
     stops: frozenset[int] = frozenset()
     plain: bool = False
     speculates: bool = False
+    constraint: Constraint | None = None
     placed: bool = False
     drafted: int = 0
     ahead: int = 0

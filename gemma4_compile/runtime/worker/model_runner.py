@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from .capture import buckets_of, capture, capture_drafts, within
 from .memory import MemoryReport, allocate, naive_token_bytes, token_bytes
 from .model import PackedModel
 from .ranks import Ranks
-from .sampler import Counted, Sampled, Sampler, named_logprobs
+from .sampler import Counted, Sampled, Sampler, named_logprobs, only
 from .sizing import Sizing, padding_step
 
 # Fields of EngineConfig that decide what a rank runs.
@@ -62,6 +62,13 @@ class PlannedStep:
     thresholds: frozenset[str]
     drafts: int
     draws: bool
+
+
+class Allowed(TypedDict):
+    """Which tokens the constrained rows of a step may get: rows [C] int64 of those that sample, words as of `sampler.only`."""
+
+    rows: np.ndarray
+    words: np.ndarray
 
 
 @dataclass
@@ -241,13 +248,18 @@ class ModelRunner:
     # Steps
 
     @torch.no_grad()
-    def launch(self, scheduled: Sequence[ScheduledChunk], drafts: int | None = None) -> Launched:
+    def launch(
+        self, scheduled: Sequence[ScheduledChunk], drafts: int | None = None, allowed: Callable[[], Allowed] | None = None
+    ) -> Launched:  # fmt: skip
         """Start a planned step, which makes so many drafts of each request, K unless given. On a GPU this returns before it has
-        run."""
+        run.
+
+        allowed  called while the model runs, for the step's constrained rows; None: there are none
+        """
         plan = self._plan(scheduled, drafts)  # an error here is this step's alone
         with self.ranks.collective():
             self.ranks.broadcast("step", plan)
-            return Launched(scheduled, Fetched(self._run(plan)))
+            return Launched(scheduled, Fetched(self._run(plan, allowed)))
 
     def _plan(self, scheduled: Sequence[ScheduledChunk], drafts: int | None) -> PlannedStep:
         begun = () if isinstance(scheduled, DecodeBatch) else [self.sampler.begin(w) for w in scheduled if w.begins]
@@ -273,7 +285,7 @@ class ModelRunner:
         with self.ranks.collective():
             self._run(plan)
 
-    def _run(self, plan: PlannedStep) -> dict[str, Tensor]:
+    def _run(self, plan: PlannedStep, allowed: Callable[[], Allowed] | None = None) -> dict[str, Tensor]:
         for counted in plan.counted:
             self.sampler.count(*counted)
         (logits, hidden), step, greedy = self._forward(plan.inputs)
@@ -284,7 +296,8 @@ class ModelRunner:
             results |= named_logprobs("prompt_", self.vocabulary, wanted, prompts.next_tokens, plan.prompt_top)
             logits = logits[prompts.sampled]
         if sampled := len(plan.inputs.targets):
-            results |= self._new_tokens(plan, step, logits[:sampled], hidden, greedy)
+            constrained = None if allowed is None else self.staging.send(dict(allowed()))
+            results |= self._new_tokens(plan, step, logits[:sampled], hidden, greedy, constrained)
         if self._launched is not None:
             self._launched.record()
         return results
@@ -303,15 +316,17 @@ class ModelRunner:
         return (self.graphs or self.packed).run(step.model() | self.kv), step, None
 
     def _new_tokens(
-        self, plan: PlannedStep, step: StepInputs[Tensor], logits: Tensor, hidden: Tensor, greedy: Tensor | None
+        self, plan: PlannedStep, step: StepInputs[Tensor], logits: Tensor, hidden: Tensor, greedy: Tensor | None,
+        constrained: dict[str, Tensor] | None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Tokens [S] of these logits [S, shard], their log probabilities where asked for, and how many draft tokens of
         each request are accepted, [D], where there are any."""
         accepted: Tensor | None = None
-        if greedy is not None:
+        if greedy is not None and constrained is None:
             tokens = greedy
         else:
-            sampled = self.sampler(logits, step, plan.thresholds)
+            shaped = logits if constrained is None else only(logits, **constrained, first=self.vocabulary.start)
+            sampled = self.sampler(shaped, step, plan.thresholds)
             tokens = sampled.tokens
             if plan.draws:
                 tokens, accepted = self._reject(sampled, step)

@@ -162,6 +162,18 @@ class Sampler:
         return Sampled(tokens, logits, offsets)
 
 
+def only(logits: Tensor, rows: Tensor, words: Tensor, first: int) -> Tensor:
+    """Logits [S, shard] where all tokens but some are out: -inf.
+
+    rows   [C] int64, which rows are constrained
+    words  [C, vocabulary / 32, rounded up] int32: bit i of word w is set if token 32 w + i may come
+    first  token of this shard
+    """
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    allowed = bits.flatten(1)[:, first : first + logits.shape[1]].bool()
+    return logits.index_put((rows,), logits[rows].masked_fill(~allowed, -torch.inf))
+
+
 def named_logprobs(prefix: str, vocabulary: Vocabulary, logits: Tensor, tokens: Tensor, top: int) -> dict[str, Tensor]:
     """Log probabilities of these tokens and of the likeliest, by name, to be fetched together."""
     chosen, ranks, values, ids = vocabulary.logprobs(logits, tokens, top)
