@@ -1,4 +1,4 @@
-.PHONY: lint format test test-slow test-all test-oldest bench
+.PHONY: lint format test test-slow test-all test-load test-oldest bench
 
 lint:
 	ruff check .
@@ -17,6 +17,10 @@ test-slow:
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m slow
 
 test-all: test test-slow
+
+# Servers under load, and requests by the thousand: minutes, which change with little else.
+test-load:
+	python -m pytest -q -m load tests/serve tests/bench
 
 # Hugging Face's own calls on the oldest torch and transformers that pyproject.toml allows, and what is slow.
 test-oldest:

@@ -23,6 +23,7 @@ import random
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig
+from gemma4_compile.bench.acceptance import forced
 from gemma4_compile.hf.loading import random_assistant, random_model
-from gemma4_compile.runtime.speculative import verification
-from gemma4_compile.runtime.worker import model_runner
 from gemma4_compile.torchrun import launched_ranks
 from scripts._bandwidth import copy_bandwidth
 from scripts._divided import divided_assistant, divided_model
@@ -60,23 +60,6 @@ VLLM: dict[str, dict[str, tuple[float | None, float | None, float]]] = {
 VLLM_MTP: dict[str, dict[str, tuple[float | None, float | None, float]]] = {
     "E2B": {"1024/1024x80": (3.69, 464, 3.10), "8000/1000x80": (10.6, 3165, 7.20), "128/256x1": (None, None, 1.43)},
 }
-
-
-def force_acceptance(tokens_a_round: float, drafts: int) -> None:
-    """From now on each draft behind right ones is right by a chance that makes rounds of so many tokens on average."""
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        chance = (low + high) / 2
-        more = 1 + sum(chance**i for i in range(1, drafts + 1)) > tokens_a_round
-        low, high = (low, chance) if more else (chance, high)
-
-    def propose(drafter: Any, state: Any, tokens: torch.Tensor, hidden: torch.Tensor, step: Any, *rest: Any) -> torch.Tensor:
-        made = verification.verified_drafts(state, step.speculation)
-        right = (torch.rand(made.shape, device=made.device) < chance) & (made >= 0)
-        count, _, *drawn = rest
-        return verification.propose(drafter, state, tokens, hidden, step, count, right.long().cumprod(1).sum(1), *drawn)
-
-    model_runner.propose = propose  # type: ignore[assignment]
 
 
 def parse(workload: str) -> tuple[int, int, int]:
@@ -137,7 +120,6 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
     )  # fmt: skip
     speculative = None
     if arguments.mtp:
-        force_acceptance(arguments.mtp, arguments.speculative_tokens)
         vocabulary = small.get("vocab_size")
         if divided:
             assistant = divided_assistant(name, model, vocabulary)
@@ -220,7 +202,9 @@ def main() -> None:
     results = []
     for name in arguments.models.split(","):
         default = ["48/8x4", "32/16x1"] if arguments.quick else list(VLLM[name])
-        results.append(bench(name, arguments.workloads.split(",") if arguments.workloads else default, arguments))
+        workloads = arguments.workloads.split(",") if arguments.workloads else default
+        with forced(arguments.mtp, arguments.speculative_tokens) if arguments.mtp else nullcontext():
+            results.append(bench(name, workloads, arguments))
     without_out = [word for i, word in enumerate(sys.argv) if i and "--out" not in sys.argv[i - 1 : i + 1]]
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     found = {

@@ -158,7 +158,7 @@ main(["serve", given[0], "--port", named["--port"], "--served-model-name", named
 """
 
 
-@pytest.mark.slow
+@pytest.mark.load
 def test_a_stand_in_for_vllm(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     command = f"{sys.executable} {tmp_path / 'stand_in.py'}"

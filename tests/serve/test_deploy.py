@@ -16,7 +16,7 @@ from tests.serve.running import PATIENCE, Running, new_engine, running
 
 CONFIGURATION = Path(__file__).parent.parent.parent / "examples" / "deploy" / "nginx.conf"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(NGINX is None, reason="no nginx")]
+pytestmark = [pytest.mark.load, pytest.mark.skipif(NGINX is None, reason="no nginx")]
 COMPLETIONS = "/v1/completions"
 
 

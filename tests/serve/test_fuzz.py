@@ -59,7 +59,7 @@ def served() -> Iterator[Running]:
         yield found
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.load)])
 def test_no_request_is_a_fault(served: Running, count: int) -> None:
     chooser, statuses = random.Random(count), set()
     with httpx.Client(base_url=served.url, timeout=PATIENCE) as client:

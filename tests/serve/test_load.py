@@ -16,7 +16,7 @@ from gemma4_compile import Engine, EngineConfig
 from tests.runtime.demo_models import demo
 from tests.serve.running import PATIENCE, demo_engine, running
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.load
 COMPLETIONS = "/v1/completions"
 
 

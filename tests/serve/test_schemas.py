@@ -45,7 +45,7 @@ def schema(chooser: random.Random, depth: int = 0) -> dict[str, Any]:
     return {"type": kind, "properties": properties, "required": needed, "additionalProperties": False}
 
 
-@pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.load)])
 def test_answers_are_what_the_schema_says(served: Running, count: int) -> None:
     chooser = random.Random(count)
     asked = [schema(chooser) for _ in range(count)]
