@@ -108,10 +108,10 @@ def _kind(weights: tuple[Tensor | None, ...], known: frozenset[int] | None) -> i
     """EARLY if all weights are constant. known None: an op's first kernel is launched plainly, so what the op was given is
     complete. Strided weights are not: launchers copy them."""
     given = [weight for weight in weights if weight is not None]
-    constant = bool(given) and all(
+    early = bool(given) and all(
         weight.is_contiguous() and (known is None or weight.untyped_storage().data_ptr() in known) for weight in given
     )
-    return int(EARLY if constant else WAIT)
+    return int(EARLY if early else WAIT)
 
 
 @jit
