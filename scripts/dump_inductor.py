@@ -35,7 +35,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         check_folder(options.out, options.force)
-        model, _ = load_model(options, getattr(torch, options.dtype) if options.dtype else None)
+        model, _ = load_model(options)
         with whole_or_nothing(options.out, ("torchinductor",)) as draft:
             dump(compiled_part(model), draft, options)
     except (ValueError, TypeError, OSError, Unsupported) as error:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from gemma4_compile import Engine
 from gemma4_compile.cli import main
@@ -26,9 +25,10 @@ def load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of all tests are of one model in float32, which is loaded and compiled by the first."""
     real = cli_serve.load_model
 
-    def load_model(options: Any, dtype: Any, text_only: bool = False) -> Any:
+    def load_model(options: Any, text_only: bool = False) -> Any:
         if options.model not in _LOADED:
-            _LOADED[options.model] = real(options, torch.float32, text_only)
+            options.dtype = "float32"
+            _LOADED[options.model] = real(options, text_only)
         return _LOADED[options.model]
 
     monkeypatch.setattr(cli_serve, "load_model", load_model)

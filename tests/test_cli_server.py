@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from gemma4_compile.cli import main
+from gemma4_compile.cli import _parser, main
 from gemma4_compile.cli import server as cli_server
+from gemma4_compile.cli.common import load_model
 from gemma4_compile.serve import server
 from gemma4_compile.serve.config import ServeConfig
 from gemma4_compile.serve.templates import PLAIN
+from tests.models import tiny
 
 
 class Loaded:
@@ -95,3 +98,12 @@ def test_without_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "gemma4_compile.serve.config", None)
     assert main(["serve", "--demo"]) == 1
     assert "pip install 'gemma4-compile[serve]'" in capsys.readouterr().err
+
+
+def test_random_weights(tmp_path: Path) -> None:
+    """As the other commands take them, though this one cuts no layers."""
+    config = tmp_path / "config.json"
+    config.write_text(tiny("dense").config.to_json_string())
+    options = _parser().parse_args(["serve", str(config), "--device", "cpu", "--dtype", "float16"])
+    model, tokenizer = load_model(options, text_only=True)
+    assert (model.dtype, tokenizer) == (torch.float16, None)

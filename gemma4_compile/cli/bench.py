@@ -102,7 +102,6 @@ def _plan(options: argparse.Namespace) -> "Plan":
 
 
 def _subject(options: argparse.Namespace, plan: "Plan", name: str) -> "Subject":
-    import torch
 
     from gemma4_compile import demo_checkpoint
     from gemma4_compile.bench.matrix import Subject
@@ -111,7 +110,7 @@ def _subject(options: argparse.Namespace, plan: "Plan", name: str) -> "Subject":
     from gemma4_compile.hf.loading import checkpoint, random_assistant, text_part
 
     options.model = name
-    loaded, tokenizer = load_model(options, getattr(torch, options.dtype) if options.dtype else None, text_only=True)
+    loaded, tokenizer = load_model(options, text_only=True)
     model = text_part(loaded).requires_grad_(False)
     if name in DEMO_NAMES:
         longest = max(load.given for load in plan.workloads)

@@ -39,7 +39,7 @@ def config_of(options: argparse.Namespace) -> Any:
     return OptimizeConfig(enable=names(options.enable), disable=names(options.disable), progress=launched_rank() == 0)
 
 
-def load_model(options: argparse.Namespace, dtype: Any, text_only: bool = False) -> tuple[Any, Any]:
+def load_model(options: argparse.Namespace, text_only: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer or None) of what the command line names; `text_only` leaves towers out. Raises ValueError for what
     cannot be loaded."""
     import torch
@@ -50,6 +50,8 @@ def load_model(options: argparse.Namespace, dtype: Any, text_only: bool = False)
     from gemma4_compile.hf.loading import checkpoint, load, random_model, tokenizer_of
 
     config_of(options)  # a wrong name must not cost the time of loading
+    name, layers = (getattr(options, field, None) for field in ("dtype", "layers"))  # which not all commands have
+    dtype = getattr(torch, name) if name else None
     if launched_ranks() > 1:
         from gemma4_compile.hf import parallel
 
@@ -59,8 +61,8 @@ def load_model(options: argparse.Namespace, dtype: Any, text_only: bool = False)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU that torch can see, got none; use --device cpu")
     if options.model.endswith(".json") or options.model in TEXT_CONFIGS:
-        return random_model(options.model, options.layers, device, dtype or torch.bfloat16), None
-    if getattr(options, "layers", None):
+        return random_model(options.model, layers, device, dtype or torch.bfloat16), None
+    if layers:
         raise ValueError(f"--layers cuts a bare config, got {options.model}; leave it out")
     folder = demo_checkpoint(options.model) / "target" if options.model in DEMO_NAMES else options.model
     return load(folder, device, dtype, text_only)

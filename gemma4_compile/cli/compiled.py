@@ -48,7 +48,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     from gemma4_compile import report
 
-    model, tokenizer = _optimized(options, dtype=None)
+    model, tokenizer = _optimized(options)
     if tokenizer is None:
         raise ValueError(f"the demo needs a tokenizer, got none in {options.model}; use `report` for models without")
     inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
@@ -74,7 +74,7 @@ def _report(options: argparse.Namespace) -> int:
 
     from gemma4_compile import report
 
-    model, _ = _optimized(options, dtype=getattr(torch, options.dtype) if options.dtype else None)
+    model, _ = _optimized(options)
     prompt = torch.randint(3, model.config.get_text_config().vocab_size, (1, 8), device=model.device)
     with torch.inference_mode():
         model.generate(prompt, max_new_tokens=2, do_sample=False)
@@ -86,14 +86,12 @@ def _inspect(options: argparse.Namespace) -> int:
     from dataclasses import asdict
     from pathlib import Path
 
-    import torch
-
     from gemma4_compile import inspect
     from gemma4_compile.inspection.files import check_folder
     from gemma4_compile.inspection.tables import check_layer, only_layer, summary
 
     check_folder(Path(options.out), options.force)  # before the model is loaded
-    model, _ = load_model(options, getattr(torch, options.dtype) if options.dtype else None)
+    model, _ = load_model(options)
     check_layer(options.layer, model.config.get_text_config().num_hidden_layers)
     name = options.model + (f" cut to {options.layers} layers" if options.layers else "")
     found = inspect(
@@ -117,8 +115,8 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _optimized(options: argparse.Namespace, dtype: Any) -> tuple[Any, Any]:
+def _optimized(options: argparse.Namespace) -> tuple[Any, Any]:
     from gemma4_compile import optimize
 
-    model, tokenizer = load_model(options, dtype)
+    model, tokenizer = load_model(options)
     return optimize(model, config_of(options)), tokenizer

@@ -68,7 +68,7 @@ def _engine(options: argparse.Namespace) -> "Engine":
         optimize=config_of(options), max_requests=16, capture_at_start=False,
     )  # fmt: skip
     speculative = speculative_of(options)
-    model, tokenizer = load_model(options, None, text_only=True)
+    model, tokenizer = load_model(options, text_only=True)
     engine = Engine(model, config, tokenizer, speculative=speculative)
     if engine.tokenizer is None:
         raise ValueError(f"text needs a tokenizer, got none in {options.model}; use a checkpoint folder with one")

@@ -90,7 +90,6 @@ def _config(options: argparse.Namespace) -> "ServeConfig":
 
 
 def _engine(options: argparse.Namespace) -> "Engine":
-    import torch
 
     from gemma4_compile import Engine, EngineConfig
     from gemma4_compile.hf.loading import tokenizer_of
@@ -100,7 +99,7 @@ def _engine(options: argparse.Namespace) -> "Engine":
         optimize=config_of(options), max_requests=options.max_requests, chat=False,
     )  # fmt: skip
     speculative = speculative_of(options)
-    model, tokenizer = load_model(options, getattr(torch, options.dtype) if options.dtype else None, text_only=True)
+    model, tokenizer = load_model(options, text_only=True)
     if options.tokenizer is not None:
         tokenizer = tokenizer_of(options.tokenizer)
     return Engine(model, config, tokenizer, speculative=speculative)
