@@ -15,7 +15,7 @@ from .answers import Answer, Delta, tool_call
 from .context import Context, head, usage, usage_so_far
 from .errors import ApiError
 from .generation import chunks_of, outputs_of
-from .http import EventStream, unless_gone
+from .http import answered
 from .logprobs import chat_logprobs, prompt_logprobs
 from .sampling import params_of
 from .schema import ChatRequest, NamedTool, Tool, parse
@@ -30,10 +30,7 @@ async def chat_completions(context: Context, request: Request) -> Response:
     if _tools(asked) and context.template is None:
         raise ApiError(400, "this model's chat template knows no tools; leave them out, or give another template", "tools")
     run = await _Chat.of(context, asked, request.state.id)
-    if not asked.stream:
-        return await unless_gone(request, run.whole())
-    events = run.events()
-    return EventStream(await unless_gone(request, anext(events)), events)
+    return await answered(request, run, asked.stream)
 
 
 class _Chat:
@@ -97,11 +94,7 @@ class _Chat:
             "index": index, "message": message, "logprobs": None, "stop_reason": sample.stop_reason,
             "finish_reason": _finish(sample.finish_reason, answer),
         }  # fmt: skip
-        if sample.logprobs is not None:
-            choice["logprobs"] = chat_logprobs(sample.logprobs, self.asked.top_logprobs or 0, self.context.texts)
-        if self.asked.return_token_ids:
-            choice["token_ids"] = sample.token_ids
-        return choice
+        return choice | self._tokens_of(sample)
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """Objects of a stream."""
@@ -142,11 +135,16 @@ class _Chat:
             "index": chunk.index, "delta": delta, "logprobs": None,
             "finish_reason": None if chunk.finish_reason is None else _finish(chunk.finish_reason, answer),
         }  # fmt: skip
-        if chunk.logprobs is not None:
-            choice["logprobs"] = chat_logprobs(chunk.logprobs, self.asked.top_logprobs or 0, self.context.texts)
+        return choice | self._tokens_of(chunk)
+
+    def _tokens_of(self, part: Sample | Chunk) -> dict[str, Any]:
+        """What a choice says of its tokens one by one, as far as it was asked for."""
+        found: dict[str, Any] = {}
+        if part.logprobs is not None:
+            found["logprobs"] = chat_logprobs(part.logprobs, self.asked.top_logprobs or 0, self.context.texts)
         if self.asked.return_token_ids:
-            choice["token_ids"] = chunk.token_ids
-        return choice
+            found["token_ids"] = part.token_ids
+        return found
 
 
 def _as_json(deltas: list[Delta], calls: int) -> dict[str, Any]:

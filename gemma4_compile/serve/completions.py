@@ -14,7 +14,7 @@ from gemma4_compile.runtime.outputs import Chunk, RequestOutput, Sample, TokenLo
 from .context import Context, head, usage, usage_so_far
 from .errors import ApiError
 from .generation import chunks_of, outputs_of
-from .http import EventStream, unless_gone
+from .http import answered
 from .logprobs import CompletionLogprobs, prompt_logprobs
 from .sampling import params_of
 from .schema import CompletionRequest, parse
@@ -29,10 +29,7 @@ async def completions(context: Context, request: Request) -> Response:
     if asked.best_of is not None and asked.best_of != asked.n:
         raise ApiError(400, f"best_of must be n={asked.n}, got {asked.best_of}; leave it out", "best_of")
     run = await _Completion.of(context, asked, request.state.id)
-    if not asked.stream:
-        return await unless_gone(request, run.whole())
-    events = run.events()
-    return EventStream(await unless_gone(request, anext(events)), events)
+    return await answered(request, run, asked.stream)
 
 
 class _Completion:

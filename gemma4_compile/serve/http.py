@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect, Request
@@ -43,6 +43,22 @@ def _too_large(most: int) -> ApiError:
     return ApiError(
         413, f"the body must have at most {most} bytes; ask in parts", code="body_too_large", headers={"connection": "close"}
     )
+
+
+class Run(Protocol):
+    """A request that can be answered whole, or as a stream."""
+
+    async def whole(self) -> Response: ...
+
+    def events(self) -> AsyncGenerator[Any, None]: ...
+
+
+async def answered(request: Request, run: Run, stream: bool) -> Response:
+    """Raises what the run raises before its first event, ClientDisconnect if the client goes."""
+    if not stream:
+        return await unless_gone(request, run.whole())
+    events = run.events()
+    return EventStream(await unless_gone(request, anext(events)), events)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
