@@ -17,14 +17,11 @@ from gemma4_compile.ops.dependent import constants
 from gemma4_compile.ops.examples import Sizes, example
 from gemma4_compile.ops.fusions.attention_qkv import attention_qkv
 from tests.ops.attention_cases import NEW_MIXES, raw, step
+from tests.ops.dependent_cases import KEPT, weights_of
 from tests.ops.kernel_cases import outputs
 
 E2B = Sizes(hidden=1536, q_heads=8, kv_heads=1, head_dim=256, intermediate=6144)
-WEIGHTS = {
-    "weight", "gate_weight", "up_weight", "first", "second", "third", "projection_weight", "norm_weight", "next_weight",
-    "feed_forward_weight", "router_scale", "expert_weight", "dense_weight", "q_weight", "k_weight", "per_expert_scale", "table",
-    "embed_scale", "layer_scalar", "gate_up", "down",
-}  # fmt: skip
+pytestmark = pytest.mark.skipif(not dependent.supported(), reason="dependent launches need a Hopper GPU or a newer one")
 
 
 @triton.jit
@@ -70,16 +67,13 @@ def check(launch: Callable[..., Any], args: tuple[Any, ...], weights: set[int]) 
         assert all(map(torch.equal, results, wanted))
 
 
-@pytest.mark.skipif(not dependent.supported(), reason="dependent launches need a Hopper GPU or a newer one")
-@pytest.mark.parametrize("name", [name for name in OPS if name != "verify" and not name.startswith("all_reduce")])
+@pytest.mark.parametrize("name", KEPT)
 def test_what_comes_late_is_waited_for(name: str) -> None:
     for tokens in (1, 6, 20):
         args = example(name, E2B, tokens, torch.bfloat16, "cuda")
-        places = OPS[name].places
-        check(OPS[name].launch, args, {i for p, i in places.items() if p in WEIGHTS and isinstance(args[i], Tensor)})
+        check(OPS[name].launch, args, weights_of(name, args))
 
 
-@pytest.mark.skipif(not dependent.supported(), reason="dependent launches need a Hopper GPU or a newer one")
 @pytest.mark.parametrize("mix", NEW_MIXES)
 def test_attention_waits_for_keys(mix: str) -> None:
     made = step(NEW_MIXES[mix], heads=8, dim=64, dtype=torch.bfloat16, device="cuda", padding=2, unwritten=0.0)

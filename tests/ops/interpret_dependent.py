@@ -23,18 +23,11 @@ from torch import Tensor
 from gemma4_compile.ops import OPS, dependent
 from gemma4_compile.ops.attention import attention
 from gemma4_compile.ops.dependent import alone, constants, ready, start
-from gemma4_compile.ops.distributed.all_reduce_norm import PREFIX
 from gemma4_compile.ops.examples import SMALL, example
 from gemma4_compile.ops.fusions.attention_qkv import attention_qkv
 from tests.ops.attention_cases import NEW_MIXES, raw, step
+from tests.ops.dependent_cases import KEPT, weights_of
 
-# Arguments that are weights of a model.
-WEIGHTS = {
-    "weight", "gate_weight", "up_weight", "first", "second", "third", "projection_weight", "norm_weight", "next_weight",
-    "feed_forward_weight", "router_scale", "expert_weight", "dense_weight", "q_weight", "k_weight", "per_expert_scale", "table",
-    "embed_scale", "layer_scalar", "gate_up", "down",
-}  # fmt: skip
-KEPT = [name for name in OPS if name != "verify" and not name.startswith(PREFIX)]  # which samples, behind graphs; on one rank
 CHAINS = ("experts", "ple_tail", "ple_tail_norm")  # ops of kernels that are dependent in any launch
 
 
@@ -144,10 +137,9 @@ def check(launch: Callable[..., Any], args: Sequence[Any], weights: Sequence[Ten
 
 
 def cases_of(name: str) -> Iterator[tuple[tuple, list[Tensor]]]:
-    places = OPS[name].places
     for tokens in (1, 6, 20):  # of each kind of plan
         args = example(name, SMALL, tokens, torch.bfloat16)
-        yield args, [args[i] for p, i in places.items() if p in WEIGHTS and isinstance(args[i], Tensor)]
+        yield args, [args[place] for place in weights_of(name, args)]
 
 
 def keeps_the_rule(name: str) -> None:

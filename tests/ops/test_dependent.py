@@ -7,12 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gemma4_compile.ops import OPS, dependent
+from gemma4_compile.ops import dependent
 from gemma4_compile.ops.dependent import EARLY, PLAIN, WAIT, alone, behind, constants, first
-from gemma4_compile.ops.distributed.all_reduce_norm import PREFIX
+from tests.ops.dependent_cases import KEPT
 from tests.ops.interpreted import interpreted
-
-KEPT = [name for name in OPS if name != "verify" and not name.startswith(PREFIX)]
 
 
 @pytest.fixture(scope="module")
