@@ -35,13 +35,13 @@ from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
+from gemma4_compile.bench.rates import copy_bandwidth, median_seconds  # noqa: E402
 from gemma4_compile.ops import OPS  # noqa: E402
 from gemma4_compile.ops.distributed.all_reduce_norm import FORMS, by_nccl, by_one_shot, slot_bytes  # noqa: E402
 from gemma4_compile.ops.distributed.symmetric import forget  # noqa: E402
 from gemma4_compile.ops.examples import example  # noqa: E402
 from gemma4_compile.ops.plans import one_shot_pays  # noqa: E402
 from scripts import _flashinfer_all_reduce  # noqa: E402
-from scripts._bandwidth import copy_bandwidth, median_seconds  # noqa: E402
 from scripts.bench_ops import DENSE, MOE, ROTATE_BYTES, tensors  # noqa: E402
 
 CASES = {

@@ -21,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
+from gemma4_compile.bench.rates import copy_bandwidth, median_seconds, product_rate
 from gemma4_compile.ops.attention import AttentionPlan, attention_plan, launch_planned
-from scripts._bandwidth import copy_bandwidth, median_seconds, product_rate
 
 
 class Shape(NamedTuple):

@@ -26,12 +26,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 from gemma4_compile import ops
+from gemma4_compile.bench.rates import copy_bandwidth, median_seconds
 from gemma4_compile.geometry import geometry
+from gemma4_compile.graphs.recorder import CudaRecorder
 from gemma4_compile.hf.loading import random_model
 from gemma4_compile.ops.attention import attention
 from gemma4_compile.ops.dependent import constants
 from gemma4_compile.ops.fusions.attention_qkv import attention_qkv
-from scripts._bandwidth import copy_bandwidth, median_seconds
 
 PAGE = 64
 EPS = 1e-6
@@ -101,16 +102,10 @@ class Chain:
 
 def recorded(chain: Chain, weights: list[Tensor] | None) -> tuple[Callable[[], None], list[Tensor]]:
     """The chain's graph and its results; dependent launches if the weights are given."""
+    recorder = CudaRecorder(chain.hidden.device)
     with nullcontext() if weights is None else constants(weights):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            chain()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = chain()
-    return graph.replay, results
+        recorder.warm_up(chain)
+        return recorder.record(chain)
 
 
 def measure(model: Any, rows: int, context: int, bandwidth: float) -> dict[str, Any]:

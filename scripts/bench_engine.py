@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig
 from gemma4_compile.bench.acceptance import forced
+from gemma4_compile.bench.rates import copy_bandwidth
+from gemma4_compile.bench.workloads import Workload, workload
 from gemma4_compile.hf.loading import random_assistant, random_model
 from gemma4_compile.torchrun import launched_ranks
-from scripts._bandwidth import copy_bandwidth
 from scripts._divided import divided_assistant, divided_model
 
 WARM_UP = 128  # tokens: by then every graph that the workload uses is captured, also with --lazy
@@ -62,22 +64,12 @@ VLLM_MTP: dict[str, dict[str, tuple[float | None, float | None, float]]] = {
 }
 
 
-def parse(workload: str) -> tuple[int, int, int]:
-    """(in, out, requests). Raises ValueError for another form."""
-    try:
-        tokens, requests = workload.split("x")
-        given, wanted = tokens.split("/")
-        return int(given), int(wanted), int(requests)
-    except ValueError:
-        raise ValueError(f"a workload must be IN/OUTxREQUESTS, got {workload!r}; write 1024/1024x80") from None
-
-
-def serve(engine: Engine, given: int, wanted: int, requests: int, seed: int) -> dict[str, float]:
+def serve(engine: Engine, load: Workload, seed: int) -> dict[str, float]:
     """One run: all requests at once, to their ends."""
     chooser = random.Random(seed)
     vocabulary = engine.runner.vocabulary.size
-    prompts = [[chooser.randrange(3, vocabulary) for _ in range(given)] for _ in range(requests)]
-    params = SamplingParams(max_tokens=wanted, ignore_eos=True)
+    prompts = [[chooser.randrange(3, vocabulary) for _ in range(load.given)] for _ in range(load.requests)]
+    params = SamplingParams(max_tokens=load.wanted, ignore_eos=True)
     hosts, steps = [], engine.metrics.steps
     start = time.perf_counter()
     for prompt in prompts:
@@ -88,7 +80,7 @@ def serve(engine: Engine, given: int, wanted: int, requests: int, seed: int) -> 
         outputs += [chunk.output for chunk in engine.step() if chunk.output is not None]
         hosts.append(engine.metrics.host_seconds - before)
     total = time.perf_counter() - start
-    assert len(outputs) == requests and all(len(o.token_ids) == wanted for o in outputs)
+    assert len(outputs) == load.requests and all(len(o.token_ids) == load.wanted for o in outputs)
     steps = engine.metrics.steps - steps
     return {
         "seconds": total,
@@ -112,9 +104,10 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
     if model.config.enable_moe_block:
         model.set_experts_implementation("grouped_mm")
     loaded = time.perf_counter() - start
-    longest = max(sum(parse(w)[:2]) for w in workloads)
+    loads = [workload(text) for text in workloads]
+    longest = max(load.longest for load in loads)
     config = EngineConfig(
-        max_model_len=longest + 1, max_requests=max(parse(w)[2] for w in workloads), expected_tokens=longest,
+        max_model_len=longest + 1, max_requests=max(load.requests for load in loads), expected_tokens=longest,
         max_batched_tokens=arguments.max_batched_tokens, kv_dtype=arguments.kv_dtype, prefix_caching=not arguments.no_reuse,
         capture_at_start=not arguments.lazy, page_size=arguments.page_size,
     )  # fmt: skip
@@ -133,18 +126,17 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
         engine.run_worker()
         return {}
     rows: list[dict[str, Any]] = []
-    for workload in workloads:
-        given, wanted, requests = parse(workload)
-        serve(engine, given, min(wanted, WARM_UP), requests, seed=1)
-        runs = [serve(engine, given, wanted, requests, seed=2 + i) for i in range(arguments.repeats)]
-        row: dict[str, Any] = {"workload": workload} | {k: statistics.median(run[k] for run in runs) for k in runs[0]}
-        beside = (VLLM_MTP if arguments.mtp else VLLM).get(name, {}).get(workload)
+    for load in loads:
+        serve(engine, replace(load, wanted=min(load.wanted, WARM_UP)), seed=1)
+        runs = [serve(engine, load, seed=2 + i) for i in range(arguments.repeats)]
+        row: dict[str, Any] = {"workload": str(load)} | {k: statistics.median(run[k] for run in runs) for k in runs[0]}
+        beside = (VLLM_MTP if arguments.mtp else VLLM).get(name, {}).get(str(load))
         if beside is not None:
             row["vllm"] = dict(zip(("seconds", "ttft_ms", "tpot_ms"), beside, strict=True))
         rows.append(row)
-        print(f"{name:8} {workload:14} {describe(row)}", flush=True)
+        print(f"{name:8} {load!s:14} {describe(row)}", flush=True)
     if arguments.host_profile:
-        _profile_host(engine, *parse(workloads[-1])[::2])
+        _profile_host(engine, loads[-1].given, loads[-1].requests)
     refused = {} if engine.runner.graphs is None else engine.runner.graphs.refused
     floor = {}
     if arguments.device == "cuda":

@@ -245,7 +245,7 @@ def main() -> None:
 
 
 def _rates() -> tuple[float, float]:
-    from scripts._bandwidth import copy_bandwidth, product_rate
+    from gemma4_compile.bench.rates import copy_bandwidth, product_rate
 
     return copy_bandwidth(), product_rate()
 

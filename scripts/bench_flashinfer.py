@@ -20,8 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
+from gemma4_compile.bench.rates import median_seconds
 from gemma4_compile.ops.attention import launch_planned
-from scripts._bandwidth import median_seconds
 from scripts.bench_attention import LAYERS
 
 PAGE = 64

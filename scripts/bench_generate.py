@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 
 import gemma4_compile
 from gemma4_compile import Engine, EngineConfig, SamplingParams
+from gemma4_compile.bench.rates import copy_bandwidth
 from gemma4_compile.hf.loading import random_model
 from gemma4_compile.optimized import existing_state, state_of
-from scripts._bandwidth import copy_bandwidth
 
 WAYS = ("eager", "static", "optimize", "optimize again", "engine")
 

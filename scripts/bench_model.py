@@ -45,13 +45,13 @@ from transformers import StaticCache
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 from gemma4_compile import OptimizeConfig, optimize, report
+from gemma4_compile.bench.rates import copy_bandwidth, gpu_events
 from gemma4_compile.dynamo import own_code
 from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
 from gemma4_compile.hf.loading import random_model
 from gemma4_compile.hf.step_cache import CACHE
 from gemma4_compile.optimized import state_of
 from gemma4_compile.passes import FUSIONS, pipeline, prepare, run
-from scripts._bandwidth import copy_bandwidth, gpu_events
 
 _whole = partial(OptimizeConfig, packed=False)  # graphs of the whole model, which the variants are about
 VARIANTS: dict[str, OptimizeConfig | None] = {

@@ -24,9 +24,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
+from gemma4_compile.bench.rates import copy_bandwidth
 from gemma4_compile.ops import OPS
 from gemma4_compile.ops.examples import Sizes, example
-from scripts._bandwidth import copy_bandwidth
 
 E2B = Sizes(hidden=1536, q_heads=8, kv_heads=1, head_dim=256, intermediate=6144, layers=35)
 E4B = Sizes(hidden=2560, q_heads=8, kv_heads=2, head_dim=256, intermediate=10240, layers=42)

@@ -36,12 +36,12 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 from gemma4_compile import OptimizeConfig, optimize, report
+from gemma4_compile.bench.rates import copy_bandwidth, gpu_events, product_rate
 from gemma4_compile.geometry import Geometry
 from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.hf.loading import random_model
 from gemma4_compile.packed.inputs import PlainKV, Request
 from gemma4_compile.runtime.worker.model import PackedModel
-from scripts._bandwidth import copy_bandwidth, gpu_events, product_rate
 
 BUDGET = 8192  # tokens a step
 DECODED = 10

@@ -1,7 +1,5 @@
 """The floor of a workload: what its bytes and products take on this device at the rates measured here."""
 
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +7,7 @@ import torch
 
 from gemma4_compile.geometry import Geometry, geometry
 
+from .rates import copy_bandwidth, product_rate
 from .workloads import Workload
 
 
@@ -22,23 +21,7 @@ class Rates:
     @classmethod
     def measured(cls, dtype: torch.dtype) -> "Rates":
         """On this GPU, now."""
-        source = torch.ones(2**29, device="cuda")
-        target = torch.empty_like(source)
-        a, b = (torch.ones(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-        copied, multiplied = _median_seconds(lambda: target.copy_(source)), _median_seconds(lambda: a @ b)
-        return cls(2 * source.nbytes / copied, 2 * 8192**3 / multiplied)
-
-
-def _median_seconds(call: Callable[[], Any], repeats: int = 12) -> float:
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e-3 * begin.elapsed_time(end))
-    return statistics.median(times)
+        return cls(copy_bandwidth(), product_rate(dtype))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source), 12)
 
 
-def product_rate() -> float:
-    """FLOPs a second of a large bf16 matrix product."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def product_rate(dtype: torch.dtype = torch.bfloat16) -> float:
+    """FLOPs a second of a large matrix product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
     return 2 * 8192.0**3 / median_seconds(lambda: a @ b, 12)
