@@ -9,7 +9,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("borrowed", "dynamo", "garbage", "geometry", "progress", "torchrun"),
     ("ops.library",),
     ("ops.dependent", "ops.examples", "ops.plans", "ops.rows"),
-    ("ops.rms_norm", "ops.rope", "ops.attention"),
+    ("ops.rms_norm", "ops.rope", "ops.attention", "ops.attention_hopper"),
     ("ops.fusions", "ops.sampling"),
     ("ops.distributed",),
     ("ops",),

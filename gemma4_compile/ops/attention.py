@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_hopper import HopperPlan, hopper_plan, hopper_takes, launch_hopper
 from .dependent import alone, start
 from .library import expect, exponential, fresh, jit, op, pinned, power_of_two, tl, triton, unit_stride
-
-PROCESSORS = 132  # of an H200; plans depend on shapes alone, so that a captured graph fits any contents
+from .plans import PROCESSORS
 
 
 def masks(visible: Tensor | None) -> TypeGuard[Tensor]:
@@ -381,7 +381,7 @@ def _launch(
 
 def launch_planned(
     out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
-    positions: Tensor, starts: Tensor, window: int, scale: float, plan: AttentionPlan | None = None,
+    positions: Tensor, starts: Tensor, window: int, scale: float, plan: AttentionPlan | HopperPlan | None = None,
     visible: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The kernels, by `plan` or the plan of the shapes: launches depend on shapes alone, so a CUDA graph may hold them."""
@@ -401,26 +401,29 @@ def launch_planned(
     if not q.numel():
         return
 
-    group = heads // kv_heads
+    group, dim_block = heads // kv_heads, _dim_block(dim)
+    q, table, positions, starts = unit_stride(q), unit_stride(table), positions.contiguous(), starts.contiguous()
+    if plan is None and not masks(visible) and hopper_takes(q, keys, values, table):
+        plan = hopper_plan(rows, requests, kv_heads, group, table.shape[1] * page)
     if plan is None:
         plan = attention_plan(rows, requests, kv_heads, group, dim, table.shape[1] * page, window, q.element_size())
-    block_q, block_n, splits, warps, stages = plan
-    group_block, dim_block = power_of_two(group), _dim_block(dim)
-    expect("attention", "a tile must have 16 rows or more", block_q * group_block >= 16, True, "raise block_q")
-    block_n = min(block_n, page & -page)
-    mixed, tops, totals = out, out, out
+    mixed, tops, totals, splits = out, out, out, plan.splits
     if splits > 1:
         mixed = q.new_empty((rows, heads, splits, dim), dtype=torch.float32)
         tops, totals = q.new_empty((2, rows, heads, splits), dtype=torch.float32)
-    q, table = unit_stride(q), unit_stride(table)
-    shown = unit_stride(visible).view(torch.uint8) if masks(visible) else table
-    dependent, options = alone()
-    _attention_kernel[(rows // block_q + requests + 1, kv_heads, splits)](
-        q, keys, values, table, positions.contiguous(), starts.contiguous(), shown, mixed, tops, totals, rows, requests,
-        *q.stride()[1:3], *keys.stride()[:3], *values.stride()[:3], table.stride(0), shown.stride(0), scale,
-        group, group_block, dim, dim_block, page, window, block_q, block_n, splits, masks(visible), dependent,
-        num_warps=warps, num_stages=stages, **options,
-    )  # fmt: skip
+    if isinstance(plan, HopperPlan):
+        launch_hopper(mixed, tops, totals, q, keys, values, table, positions, starts, window, scale, plan)
+    else:
+        block_q, group_block, block_n = plan.block_q, power_of_two(group), min(plan.block_n, page & -page)
+        expect("attention", "a tile must have 16 rows or more", block_q * group_block >= 16, True, "raise block_q")
+        shown = unit_stride(visible).view(torch.uint8) if masks(visible) else table
+        dependent, options = alone()
+        _attention_kernel[(rows // block_q + requests + 1, kv_heads, splits)](
+            q, keys, values, table, positions, starts, shown, mixed, tops, totals, rows, requests,
+            *q.stride()[1:3], *keys.stride()[:3], *values.stride()[:3], table.stride(0), shown.stride(0), scale,
+            group, group_block, dim, dim_block, page, window, block_q, block_n, splits, masks(visible), dependent,
+            num_warps=plan.warps, num_stages=plan.stages, **options,
+        )  # fmt: skip
     if splits > 1:
         dependent, options = alone()
         _combine_kernel[(rows * heads,)](mixed, tops, totals, out, dim, dim_block, splits, dependent, num_warps=4, **options)

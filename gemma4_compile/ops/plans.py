@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+PROCESSORS = 132  # of an H200
+
 
 def row_plan(rows: int, width: int) -> tuple[int, bool]:
     """Warps, and whether the weights are loaded before the first reduction, of a kernel that holds a row a program.

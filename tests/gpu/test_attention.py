@@ -9,6 +9,7 @@ import torch
 
 from gemma4_compile import ops
 from gemma4_compile.ops.attention import attention_into
+from gemma4_compile.ops.attention_hopper import HopperPlan
 from gemma4_compile.ops.fusions.attention_qkv import attention_qkv_into
 from scripts import bench_flashinfer
 from scripts.bench_attention import LAYERS
@@ -20,6 +21,10 @@ HEADS = {  # heads, KV heads, head size
     "sliding 26B": (16, 8, 256),
     "full 26B": (16, 2, 512),
 }
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs Hopper: its attention kernel is NOT tested",
+)
 CONTEXTS = (4000, 1, 15, 16, 700, 511, 512, 513, 2047, 90, 1300, 33, 3999, 64, 256, 1000)
 BATCHES = {
     "decode 1": [Request(4000, 1)],
@@ -46,9 +51,33 @@ def cuda_step(heads: str, requests: list[Request], **options) -> Step:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_as_accurate_as_eager_bf16(batch: str, heads: str, window: int):
-    for page, padding in ((16, 3), (None, 0)):
+    for page, padding in ((16, 3), (64, 1), (None, 0)):
         made = cuda_step(heads, BATCHES[batch], page=page, window=window, dtype=torch.bfloat16, padding=padding)
         check_steps([(made, None)])
+
+
+@needs_hopper
+@pytest.mark.parametrize("splits", (1, 2, 16))
+@pytest.mark.parametrize(("heads", "kv_heads"), ((8, 1), (16, 2), (6, 2), (4, 4)))
+@pytest.mark.parametrize("batch", BATCHES)
+def test_hopper_as_accurate_as_eager(batch: str, heads: int, kv_heads: int, splits: int):
+    """Any number of rows and query heads, pages whose unwritten rows are NaN, and shares of the keys that have none."""
+    for page, padding, window in ((64, 3, 0), (None, 0, 0), (128, 1, 512)):
+        made = step(
+            BATCHES[batch], heads=heads, kv_heads=kv_heads, dim=512, device="cuda", page=page, padding=padding, window=window,
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        check_steps([(made, HopperPlan(splits))])
+
+
+@needs_hopper
+def test_hopper_reads_heads_before_rows():
+    """As Hugging Face's caches lie: [requests, heads, length, head size]."""
+    made = cuda_step("full 26B", BATCHES["prefill"], page=None, dtype=torch.bfloat16)
+    args = list(made.args)
+    for which in (3, 4):
+        args[which] = args[which].transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(ops.attention(*args), ops.attention(*made.fresh()))
 
 
 @pytest.mark.parametrize("window", (0, 512))

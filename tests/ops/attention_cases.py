@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gemma4_compile.ops.attention import AttentionPlan, attention, launch_planned
+from gemma4_compile.ops.attention_hopper import HopperPlan
 from tests.ops.accuracy import assert_as_accurate
 
 
@@ -110,7 +111,7 @@ def step(
     return Step(args, *history, asked, (after[0].to(device), after[1].to(device)))
 
 
-def check_steps(steps: Iterable[tuple[Step, AttentionPlan | None]], factor: float = 1.5) -> None:
+def check_steps(steps: Iterable[tuple[Step, AttentionPlan | HopperPlan | None]], factor: float = 1.5) -> None:
     """The kernel by its own plan or another: its error against fp64, zeros for padding, and the written keys and values.
 
     Errors are those of all steps together: of a few fp32 numbers the largest error is a matter of luck.

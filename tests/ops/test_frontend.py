@@ -16,10 +16,11 @@ import triton.language as tl  # noqa: E402
 from triton._C.libtriton import ir  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler.compiler import ASTSource, make_backend  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from gemma4_compile.graphs.step_buffer import StepBuffer  # noqa: E402
-from gemma4_compile.ops import OPS, dependent  # noqa: E402
+from gemma4_compile.ops import OPS, attention_hopper, dependent  # noqa: E402
 from gemma4_compile.ops.attention import attention  # noqa: E402
 from gemma4_compile.ops.dependent import constants  # noqa: E402
 from gemma4_compile.ops.examples import Sizes, example  # noqa: E402
@@ -60,7 +61,7 @@ class Frontend:
         if key in self.seen:
             return
         self.seen.add(key)
-        source = ASTSource(kernel, signature, constexprs, attributes)
+        source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, attributes)
         context = ir.context()
         ir.load_dialects(context)
         self.backend.load_dialects(context)
@@ -93,6 +94,14 @@ def test_attention(dim: int, window: int, frontend: Frontend) -> None:
         attention.launch(*made.fresh())
         attention_qkv.launch(*raw(made, False))
     assert len(frontend.seen) > 4
+
+
+@pytest.mark.parametrize("requests", [[Request(70, 1)] * 20, [Request(0, 600)]], ids=["shares", "whole"])
+def test_attention_on_hopper(requests: list[Request], frontend: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_hopper, "_is_hopper", lambda device: True)
+    made = step(requests, heads=8, dim=512, page=64, dtype=torch.bfloat16, unwritten=0.0)
+    attention.launch(*made.fresh())
+    assert any("hopper" in key for key in frontend.seen)
 
 
 def test_sampling(frontend: Frontend) -> None:
