@@ -33,11 +33,12 @@ from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
 from gemma4_compile.ops.fusions.experts import run_plan
+from gemma4_compile.ops.gluon import is_hopper
 from gemma4_compile.ops.library import INTERPRETED
-from gemma4_compile.ops.plans import PairPlan, TiledPlan, TilePlan, VectorPlan, experts_plan
+from gemma4_compile.ops.plans import HopperTilesPlan, PairPlan, TiledPlan, TilePlan, VectorPlan, experts_plan
 
 SMALL = "--small" in sys.argv
-Plan = PairPlan | TiledPlan | None
+Plan = PairPlan | TiledPlan | HopperTilesPlan | None
 HIDDEN, EXPERTS, TOP_K, INNER, LAYERS = (24, 6, 2, 16, 2) if SMALL else (2816, 128, 8, 704, 4)
 TOKENS = [1, 5] if SMALL else [1, 2, 4, 8, 16, 32, 64, 80, 128, 256, 1024, 8192]
 DTYPE, DEVICE = (torch.float32, "cpu") if SMALL else (torch.bfloat16, "cuda")  # the interpreter's dot is wrong for bf16
@@ -69,13 +70,13 @@ def varied(tokens: int) -> list[Plan]:
     for make, ups, downs in choices(tokens):
         plans += [make(up, downs[0]) for up in ups] + [make(ups[0], down) for down in downs[1:]]
     if tokens >= 64 and not SMALL:
-        plans.append(None)
+        plans += [None, HopperTilesPlan()] if is_hopper(torch.device(DEVICE, 0)) else [None]
     return list(dict.fromkeys(plans))
 
 
 def name(plan: Plan) -> str:
-    if plan is None:
-        return "vendor"
+    if plan is None or isinstance(plan, HopperTilesPlan):
+        return "vendor" if plan is None else "hopper"
     way = f"tiles of {plan.rows}" if isinstance(plan, TiledPlan) else "pairs"
     return f"{way}, up {list(plan.up)}, down {list(plan.down)}"
 

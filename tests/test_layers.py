@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("borrowed", "dynamo", "garbage", "geometry", "progress", "torchrun"),
     ("ops.library",),
-    ("ops.dependent", "ops.examples", "ops.plans", "ops.rows"),
+    ("ops.dependent", "ops.examples", "ops.gluon", "ops.plans", "ops.rows"),
     ("ops.rms_norm", "ops.rope", "ops.attention", "ops.attention_hopper"),
     ("ops.fusions", "ops.sampling"),
     ("ops.distributed",),

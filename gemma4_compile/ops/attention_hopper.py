@@ -10,34 +10,18 @@ of a large product (benchmarks/attention-hopper-h200.json has both). Gluon, whic
   block are started before the values of this one, so that the softmax runs beside a product.
 
 Source: FlashAttention-3 (arXiv 2407.08608) for the order of work; FlashMLA (github.com/deepseek-ai/FlashMLA) for the columns.
-Gluon has no interpreter: tests/ops/test_frontend.py compiles the kernel, tests/gpu/test_attention.py runs it.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from .library import INTERPRETED, power_of_two, triton
+from .gluon import barrier, blocks_of, gl, gluon_jit, hopper, is_hopper, mbarrier
+from .library import power_of_two
 from .plans import PROCESSORS
-
-if triton is not None:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia import hopper
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    gluon_jit = gluon.jit
-    barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6, 3.7
-else:
-    gl = None
-
-    def gluon_jit(kernel: Any = None, **_: Any) -> Any:
-        return kernel if kernel is not None else gluon_jit
 
 
 @gluon_jit
@@ -285,17 +269,17 @@ class HopperPlan(NamedTuple):
     splits: int
 
 
-class Blocks(NamedTuple):
+class Matrix(NamedTuple):
     """Pages as a matrix that the copy engine reads: a row of a page is row `page * page_rows + head * head_rows + row` from
     column `head * head_columns` on."""
 
-    matrix: Tensor
+    rows: Tensor
     page_rows: int
     head_rows: int
     head_columns: int
 
 
-def blocks_of(pages: Tensor) -> Blocks | None:
+def _matrix_of(pages: Tensor) -> Matrix | None:
     """[P, page, Hk, D] as a matrix; None where its strides make none."""
     count, page, heads, dim = pages.shape
     page_stride, row_stride, head_stride, _ = pages.stride()
@@ -304,22 +288,17 @@ def blocks_of(pages: Tensor) -> Blocks | None:
     if page_rest or head_rows and head_columns or pages.data_ptr() % 16 or row_stride * pages.element_size() % 16:
         return None
     rows, columns = (count - 1) * page_rows + (heads - 1) * head_rows + page, (heads - 1) * head_columns + dim
-    return Blocks(pages.as_strided((rows, columns), (row_stride, 1)), page_rows, head_rows, head_columns)
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return Matrix(pages.as_strided((rows, columns), (row_stride, 1)), page_rows, head_rows, head_columns)
 
 
 def hopper_takes(q: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> bool:
     """Whether the kernel can read these: bf16 on Hopper, head size 512, and blocks within pages."""
     dtypes = q.dtype == keys.dtype == values.dtype == torch.bfloat16
-    if INTERPRETED or triton is None or not dtypes or keys.shape[3] != 512 or not _is_hopper(q.device):
+    if not dtypes or keys.shape[3] != 512 or not is_hopper(q.device):
         return False
     if q.shape[2] > BLOCK_M * keys.shape[2] or keys.shape[1] % BLOCK_N and table.shape[1] > 1:
         return False
-    return blocks_of(keys) is not None and blocks_of(values) is not None
+    return _matrix_of(keys) is not None and _matrix_of(values) is not None
 
 
 def hopper_plan(rows: int, requests: int, kv_heads: int, group: int, max_keys: int) -> HopperPlan | None:
@@ -342,9 +321,8 @@ def launch_hopper(
     _, page, kv_heads, _ = keys.shape
     group, requests = heads // kv_heads, table.shape[0]
     group_block, block_q = power_of_two(group), BLOCK_M // power_of_two(group)
-    layout = gl.NVMMASharedLayout.get_default_for([BLOCK_N, dim], gl.bfloat16)
-    (k_matrix, *k_places), (v_matrix, *v_places) = cast(Blocks, blocks_of(keys)), cast(Blocks, blocks_of(values))
-    k_blocks, v_blocks = (TensorDescriptor.from_tensor(matrix, [BLOCK_N, dim], layout) for matrix in (k_matrix, v_matrix))
+    (k_rows, *k_places), (v_rows, *v_places) = cast(Matrix, _matrix_of(keys)), cast(Matrix, _matrix_of(values))
+    k_blocks, v_blocks = blocks_of(k_rows, BLOCK_N, dim), blocks_of(v_rows, BLOCK_N, dim)
     _hopper_attention_kernel[(kv_heads, rows // block_q + requests + 1, plan.splits)](
         q, k_blocks, v_blocks, table, positions, starts, out, tops, totals, rows, requests, *q.stride()[1:3], *k_places,
         *v_places, table.stride(0), scale * 1.4426950408889634, group, group_block, dim, page, window, BLOCK_M, BLOCK_N,

@@ -152,10 +152,15 @@ class TiledPlan(NamedTuple):
     down: TilePlan
 
 
+class HopperTilesPlan(NamedTuple):
+    """Sorted pairs in tiles of ops/fusions/experts_hopper.py."""
+
+
 def experts_plan(
-    tokens: int, top_k: int, experts: int, dtype: torch.dtype, hidden: int, inner: int
-) -> PairPlan | TiledPlan | None:
+    tokens: int, top_k: int, experts: int, dtype: torch.dtype, hidden: int, inner: int, hopper: bool = False
+) -> PairPlan | TiledPlan | HopperTilesPlan | None:
     """By shapes alone, so that a CUDA graph can hold it. None: torch's grouped product between our sort and our sum.
+    hopper: whether Hopper's kernels take it.
 
     Chosen with scripts/bench_experts.py.
     """
@@ -170,6 +175,8 @@ def experts_plan(
         return TiledPlan(16, TilePlan(64, 128, 4, 4), TilePlan(128, 128, 8, 3))
     if rows <= 16:
         return TiledPlan(32, TilePlan(64, 128, 4, 4), TilePlan(128, 64, 8, 4))
+    if hopper and rows > 48:
+        return HopperTilesPlan()
     if rows <= 64:
         return TiledPlan(64, TilePlan(256, 64, 8, 3), TilePlan(256, 64, 8, 3))
     if dtype == torch.bfloat16 and hidden % 8 == inner % 8 == 0:  # what it takes: rows that are multiples of 16 bytes

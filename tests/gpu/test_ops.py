@@ -11,9 +11,10 @@ import torch
 from gemma4_compile import ops
 from gemma4_compile.ops import OPS
 from gemma4_compile.ops.examples import SMALL, Sizes, example
+from gemma4_compile.ops.plans import HopperTilesPlan
 from tests.ops.accuracy import assert_as_accurate
 from tests.ops.exact import exact
-from tests.ops.kernel_cases import CASES, check_op, outputs
+from tests.ops.kernel_cases import CASES, check_experts, check_op, outputs
 
 E2B = Sizes(hidden=1536, q_heads=8, kv_heads=1, head_dim=256, intermediate=6144, layers=35)
 E4B = Sizes(hidden=2560, q_heads=8, kv_heads=2, head_dim=512, intermediate=10240, layers=42)
@@ -64,6 +65,17 @@ def test_opcheck(name: str):
 @pytest.mark.parametrize("case", CASES)
 def test_special_case(case: str):
     CASES[case]("cuda")
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs Hopper: its kernel of the experts is NOT tested",
+)
+@pytest.mark.parametrize("tokens", (1, 19, 900))
+def test_experts_on_hopper(tokens: int):
+    """Tiles that are filled in part, in both directions, and programs with several tiles and with none."""
+    sizes = Sizes(hidden=320, q_heads=1, kv_heads=1, head_dim=16, expert_intermediate=192, experts=6, top_k=3)
+    check_experts([HopperTilesPlan()], sizes, tokens, "cuda")
 
 
 def layers(state: torch.Tensor, ple: tuple, tail: tuple) -> torch.Tensor:

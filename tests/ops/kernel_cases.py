@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from gemma4_compile.ops import OPS
 from gemma4_compile.ops.examples import SMALL, Sizes, example
 from gemma4_compile.ops.fusions.experts import run_plan, sorted_pairs
 from gemma4_compile.ops.fusions.linear import launch_products
-from gemma4_compile.ops.plans import DotPlan, PairPlan, TiledPlan, TilePlan, VectorPlan
+from gemma4_compile.ops.plans import DotPlan, HopperTilesPlan, PairPlan, TiledPlan, TilePlan, VectorPlan
 from tests.ops.accuracy import assert_as_accurate
 from tests.ops.exact import exact
 
@@ -112,8 +112,12 @@ def expert_plans(device: str) -> None:
         TiledPlan(32, TilePlan(64, 32, 4, 3), TilePlan(64, 16, 4, 3)),
     )
     sizes = Sizes(hidden=24, q_heads=1, kv_heads=1, head_dim=16, expert_intermediate=13, experts=6, top_k=3)
-    x, indices, weights, *matrices = example("experts", sizes, 5, torch.bfloat16, device)
-    together = torch.tensor([[4, 1, 5]], device=device).expand(5, 3)
+    check_experts(plans, sizes, 5, device)
+
+
+def check_experts(plans: Iterable[PairPlan | TiledPlan | HopperTilesPlan], sizes: Sizes, tokens: int, device: str) -> None:
+    x, indices, weights, *matrices = example("experts", sizes, tokens, torch.bfloat16, device)
+    together = torch.tensor([[4, 1, 5]], device=device).expand(tokens, 3)
     for routes, routing in (
         (indices, weights),
         (indices.int(), weights.bfloat16()),

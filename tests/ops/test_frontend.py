@@ -5,6 +5,7 @@ The interpreter runs kernels as Python, and takes what the compiler does not: a 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from gemma4_compile.ops.attention import attention  # noqa: E402
 from gemma4_compile.ops.dependent import constants  # noqa: E402
 from gemma4_compile.ops.examples import Sizes, example  # noqa: E402
 from gemma4_compile.ops.fusions.attention_qkv import attention_qkv  # noqa: E402
+from gemma4_compile.ops.fusions.experts import run_plan, sorted_pairs  # noqa: E402
+from gemma4_compile.ops.plans import HopperTilesPlan  # noqa: E402
 from gemma4_compile.ops.sampling.sample import sample  # noqa: E402
 from gemma4_compile.packed.inputs import KINDS  # noqa: E402
 from gemma4_compile.runtime.speculative.verification import _launch_advance  # noqa: E402
@@ -87,6 +90,11 @@ def test_op(name: str, frontend: Frontend) -> None:
     assert frontend.seen
 
 
+def test_many_pairs_sorted(frontend: Frontend) -> None:
+    sorted_pairs(torch.zeros(600, 8, dtype=torch.int64), 128, 128)
+    assert len(frontend.seen) == 2
+
+
 @pytest.mark.parametrize(("dim", "window"), [(256, 512), (512, 0)])
 def test_attention(dim: int, window: int, frontend: Frontend) -> None:
     for requests in ([Request(70, 1)] * 2, [Request(0, 600)]):
@@ -98,10 +106,16 @@ def test_attention(dim: int, window: int, frontend: Frontend) -> None:
 
 @pytest.mark.parametrize("requests", [[Request(70, 1)] * 20, [Request(0, 600)]], ids=["shares", "whole"])
 def test_attention_on_hopper(requests: list[Request], frontend: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_hopper, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(attention_hopper, "is_hopper", lambda device: True)
     made = step(requests, heads=8, dim=512, page=64, dtype=torch.bfloat16, unwritten=0.0)
     attention.launch(*made.fresh())
     assert any("hopper" in key for key in frontend.seen)
+
+
+def test_experts_on_hopper(frontend: Frontend) -> None:
+    sizes = replace(SIZES, hidden=128, expert_intermediate=192, experts=6, top_k=3)
+    run_plan(HopperTilesPlan(), *example("experts", sizes, 20, torch.bfloat16))
+    assert sum("hopper" in key for key in frontend.seen) == 2
 
 
 def test_sampling(frontend: Frontend) -> None:

@@ -4,12 +4,13 @@ Source: Gemma4TextExperts as transformers' `grouped_mm` and `batched_mm` compute
 input's dtype, as is gelu(gate) * up; the routing weight is multiplied in the wider of both dtypes, the sum over a token's
 experts is made in fp32 and rounded once. (Its `eager` form rounds after each addition.)
 
-A pair is a token and one of its experts; it has the number token * top_k + place. Three ways, by `experts_plan`:
+A pair is a token and one of its experts; it has the number token * top_k + place. Four ways, by `experts_plan`:
 
     pairs     few tokens, hardly two on one expert: each pair reads its expert's weights. up, then down with the sum: 2 launches
     tiles     pairs are sorted by expert; up to `rows` of one expert are a tile, which reads its weights once. sort, up, down,
-              sum: 4 launches. Tensor cores, with the weights as the left operand: 16 rows are enough to fill one
-    vendor    the same sort and sum around torch's grouped products, for prefills
+              sum: 4 launches, or 5. Tensor cores, with the weights as the left operand: 16 rows are enough to fill one
+    hopper    the same for prefills on Hopper, with kernels of their own (experts_hopper.py)
+    vendor    the same sort and sum around torch's grouped products, for prefills elsewhere
 
 The kernels of the first two overlap their starts (ops/dependent.py); the second kernel of a few tokens reads its weights while
 the first still runs. No way waits for the GPU, and no grid depends on the routes: tiles that are
@@ -27,8 +28,10 @@ from torch import Tensor
 from gemma4_compile.ops.dependent import Launch, alone, behind, first, ready, start
 from gemma4_compile.ops.examples import Draw
 from gemma4_compile.ops.library import as_rows, expect, jit, op, power_of_two, rounded, tl
-from gemma4_compile.ops.plans import PairPlan, TiledPlan, TilePlan, experts_plan
+from gemma4_compile.ops.plans import HopperTilesPlan, PairPlan, TiledPlan, TilePlan, experts_plan
 
+from .experts_hopper import ROWS as HOPPER_ROWS
+from .experts_hopper import hopper_takes, launch_hopper_tiles
 from .geglu import geglu, launch_geglu
 from .linear import add_products, gated_product, load_weights, stacked_rows
 
@@ -167,6 +170,69 @@ def _sort_kernel(
             tl.store(order_ptr + begin + lane, 0, begin + lane < pairs)
 
 
+@jit(do_not_specialize=["pairs"])
+def _count_kernel(
+    indices_ptr, counts_ptr, pairs, EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """counts[chunk, expert] of CHUNK pairs."""
+    start(DEPENDENT)
+    pair = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    chosen = tl.load(indices_ptr + pair, pair < pairs, other=-1).to(tl.int32)
+    known = (chosen >= 0) & (chosen < EXPERTS)
+    counts = tl.histogram(tl.where(known, chosen, 0), EXPERTS_BLOCK, mask=known)
+    tl.store(counts_ptr + tl.program_id(0) * EXPERTS_BLOCK + tl.arange(0, EXPERTS_BLOCK), counts)
+
+
+@jit(do_not_specialize=["pairs", "bound"])
+def _place_kernel(
+    indices_ptr, counts_ptr, order_ptr, place_ptr, ends_ptr, tiles_ptr, pairs, bound,
+    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """As _sort_kernel, a chunk of pairs a program: their places are counted from the chunks before."""
+    start(DEPENDENT)
+    mine = tl.program_id(0)
+    chunks = tl.num_programs(0)
+    expert = tl.arange(0, EXPERTS_BLOCK)
+    counts = tl.zeros((EXPERTS_BLOCK,), tl.int32)
+    before = tl.zeros((EXPERTS_BLOCK,), tl.int32)
+    for begin in range(0, chunks, BLOCK):
+        chunk = begin + tl.arange(0, BLOCK)
+        some = tl.load(counts_ptr + chunk[:, None] * EXPERTS_BLOCK + expert[None, :], (chunk < chunks)[:, None], other=0)
+        counts += tl.sum(some, axis=0)
+        before += tl.sum(tl.where((chunk < mine)[:, None], some, 0), axis=0)
+    ends = tl.cumsum(counts, axis=0)
+    tiles = (counts + ROWS - 1) // ROWS
+    end_tiles = tl.cumsum(tiles, axis=0)
+
+    lane = tl.arange(0, CHUNK)
+    pair = mine * CHUNK + lane
+    chosen = tl.load(indices_ptr + pair, pair < pairs, other=-1).to(tl.int32)
+    known = (chosen >= 0) & (chosen < EXPERTS)
+    earlier = (chosen[:, None] == chosen[None, :]) & (lane[None, :] < lane[:, None])
+    position = tl.sum(earlier.to(tl.int32), axis=1)
+    position += tl.sum(tl.where(chosen[:, None] == expert[None, :], (ends - counts + before)[None, :], 0), axis=1)
+    tl.store(order_ptr + position, pair, known)
+    tl.store(place_ptr + pair, tl.where(known, position, -1), pair < pairs)
+
+    for one in range(mine, EXPERTS, chunks):
+        end = tl.sum(tl.where(expert == one, ends, 0))
+        first = end - tl.sum(tl.where(expert == one, counts, 0))
+        first_tile = tl.sum(tl.where(expert == one, end_tiles - tiles, 0))
+        tl.store(ends_ptr + one, end)
+        for begin in range(0, (end - first + ROWS - 1) // ROWS, CHUNK):
+            tile = begin + lane
+            ours = first + tile * ROWS < end
+            tl.store(tiles_ptr + first_tile + tile, one, ours)
+            tl.store(tiles_ptr + bound + first_tile + tile, first + tile * ROWS, ours)
+    if mine == 0:
+        for begin in range(tl.sum(tiles), bound, CHUNK):
+            tl.store(tiles_ptr + begin + lane, -1, begin + lane < bound)
+        for begin in range(tl.sum(counts), pairs, CHUNK):
+            tl.store(order_ptr + begin + lane, 0, begin + lane < pairs)
+
+
 @jit(do_not_specialize=["bound"])  # one compilation for all token counts
 def _tile_kernel(
     x_ptr, weight_ptr, out_ptr, order_ptr, ends_ptr, tiles_ptr, bound, x_stride,
@@ -245,13 +311,19 @@ def _sum_kernel(
 
 
 def _launch(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    plan = experts_plan(x.shape[0], indices.shape[1], gate_up.shape[0], x.dtype, *down.shape[1:])
+    (count, hidden, inner), top_k = down.shape, indices.shape[1]
+    plan = experts_plan(x.shape[0], top_k, count, x.dtype, hidden, inner, hopper_takes(x, down))
     return run_plan(plan, x, indices, weights, gate_up, down)
 
 
 def run_plan(
-    plan: PairPlan | TiledPlan | None, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
+    plan: PairPlan | TiledPlan | HopperTilesPlan | None,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+) -> Tensor:  # fmt: skip
     """The kernels by a given plan; None is torch's grouped product, which takes bf16 whose rows are multiples of 16 bytes."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not out.numel() or not indices.numel():
@@ -261,6 +333,8 @@ def run_plan(
         _by_pairs(*contiguous, out, plan)
     elif isinstance(plan, TiledPlan):
         _by_tiles(*contiguous, out, plan)
+    elif isinstance(plan, HopperTilesPlan):
+        _by_hopper(*contiguous, out)
     else:
         _by_vendor(*contiguous, out)
     return out
@@ -306,6 +380,14 @@ def _launch_tiles(
     )  # fmt: skip
 
 
+def _by_hopper(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, out: Tensor) -> None:
+    order, place, ends, tiles = sorted_pairs(indices, down.shape[0], HOPPER_ROWS)
+    hidden, products = (x.new_empty((indices.numel(), width)) for width in (down.shape[2], down.shape[1]))
+    launch_hopper_tiles(x, gate_up, hidden, order, ends, tiles, indices.shape[1], gated=True)
+    launch_hopper_tiles(hidden, down, products, order, ends, tiles, indices.shape[1], gated=False)
+    _sum(products, place, weights, out, alone())
+
+
 def _by_vendor(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, out: Tensor) -> None:
     order, place, ends, _ = sorted_pairs(indices, down.shape[0], 128)
     rows = x.index_select(0, order // indices.shape[1])
@@ -318,13 +400,25 @@ def sorted_pairs(indices: Tensor, experts: int, rows: int) -> tuple[Tensor, Tens
     pairs = indices.numel()
     bound = min(pairs, experts + pairs // rows)  # each expert's last tile may be partly filled
     order, place, ends, tiles = (indices.new_empty(n, dtype=torch.int32) for n in (pairs, pairs, experts, 2 * bound))
-    block = 128 if pairs <= 128 else 1024 if pairs <= 1024 else 8192  # a prefill's pairs are read in few rounds
+    experts_block = max(power_of_two(experts), 32)
     dependent, options = first()
-    _sort_kernel[(experts,)](
-        indices, order, place, ends, tiles, pairs, bound,
-        experts, max(power_of_two(experts), 32), rows, block, dependent, num_warps=max(block // 256, 4),
-        **options,
-    )  # fmt: skip
+    if pairs <= 4096:
+        block = 128 if pairs <= 128 else 1024
+        _sort_kernel[(experts,)](
+            indices, order, place, ends, tiles, pairs, bound, experts, experts_block, rows, block, dependent, num_warps=4,
+            **options,
+        )  # fmt: skip
+    else:  # where each program's look at all pairs would take longer than a second launch
+        chunk = 256
+        counts = indices.new_empty((-(-pairs // chunk), experts_block), dtype=torch.int32)
+        _count_kernel[(len(counts),)](
+            indices, counts, pairs, experts, experts_block, chunk, dependent, num_warps=4, **options
+        )  # fmt: skip
+        dependent, options = behind()
+        _place_kernel[(len(counts),)](
+            indices, counts, order, place, ends, tiles, pairs, bound, experts, experts_block, rows, chunk, 32, dependent,
+            num_warps=8, **options,
+        )  # fmt: skip
     return order, place, ends, tiles.view(2, bound)
 
 

@@ -1,0 +1,47 @@
+"""Gluon, the part of Triton in which a kernel says what each warp does, as far as it is installed; for kernels of Hopper.
+
+Its names are stand-ins where there is no Triton, so that modules with kernels can be imported. It has no interpreter:
+tests/ops/test_frontend.py compiles these kernels without a GPU, tests/gpu runs them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .library import INTERPRETED, triton
+
+if triton is not None:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    gluon_jit = gluon.jit
+    barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6, 3.7
+else:
+    gl = hopper = mbarrier = async_copy = barrier = None
+
+    def gluon_jit(kernel: Any = None, **_: Any) -> Any:
+        return kernel if kernel is not None else gluon_jit
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels of this kind run there."""
+    if INTERPRETED or triton is None or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def blocks_of(matrix: Tensor, rows: int, columns: int) -> Any:
+    """What the copy engine needs to read [rows, columns] of a bf16 matrix at once, swizzled for products.
+
+    Columns have stride 1, and rows begin at multiples of 16 bytes."""
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
