@@ -31,6 +31,15 @@ else:
         return kernel if kernel is not None else gluon_jit
 
 
+@gluon_jit
+def gated_product(gate, up, DTYPE: gl.constexpr):
+    """gelu_tanh(gate) * up of fp32 sums, rounded where Hugging Face rounds; gelu_tanh as in ops/library.py."""
+    gate = gate.to(DTYPE).to(gl.float32)
+    u = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    gelu = (gate / (1.0 + gl.exp(-2.0 * u))).to(DTYPE).to(gl.float32)
+    return (gelu * up.to(DTYPE).to(gl.float32)).to(DTYPE)
+
+
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether kernels of this kind run there."""

@@ -97,14 +97,28 @@ class DotPlan(NamedTuple):
     stages: int
 
 
-def product_plan(rows: int, matrices: int, outputs: int, width: int, gated: bool, itemsize: int) -> VectorPlan | DotPlan | None:
-    """Of products of one x with matrices that have `outputs` rows in all; gated: two of those make an output. None: cuBLAS.
+class HopperProductsPlan(NamedTuple):
+    """Products of up to `tokens` rows, 64 or 128, with `outputs` rows of weights a tile: ops/fusions/linear_hopper.py."""
+
+    tokens: int
+    outputs: int
+
+
+def product_plan(
+    rows: int, matrices: int, outputs: int, width: int, gated: bool, itemsize: int, hopper: bool = False
+) -> VectorPlan | DotPlan | HopperProductsPlan | None:
+    """Of products of one x with matrices that have `outputs` rows in all; gated: two of those make an output; hopper: whether
+    Hopper's kernel takes them. None: cuBLAS.
 
     Measured with scripts/bench_linear.py; tests/ops/test_measured.py holds it to benchmarks/linear-h200.json.
     """
     few = rows == 1 or rows == 2 and not gated and outputs < 8192 and width % 512 == 0 and width <= 16384
     if few:
         return _vector_plan(outputs, width, gated)
+    if hopper and 32 < rows <= 128 and (gated or matrices > 1):
+        sizes = (64, 128, 256) if gated else (32, 64, 128)  # one tile a processor, if large tiles can do it
+        fitting = [size for size in sizes if outputs <= size * PROCESSORS]
+        return HopperProductsPlan(64 if rows <= 64 else 128, fitting[0] if fitting else 128)
     if itemsize == 4 or rows > 32:  # fp32 has no tensor cores that add exactly
         return None
     tokens = 16 if rows <= 16 else 32

@@ -22,7 +22,7 @@ MOE = Sizes(hidden=2816, q_heads=16, kv_heads=8, head_dim=256, intermediate=2112
 DENSE = Sizes(hidden=5376, q_heads=32, kv_heads=4, head_dim=512, intermediate=21504, shared_kv=True)
 MODELS = {"small": SMALL, "E2B": E2B, "E4B": E4B, "26B-A4B": MOE, "31B": DENSE}
 # Token counts on both sides of every boundary in plans.py.
-TOKENS = (1, 2, 5, 13, 24, 40, 300, 1100)
+TOKENS = (1, 2, 5, 13, 24, 40, 90, 300, 1100)
 
 
 def packet(name: str):

@@ -27,7 +27,8 @@ from gemma4_compile.ops.dependent import constants  # noqa: E402
 from gemma4_compile.ops.examples import Sizes, example  # noqa: E402
 from gemma4_compile.ops.fusions.attention_qkv import attention_qkv  # noqa: E402
 from gemma4_compile.ops.fusions.experts import run_plan, sorted_pairs  # noqa: E402
-from gemma4_compile.ops.plans import HopperTilesPlan  # noqa: E402
+from gemma4_compile.ops.fusions.linear import launch_products  # noqa: E402
+from gemma4_compile.ops.plans import HopperProductsPlan, HopperTilesPlan  # noqa: E402
 from gemma4_compile.ops.sampling.sample import sample  # noqa: E402
 from gemma4_compile.packed.inputs import KINDS  # noqa: E402
 from gemma4_compile.runtime.speculative.verification import _launch_advance  # noqa: E402
@@ -110,6 +111,13 @@ def test_attention_on_hopper(requests: list[Request], frontend: Frontend, monkey
     made = step(requests, heads=8, dim=512, page=64, dtype=torch.bfloat16, unwritten=0.0)
     attention.launch(*made.fresh())
     assert any("hopper" in key for key in frontend.seen)
+
+
+@pytest.mark.parametrize(("matrices", "gated"), [(1, False), (3, False), (2, True)])
+def test_products_on_hopper(matrices: int, gated: bool, frontend: Frontend) -> None:
+    x, weights = torch.randn(40, 128).bfloat16(), tuple(torch.randn(96, 128).bfloat16() for _ in range(matrices))
+    launch_products(x, weights, gated, HopperProductsPlan(64, 128 if gated else 32))
+    assert len(frontend.seen) == 1
 
 
 def test_experts_on_hopper(frontend: Frontend) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.gluon import async_copy, barrier, blocks_of, gl, gluon_jit, hopper, is_hopper, mbarrier
+from gemma4_compile.ops.gluon import async_copy, barrier, blocks_of, gated_product, gl, gluon_jit, hopper, is_hopper, mbarrier
 from gemma4_compile.ops.plans import PROCESSORS
 
 ROWS = 128  # pairs of a tile
@@ -113,11 +113,7 @@ def _multiply_tiles(
 
             if GATED:
                 gate, up = sums.reshape([ROWS, 2, N]).permute([0, 2, 1]).split()
-                gate = gate.to(DTYPE).to(gl.float32)
-                # gelu_tanh as in ops/library.py, rounded where Hugging Face rounds
-                u = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-                gelu = (gate / (1.0 + gl.exp(-2.0 * u))).to(DTYPE).to(gl.float32)
-                result = (gelu * up.to(DTYPE).to(gl.float32)).to(DTYPE)
+                result = gated_product(gate, up, DTYPE)
             else:
                 result = sums.to(DTYPE)
             place = gl.load(tiles_ptr + bound + item // PARTS) + gl.arange(0, ROWS, gl.SliceLayout(1, STORED))

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from gemma4_compile.ops.dependent import alone, ready, start
 from gemma4_compile.ops.library import as_rows, expect, gelu_tanh, jit, op, product, rounded, tl
-from gemma4_compile.ops.plans import DotPlan, VectorPlan, product_plan
+from gemma4_compile.ops.plans import DotPlan, HopperProductsPlan, VectorPlan, product_plan
 
 from .geglu import geglu, launch_geglu
+from .linear_hopper import hopper_takes, launch_hopper_products
 
 
 def _check(op: str, x: Tensor, **weights: Tensor) -> None:
@@ -189,17 +190,23 @@ def _products(x: Tensor, weights: tuple[Tensor, ...], gated: bool = False) -> li
     """x times each weight, or gelu(x * first) * (x * second), in one launch; None: cuBLAS is as fast, or has to do it."""
     if not (x.numel() and all(weight.numel() and weight.is_contiguous() for weight in weights)):
         return None
-    outputs, width = sum(weight.shape[0] for weight in weights), x.shape[-1]
-    plan = product_plan(x.numel() // width, len(weights), outputs, width, gated, x.element_size())
+    outputs, (rows, width) = sum(weight.shape[0] for weight in weights), as_rows(x).shape
+    hopper = 32 < rows <= 128 and hopper_takes(as_rows(x), weights)
+    plan = product_plan(rows, len(weights), outputs, width, gated, x.element_size(), hopper)
     return None if plan is None else launch_products(x, weights, gated, plan)
 
 
-def launch_products(x: Tensor, weights: tuple[Tensor, ...], gated: bool, plan: VectorPlan | DotPlan) -> list[Tensor]:
+def launch_products(
+    x: Tensor, weights: tuple[Tensor, ...], gated: bool, plan: VectorPlan | DotPlan | HopperProductsPlan
+) -> list[Tensor]:
     """The kernels by a given plan; there are rows, and the weights are contiguous."""
     inputs = as_rows(x)
     rows, width = inputs.shape
     counts = [weight.shape[0] for weight in weights]
     outputs = [x.new_empty((*x.shape[:-1], count)) for count in (counts[:1] if gated else counts)]
+    if isinstance(plan, HopperProductsPlan):
+        launch_hopper_products(inputs, weights, outputs, gated, plan)
+        return outputs
     missing = 3 - len(weights)
     arguments = (
         inputs, *weights, *[None] * missing, *outputs, *[None] * (3 - len(outputs)), *counts, *[0] * missing, width,
