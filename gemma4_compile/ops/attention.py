@@ -404,7 +404,7 @@ def launch_planned(
     group, dim_block = heads // kv_heads, _dim_block(dim)
     q, table, positions, starts = unit_stride(q), unit_stride(table), positions.contiguous(), starts.contiguous()
     if plan is None and not masks(visible) and hopper_takes(q, keys, values, table):
-        plan = hopper_plan(rows, requests, kv_heads, group, table.shape[1] * page)
+        plan = hopper_plan(rows, requests, kv_heads, group, dim, table.shape[1] * page)
     if plan is None:
         plan = attention_plan(rows, requests, kv_heads, group, dim, table.shape[1] * page, window, q.element_size())
     mixed, tops, totals, splits = out, out, out, plan.splits

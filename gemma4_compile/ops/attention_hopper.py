@@ -1,13 +1,15 @@
 # mypy: disable-error-code="annotation-unchecked"
-"""attention at head size 512 on Hopper: the copy engine feeds the tensor cores, which work while scores become weights.
+"""attention on Hopper: the copy engine feeds the tensor cores, which work while scores become weights.
 
-Triton's own pipeline makes one stream of instructions of loads, products and softmax, which take turns: a quarter of the rate
-of a large product (benchmarks/attention-hopper-h200.json has both). Gluon, which comes with Triton, says who does what:
+Triton's own pipeline makes one stream of instructions of loads, products and softmax, which take turns: at head size 512 a
+quarter of the rate of a large product, and for few rows 60 to 70% of the bandwidth. Gluon says who does what:
 
 - Two warps have the copy engine (TMA) bring blocks of keys and of values, each as soon as the block before it is done with.
 - Two warpgroups make the products. A row's sum of values is 512 fp32 registers, so a tile has 64 rows, and each warpgroup has
   half of the columns of the sums and half of a block's scores; the weights pass through shared memory. The scores of the next
   block are started before the values of this one, so that the softmax runs beside a product.
+
+It reaches 60 to 65% of a product's rate and 85 to 98% of the bandwidth (benchmarks/attention-hopper-h200.json).
 
 Source: FlashAttention-3 (arXiv 2407.08608) for the order of work; FlashMLA (github.com/deepseek-ai/FlashMLA) for the columns.
 """
@@ -26,26 +28,30 @@ from .plans import PROCESSORS
 
 @gluon_jit
 def _copy_blocks(
-    pages, buffer, full, empty, table_ptr, kv_head, begin, end, stop, page_rows, head_rows, head_columns,
-    PAGE: gl.constexpr, BLOCK_N: gl.constexpr,
+    pages, buffers, full, empty, table_ptr, kv_head, begin, end, stop, page_rows, head_rows, head_columns,
+    PAGE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Blocks begin to end into the buffer, each as soon as the one before it is done with."""
+    """Blocks begin to end into the buffers in turn, each as soon as the one before it there is done with."""
     for block in range(begin, end):
+        done = block - begin
+        stage = done % STAGES
         first = block * BLOCK_N
         page = gl.load(table_ptr + first // PAGE, first < stop, other=0)
         row = page * page_rows + kv_head * head_rows + first % PAGE
-        mbarrier.wait(empty, (block - begin) & 1 ^ 1)
-        mbarrier.expect(full, pages.block_type.nbytes)
-        hopper.tma.async_copy_global_to_shared(pages, [row, kv_head * head_columns], full, buffer)
+        mbarrier.wait(empty.index(stage), (done // STAGES & 1) ^ 1)
+        mbarrier.expect(full.index(stage), pages.block_type.nbytes)
+        column = kv_head * head_columns
+        hopper.tma.async_copy_global_to_shared(pages, [row, column], full.index(stage), buffers.index(stage))
 
 
 @gluon_jit
-def _start_scores(q_buffer, k_buffer, k_full, done, SCORES: gl.constexpr):
+def _start_scores(q_buffer, k_buffers, k_full, done, SCORES: gl.constexpr, STAGES: gl.constexpr):
     BLOCK_M: gl.constexpr = q_buffer.shape[0]
-    BLOCK_N: gl.constexpr = k_buffer.shape[0]
-    mbarrier.wait(k_full, done & 1)
+    BLOCK_N: gl.constexpr = k_buffers.shape[1]
+    mbarrier.wait(k_full.index(done % STAGES), done // STAGES & 1)
     nothing = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, SCORES)
-    return hopper.warpgroup_mma(q_buffer, k_buffer.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    keys = k_buffers.index(done % STAGES).permute((1, 0))
+    return hopper.warpgroup_mma(q_buffer, keys, nothing, use_acc=False, is_async=True)
 
 
 @gluon_jit
@@ -99,9 +105,10 @@ def _clear(values, first, stop):
 
 @gluon_jit
 def _attend(
-    q_buffer, p_buffer, k_buffer, v_buffer, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, tops_ptr, totals_ptr,
+    q_buffer, p_buffer, k_buffers, v_buffers, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, tops_ptr, totals_ptr,
     positions_ptr, first_row, ends, real, kv_head, split, splits, heads, q_token_stride, q_head_stride, scale, begin, end,
     stop, lowest, highest, GROUP: gl.constexpr, GROUP_BLOCK: gl.constexpr, WINDOW: gl.constexpr, SPLIT: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = q_buffer.shape[0]
     DIM: gl.constexpr = q_buffer.shape[1]
@@ -125,37 +132,37 @@ def _attend(
     mixed = hopper.warpgroup_mma_init(gl.zeros([BLOCK_M, DIM], gl.float32, MIXED))
 
     # Each buffer has two mbarriers: products wait until it is full, copies until it is empty; the phases are its uses, mod 2.
-    started = _start_scores(q_buffer, k_buffer, k_full, 0, SCORES)
+    started = _start_scores(q_buffer, k_buffers, k_full, 0, SCORES, STAGES)
     scores = hopper.warpgroup_mma_wait(0, [started])
     barrier()
-    mbarrier.arrive(k_empty)
+    mbarrier.arrive(k_empty.index(0))
     for block in range(begin, end - 1):
         done = block - begin
         weights, kept, top = _weights_of(scores, top, position, block * BLOCK_N, lowest, highest, scale, WINDOW)
         total = total * kept[:, None] + weights
         sums = _finish_mix(mixed)
         if done > 0:
-            mbarrier.arrive(v_empty)
+            mbarrier.arrive(v_empty.index((done - 1) % STAGES))
         _place_weights(weights, p_buffer)
         sums = sums * gl.convert_layout(kept, gl.SliceLayout(1, MIXED))[:, None]
-        started = _start_scores(q_buffer, k_buffer, k_full, done + 1, SCORES)
-        mbarrier.wait(v_full, done & 1)
-        mixed = hopper.warpgroup_mma(p_buffer, v_buffer, sums, is_async=True)
+        started = _start_scores(q_buffer, k_buffers, k_full, done + 1, SCORES, STAGES)
+        mbarrier.wait(v_full.index(done % STAGES), done // STAGES & 1)
+        mixed = hopper.warpgroup_mma(p_buffer, v_buffers.index(done % STAGES), sums, is_async=True)
         scores = hopper.warpgroup_mma_wait(1, [started])
         barrier()
-        mbarrier.arrive(k_empty)
+        mbarrier.arrive(k_empty.index((done + 1) % STAGES))
     done = end - 1 - begin
     weights, kept, top = _weights_of(scores, top, position, (end - 1) * BLOCK_N, lowest, highest, scale, WINDOW)
     total = total * kept[:, None] + weights
     sums = _finish_mix(mixed)
     if done > 0:
-        mbarrier.arrive(v_empty)
+        mbarrier.arrive(v_empty.index((done - 1) % STAGES))
     _place_weights(weights, p_buffer)
     sums = sums * gl.convert_layout(kept, gl.SliceLayout(1, MIXED))[:, None]
-    mbarrier.wait(v_full, done & 1)
+    mbarrier.wait(v_full.index(done % STAGES), done // STAGES & 1)
     if end * BLOCK_N > stop:
-        _clear(v_buffer, (end - 1) * BLOCK_N, stop)
-    mixed = hopper.warpgroup_mma(p_buffer, v_buffer, sums, is_async=True)
+        _clear(v_buffers.index(done % STAGES), (end - 1) * BLOCK_N, stop)
+    mixed = hopper.warpgroup_mma(p_buffer, v_buffers.index(done % STAGES), sums, is_async=True)
     sums = _finish_mix(mixed)
 
     whole = gl.sum(total, 1)
@@ -182,7 +189,7 @@ def _hopper_attention_kernel(
     q_token_stride, q_head_stride, key_page_rows, key_head_rows, key_head_columns, value_page_rows, value_head_rows,
     value_head_columns, table_stride, scale,
     GROUP: gl.constexpr, GROUP_BLOCK: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr, WINDOW: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """As _attention_kernel: the same tiles, the same result; scale is times log2(e)."""
     BLOCK_Q: gl.constexpr = BLOCK_M // GROUP_BLOCK
@@ -228,31 +235,33 @@ def _hopper_attention_kernel(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_buffer = gl.allocate_shared_memory(DTYPE, [BLOCK_M, DIM], Q_LAYOUT)
     p_buffer = gl.allocate_shared_memory(DTYPE, [BLOCK_M, BLOCK_N], P_LAYOUT)
-    k_buffer = gl.allocate_shared_memory(DTYPE, [BLOCK_N, DIM], keys.layout)
-    v_buffer = gl.allocate_shared_memory(DTYPE, [BLOCK_N, DIM], values.layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    k_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    mbarrier.init(k_full, count=1)
-    mbarrier.init(k_empty, count=1)
-    mbarrier.init(v_full, count=1)
-    mbarrier.init(v_empty, count=1)
+    k_buffers = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, DIM], keys.layout)
+    v_buffers = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, DIM], values.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=1)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [
             (_attend, (
-                q_buffer, p_buffer, k_buffer, v_buffer, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, tops_ptr,
+                q_buffer, p_buffer, k_buffers, v_buffers, k_full, k_empty, v_full, v_empty, q_ptr, out_ptr, tops_ptr,
                 totals_ptr, positions_ptr, first_row, ends, real, kv_head, split, splits, gl.num_programs(0) * GROUP,
                 q_token_stride, q_head_stride, scale, begin, end, stop, lowest, highest, GROUP, GROUP_BLOCK, WINDOW, SPLIT,
+                STAGES,
             )),
             (_copy_blocks, (
-                keys, k_buffer, k_full, k_empty, table_ptr, kv_head, begin, end, stop, key_page_rows, key_head_rows,
-                key_head_columns, PAGE, BLOCK_N,
+                keys, k_buffers, k_full, k_empty, table_ptr, kv_head, begin, end, stop, key_page_rows, key_head_rows,
+                key_head_columns, PAGE, BLOCK_N, STAGES,
             )),
             (_copy_blocks, (
-                values, v_buffer, v_full, v_empty, table_ptr, kv_head, begin, end, stop, value_page_rows, value_head_rows,
-                value_head_columns, PAGE, BLOCK_N,
+                values, v_buffers, v_full, v_empty, table_ptr, kv_head, begin, end, stop, value_page_rows, value_head_rows,
+                value_head_columns, PAGE, BLOCK_N, STAGES,
             )),
         ],
         [1, 1], [40, 40],
@@ -260,7 +269,8 @@ def _hopper_attention_kernel(
 
 
 BLOCK_M = 64  # rows of a tile: what two warpgroups have registers for
-BLOCK_N = 64  # keys of a block, in one buffer each for keys and values: 192 of 227 KB, with the rows
+BLOCK_N = 64  # keys of a block
+STAGES = {256: 2, 512: 1}  # buffers for keys, and for values, by head size: 168 and 200 of 227 KB with rows and weights
 
 
 class HopperPlan(NamedTuple):
@@ -294,21 +304,26 @@ def _matrix_of(pages: Tensor) -> Matrix | None:
 def hopper_takes(q: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> bool:
     """Whether the kernel can read these: bf16 on Hopper, head size 512, and blocks within pages."""
     dtypes = q.dtype == keys.dtype == values.dtype == torch.bfloat16
-    if not dtypes or keys.shape[3] != 512 or not is_hopper(q.device):
+    if not dtypes or keys.shape[3] not in STAGES or not is_hopper(q.device):
         return False
     if q.shape[2] > BLOCK_M * keys.shape[2] or keys.shape[1] % BLOCK_N and table.shape[1] > 1:
         return False
     return _matrix_of(keys) is not None and _matrix_of(values) is not None
 
 
-def hopper_plan(rows: int, requests: int, kv_heads: int, group: int, max_keys: int) -> HopperPlan | None:
-    """By shapes alone, as attention_plan. None: so few tiles that the other kernel, whose tiles are smaller, is as fast."""
+def hopper_plan(rows: int, requests: int, kv_heads: int, group: int, dim: int, max_keys: int) -> HopperPlan | None:
+    """By shapes alone, as attention_plan, and measured with the same script. None: the other kernel is as fast, whose tiles may
+    be smaller; so for few tiles, and for prompts at head size 256, which have windows of few blocks."""
     average = -(-rows // max(requests, 1))
     tiles = requests * -(-average * power_of_two(group) // BLOCK_M) * kv_heads
-    few = average <= 8  # read from memory, and not computed: less than two programs a processor leave it idle in turn
-    if tiles < 16 and few:
+    few = average <= 8
+    if dim == 256:
+        return HopperPlan(1) if few and tiles >= 64 else None
+    if few and tiles < 8:
         return None
-    splits = 1 << (PROCESSORS // tiles).bit_length() - 1 if tiles <= PROCESSORS else 2 if few and tiles < 2 * PROCESSORS else 1
+    splits = 1 << (PROCESSORS // tiles).bit_length() - 1 if tiles <= PROCESSORS else 1
+    if few and PROCESSORS < tiles < 2 * PROCESSORS:
+        splits = 2  # else a second round of programs has too few to use the bandwidth
     return HopperPlan(min(splits, 32, power_of_two(-(-max_keys // BLOCK_N))))
 
 
@@ -326,5 +341,5 @@ def launch_hopper(
     _hopper_attention_kernel[(kv_heads, rows // block_q + requests + 1, plan.splits)](
         q, k_blocks, v_blocks, table, positions, starts, out, tops, totals, rows, requests, *q.stride()[1:3], *k_places,
         *v_places, table.stride(0), scale * 1.4426950408889634, group, group_block, dim, page, window, BLOCK_M, BLOCK_N,
-        plan.splits > 1, num_warps=8,
+        STAGES[dim], plan.splits > 1, num_warps=8,
     )  # fmt: skip

@@ -58,13 +58,13 @@ def test_as_accurate_as_eager_bf16(batch: str, heads: str, window: int):
 
 @needs_hopper
 @pytest.mark.parametrize("splits", (1, 2, 16))
-@pytest.mark.parametrize(("heads", "kv_heads"), ((8, 1), (16, 2), (6, 2), (4, 4)))
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), ((8, 1, 512), (16, 8, 256), (6, 2, 512), (4, 4, 256)))
 @pytest.mark.parametrize("batch", BATCHES)
-def test_hopper_as_accurate_as_eager(batch: str, heads: int, kv_heads: int, splits: int):
+def test_hopper_as_accurate_as_eager(batch: str, heads: int, kv_heads: int, dim: int, splits: int):
     """Any number of rows and query heads, pages whose unwritten rows are NaN, and shares of the keys that have none."""
     for page, padding, window in ((64, 3, 0), (None, 0, 0), (128, 1, 512)):
         made = step(
-            BATCHES[batch], heads=heads, kv_heads=kv_heads, dim=512, device="cuda", page=page, padding=padding, window=window,
+            BATCHES[batch], heads=heads, kv_heads=kv_heads, dim=dim, device="cuda", page=page, padding=padding, window=window,
             dtype=torch.bfloat16,
         )  # fmt: skip
         check_steps([(made, HopperPlan(splits))])
