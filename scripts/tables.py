@@ -62,7 +62,10 @@ def attention_qkv() -> str:
 
 # docs/engine.md, docs/tensor_parallel.md
 
-ENGINE = ("engine-e2b-h200", "engine-e2b-later-h200", "engine-26b-h200", "engine-dependent-h200")
+ENGINE = (
+    "engine-e2b-h200", "engine-e2b-later-h200", "engine-26b-h200", "engine-dependent-h200",
+    "engine-e2b-hopper-h200", "engine-26b-hopper-h200",
+)  # fmt: skip
 
 
 def rows_of_engine(*names: str) -> list[dict[str, Any]]:
@@ -135,6 +138,22 @@ def all_reduce_of_two() -> str:
         for row in all_reduce_runs()[2]
     ]  # fmt: skip
     return markdown(head, cells)
+
+
+def hopper(kind: str) -> str:
+    """A line a layer or product, a column for each batch: microseconds now, what other GPUs' plan takes, and the gain."""
+    found: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for row in records("hopper-h200")["rows"]:
+        if row["kind"] != kind:
+            continue
+        name, _, batch = row["shape"].rpartition(", ")
+        columns[batch] = None
+        gain = f"{row['us']:.0f} / {row['before_us']:.0f} = **{row['before_us'] / row['us']:.2f}**"
+        if kind == "products":
+            gain = f"{row['us']:.1f} / {row['before_us']:.1f} = **{row['before_us'] / row['us']:.2f}**"
+        found.setdefault(name, {})[batch] = f"{gain} ({row['floor_us'] / row['us']:.0%})"
+    return markdown(["", *columns], [[name, *(by.get(column, "") for column in columns)] for name, by in found.items()])
 
 
 # docs/transforms.md
@@ -258,6 +277,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "acceptance": acceptance,
     "parallel": parallel,
     "all-reduce": all_reduce_of_two,
+    "hopper-attention": partial(hopper, "attention"),
+    "hopper-experts": partial(hopper, "experts"),
+    "hopper-products": partial(hopper, "products"),
     "prefill": prefill,
     "decode": decode,
     "compile": compiling,

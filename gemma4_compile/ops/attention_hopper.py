@@ -9,7 +9,7 @@ quarter of the rate of a large product, and for few rows 60 to 70% of the bandwi
   half of the columns of the sums and half of a block's scores; the weights pass through shared memory. The scores of the next
   block are started before the values of this one, so that the softmax runs beside a product.
 
-It reaches 60 to 65% of a product's rate and 85 to 98% of the bandwidth (benchmarks/attention-hopper-h200.json).
+It reaches 60 to 65% of a product's rate and 85 to 98% of the bandwidth (benchmarks/hopper-h200.json).
 
 Source: FlashAttention-3 (arXiv 2407.08608) for the order of work; FlashMLA (github.com/deepseek-ai/FlashMLA) for the columns.
 """
@@ -318,7 +318,7 @@ def hopper_plan(rows: int, requests: int, kv_heads: int, group: int, dim: int, m
     tiles = requests * -(-average * power_of_two(group) // BLOCK_M) * kv_heads
     few = average <= 8
     if dim == 256:
-        return HopperPlan(1) if few and tiles >= 64 else None
+        return HopperPlan(1) if few and tiles >= 64 and average * group >= 8 else None
     if few and tiles < 8:
         return None
     splits = 1 << (PROCESSORS // tiles).bit_length() - 1 if tiles <= PROCESSORS else 1

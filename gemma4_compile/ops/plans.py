@@ -118,7 +118,8 @@ def product_plan(
     if hopper and 32 < rows <= 128 and (gated or matrices > 1):
         sizes = (64, 128, 256) if gated else (32, 64, 128)  # one tile a processor, if large tiles can do it
         fitting = [size for size in sizes if outputs <= size * PROCESSORS]
-        return HopperProductsPlan(64 if rows <= 64 else 128, fitting[0] if fitting else 128)
+        # More weights than that cuBLAS reads as fast.
+        return HopperProductsPlan(64 if rows <= 64 else 128, fitting[0]) if fitting else None
     if itemsize == 4 or rows > 32:  # fp32 has no tensor cores that add exactly
         return None
     tokens = 16 if rows <= 16 else 32

@@ -8,7 +8,7 @@ import pytest
 
 from gemma4_compile.ops import OPS
 from gemma4_compile.passes import FUSIONS
-from scripts import bench_experts
+from scripts import bench_experts, bench_hopper
 from scripts.bench_linear import chosen
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -60,3 +60,9 @@ def test_the_plan_of_the_experts_was_measured_and_is_no_slower_than_grouped_mm(r
 def test_writing_into_pages_at_once_is_no_slower(row: dict[str, Any]) -> None:
     assert row["norms_then_write_us"] / row["norms_with_write_us"] >= 0.97
     assert row["apart_us"] / row["fused_us"] >= 0.97
+
+
+@pytest.mark.parametrize("row", rows_of("hopper-h200.json"), ids="{0[shape]}".format)
+def test_hoppers_kernels_run_where_they_are_no_slower(row: dict[str, Any]) -> None:
+    if bench_hopper.taken(row):
+        assert row["before_us"] / row["us"] >= 0.97
