@@ -1,4 +1,4 @@
-"""Time the attention kernel over launch plans at the shapes of the released models: attention_plan's tables come from here.
+"""Time attention over launch plans at the shapes of the released models: attention_plan and hopper_plan come from here.
 
     python scripts/bench_attention.py [--only "E2B full, decode 80|26B-A4B"] [--out FILE]
 
@@ -23,6 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 
 from gemma4_compile.bench.rates import copy_bandwidth, median_seconds, product_rate
 from gemma4_compile.ops.attention import AttentionPlan, attention_plan, launch_planned
+from gemma4_compile.ops.attention_hopper import HopperPlan, hopper_plan
+from gemma4_compile.ops.gluon import is_hopper
+
+Plan = AttentionPlan | HopperPlan
 
 
 class Shape(NamedTuple):
@@ -64,7 +68,7 @@ def inputs_of(shape: Shape) -> tuple[Any, ...]:
     return torch.empty_like(new[0]), new[0], None, None, keys, values, slots, table, positions, starts, shape.window, 1.0
 
 
-def microseconds(arguments: tuple[Any, ...], plan: AttentionPlan, compiles_alone: bool = False) -> float | None:
+def microseconds(arguments: tuple[Any, ...], plan: Plan, compiles_alone: bool = False) -> float | None:
     """Of launches in a CUDA graph, eight at a time; None if the plan does not fit the GPU."""
     try:
         launch_planned(*(*arguments, plan))
@@ -81,7 +85,7 @@ def microseconds(arguments: tuple[Any, ...], plan: AttentionPlan, compiles_alone
     return median_seconds(graph.replay, 20) * 1e6 / 8
 
 
-def candidates(shape: Shape) -> list[AttentionPlan]:
+def candidates(shape: Shape) -> list[Plan]:
     """Plans worth a try in the shape's class."""
     group = shape.heads // shape.kv_heads
     if shape.rows > 8:
@@ -91,7 +95,8 @@ def candidates(shape: Shape) -> list[AttentionPlan]:
         rows = (16,) if shape.rows * group <= 16 else (16, 32)
         splits = (8, 16, 32, 64) if shape.requests == 1 else (1, 2, 4, 8, 16)
         grid = itertools.product(rows, (32, 64), splits, (2, 4, 8) if shape.requests > 1 else (2, 4), (2,))
-    return [AttentionPlan(max(1, m // group), n, splits, warps, stages) for m, n, splits, warps, stages in grid]
+    found: list[Plan] = [AttentionPlan(max(1, m // group), n, splits, warps, stages) for m, n, splits, warps, stages in grid]
+    return found + [HopperPlan(splits) for splits in (1, 2, 4, 8, 16, 32) if is_hopper(torch.device("cuda", 0))]
 
 
 def main() -> None:
@@ -112,10 +117,8 @@ def main() -> None:
     for shape in shapes:
         given = inputs_of(shape)
         most = shape.rows + shape.seen
-        chosen = attention_plan(
-            shape.requests * shape.rows, shape.requests, shape.kv_heads, shape.heads // shape.kv_heads, shape.dim,
-            most, shape.window,
-        )  # fmt: skip
+        sizes = shape.requests * shape.rows, shape.requests, shape.kv_heads, shape.heads // shape.kv_heads, shape.dim, most
+        chosen = is_hopper(torch.device("cuda", 0)) and hopper_plan(*sizes) or attention_plan(*sizes, shape.window)
         timed = [(microseconds(given, plan), plan) for plan in [chosen, *candidates(shape)]]
         found = sorted(((us, plan) for us, plan in timed[1:] if us is not None), key=lambda one: one[0])
         keys = min(shape.window or most, most)
