@@ -312,8 +312,8 @@ def hopper_takes(q: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> bool
 
 
 def hopper_plan(rows: int, requests: int, kv_heads: int, group: int, dim: int, max_keys: int) -> HopperPlan | None:
-    """By shapes alone, as attention_plan, and measured with the same script. None: the other kernel, whose tiles may be smaller,
-    is as fast: for few tiles, and for prompts at head size 256, whose windows have few blocks."""
+    """By shapes alone, as attention_plan, measured with the same script. None: the other kernel, whose tiles may be smaller, is
+    as fast: for few tiles, and for prompts at head size 256, whose windows have few blocks."""
     average = -(-rows // max(requests, 1))
     tiles = requests * -(-average * power_of_two(group) // BLOCK_M) * kv_heads
     few = average <= 8
