@@ -1,0 +1,184 @@
+"""What vLLM writes otherwise than Hugging Face: further forms of the fusions, and the pipeline over vLLM's graph.
+
+Rows are flat, gate and up are one matrix, and the router scales by the root first.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace as changed
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemma4_compile.passes import Fusion, Pass, PatternPass
+from gemma4_compile.passes.lower import Lower
+from gemma4_compile.passes.raise_ops import RAISE_GEGLU
+from gemma4_compile.patterns import feed_forward_tail, gate_up, linear, ple_inputs, ple_tail, post_attention_norms
+from gemma4_compile.patterns.linear import matrices
+from gemma4_compile.patterns.rewrite import Rewrite, all_guards, one_element, same_dtype, same_shape, vectors_of_last_dim
+from gemma4_compile.patterns.template import Match, value_of
+
+from .constants import DropNothings, FoldConstants
+from .norms import OrderSums
+
+ops = torch.ops.gemma4
+Norms = tuple[Pass, Pass]
+
+
+def search_norms(
+    x: Tensor, residual: Tensor, weight: Tensor, feed_forward_weight: Tensor, router_scale: Tensor, router_root: float,
+    expert_weight: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden = residual + ops.rms_norm(x, weight, eps)
+    router_in = ops.rms_norm_noscale(hidden, eps) * router_root * router_scale
+    return hidden, ops.rms_norm(hidden, feed_forward_weight, eps), router_in, ops.rms_norm(hidden, expert_weight, eps)
+
+
+def replace_norms(
+    x: Tensor, residual: Tensor, weight: Tensor, feed_forward_weight: Tensor, router_scale: Tensor, router_root: float,
+    expert_weight: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden, feed_forward_in, router_in, expert_in = ops.post_attention_norms(
+        x, residual, weight, feed_forward_weight, router_scale, router_root, expert_weight, eps
+    )
+    return hidden, feed_forward_in, router_in, expert_in
+
+
+def search_ple_gather(
+    input_ids: Tensor, table: Tensor, embed_scale: Tensor, projection: Tensor, norm_weight: Tensor, projection_scale: float,
+    combine_scale: float, eps: float, rows: Any, layers: Any, width: Any,
+) -> Tensor:  # fmt: skip
+    token_inputs = (F.embedding(input_ids, table) * embed_scale).reshape(rows, layers, width)
+    projected = (projection * projection_scale).reshape(rows, layers, width)
+    return (token_inputs + ops.rms_norm(projected, norm_weight, eps)) * combine_scale
+
+
+def replace_ple_gather(
+    input_ids: Tensor, table: Tensor, embed_scale: Tensor, projection: Tensor, norm_weight: Tensor, projection_scale: float,
+    combine_scale: float, eps: float, rows: Any, layers: Any, width: Any,
+) -> Tensor:  # fmt: skip
+    return ops.ple_inputs(input_ids, table, embed_scale, projection, norm_weight, projection_scale, combine_scale, eps)
+
+
+def search_ple(
+    token_inputs: Tensor, projection: Tensor, norm_weight: Tensor, projection_scale: float, combine_scale: float, eps: float,
+    rows: Any, layers: Any, width: Any,
+) -> Tensor:  # fmt: skip
+    projected = (projection * projection_scale).reshape(rows, layers, width)
+    return (token_inputs + ops.rms_norm(projected, norm_weight, eps)) * combine_scale
+
+
+def replace_ple(
+    token_inputs: Tensor, projection: Tensor, norm_weight: Tensor, projection_scale: float, combine_scale: float, eps: float,
+    rows: Any, layers: Any, width: Any,
+) -> Tensor:  # fmt: skip
+    return ops.ple_combine(token_inputs, projection, norm_weight, projection_scale, combine_scale, eps)
+
+
+def search_gate_up(x: Tensor, weight: Tensor, width: int) -> Tensor:
+    both = F.linear(x, weight, None)
+    return ops.geglu(both[..., :width], both[..., width:])
+
+
+def replace_gate_up(x: Tensor, weight: Tensor, width: int) -> Tensor:
+    return ops.gate_up(x, weight[:width], weight[width:])
+
+
+def halves(match: Match) -> str | None:
+    """Gate and up are as large as each other."""
+    weight, width = value_of(match.binding["weight"]), match.binding["width"]
+    return None if weight is not None and weight.shape[0] == 2 * width else f"weight must be [2 * {width}, K]"
+
+
+def of_the_tables_dtype(match: Match) -> str | None:
+    """The op rounds the scale to the table's dtype, which vLLM does not."""
+    table, scale = value_of(match.binding["table"]), value_of(match.binding["embed_scale"])
+    assert table is not None and scale is not None
+    return None if table.dtype == scale.dtype else f"embed_scale is {scale.dtype}, the table is {table.dtype}"
+
+
+@cache
+def _norms() -> tuple[Rewrite, ...]:
+    vectors = ("weight", "feed_forward_weight", "router_scale", "expert_weight")
+    guard = all_guards(same_dtype("x", "residual", *vectors), same_shape("x", "residual"), vectors_of_last_dim("x", *vectors))
+
+    def inputs() -> dict[str, Any]:
+        rows = {name: torch.randn(5, 16) for name in ("x", "residual")}
+        return rows | {name: torch.rand(16) + 0.5 for name in vectors} | {"router_root": 0.25, "eps": 1e-6}
+
+    return (Rewrite("post_attention_norms", search_norms, replace_norms, inputs, guard), *post_attention_norms.rewrites()[1:])
+
+
+@cache
+def _ple_inputs() -> tuple[Rewrite, ...]:
+    gather = all_guards(same_dtype("table", "projection", "norm_weight"), one_element("embed_scale"), of_the_tables_dtype)
+    combine = all_guards(
+        same_dtype("token_inputs", "projection", "norm_weight"),
+        same_shape("token_inputs", "reshape"),
+        vectors_of_last_dim("token_inputs", "norm_weight"),
+    )
+
+    def inputs(gathered: bool) -> dict[str, Any]:
+        common = {
+            "projection": torch.randn(6, 40), "norm_weight": torch.rand(8) + 0.5, "projection_scale": 0.25,
+            "combine_scale": 2.0**-0.5, "eps": 1e-6, "rows": 6, "layers": 5, "width": 8,
+        }  # fmt: skip
+        if not gathered:
+            return {"token_inputs": torch.randn(6, 5, 8)} | common
+        return {"input_ids": torch.randint(11, (6,)), "table": torch.randn(11, 40), "embed_scale": torch.tensor(8**0.5)} | common
+
+    return (
+        Rewrite("ple_inputs", search_ple_gather, replace_ple_gather, lambda: inputs(True), gather),
+        Rewrite("ple_combine", search_ple, replace_ple, lambda: inputs(False), combine),
+    )
+
+
+@cache
+def _gate_up() -> tuple[Rewrite, ...]:
+    guard = all_guards(same_dtype("x", "weight"), matrices("weight"), halves)
+
+    def inputs() -> dict[str, Any]:
+        return {"x": torch.randn(6, 16), "weight": torch.randn(48, 16), "width": 24}
+
+    return (Rewrite("gate_up", search_gate_up, replace_gate_up, inputs, guard),)
+
+
+def _as_vllm(fusion: Fusion, rewrites: Callable[[], Sequence[Rewrite]]) -> Fusion:
+    return changed(fusion, rewrites=rewrites)
+
+
+# In the order in which they are looked for: that of passes/__init__.py, for its reasons.
+FUSIONS: dict[str, Fusion] = {
+    fusion.name: fusion
+    for fusion in (
+        _as_vllm(post_attention_norms.FUSION, _norms),
+        _as_vllm(ple_inputs.FUSION, _ple_inputs),
+        ple_tail.FUSION,
+        feed_forward_tail.FUSION,
+        _as_vllm(gate_up.FUSION, _gate_up),
+        linear.FUSION,
+    )
+}
+# Quantized models have their own products, and their own fusions around those.
+PRODUCTS = frozenset({gate_up.FUSION.name, linear.FUSION.name})
+
+
+def pipeline(enabled: Collection[str], numbers: Mapping[str, float], norms: Norms, given: Sequence[Any] = ()) -> tuple[Pass, ...]:
+    """raise -> fuse -> lower over vLLM's graph.
+
+    numbers, given   of FoldConstants
+    norms            the step that raises vLLM's norms, and the one that lowers what is left of them"""
+    raised, lowered = norms
+    return (
+        DropNothings(),  # first: the other steps look at the inputs behind
+        FoldConstants(numbers, given),
+        raised,
+        OrderSums(),
+        RAISE_GEGLU,
+        *(PatternPass(fusion.name, fusion.rewrites) for fusion in FUSIONS.values() if fusion.name in enabled),
+        OrderSums(back=True),
+        lowered,
+        Lower(),
+    )
