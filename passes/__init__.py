@@ -34,7 +34,20 @@ from .raise_ops import RAISE_GEGLU, RAISE_RMS_NORM, RAISE_ROPE, RAISE_ROUTE, Fun
 from .shards import Shards
 from .yoco import Yoco
 
-__all__ = ["FUSIONS", "SWITCHES", "Fusion", "Miss", "Pass", "PatternPass", "Record", "Site", "pipeline", "prepare", "run", "trace_patterns"]
+__all__ = [
+    "FUSIONS",
+    "SWITCHES",
+    "Fusion",
+    "Miss",
+    "Pass",
+    "PatternPass",
+    "Record",
+    "Site",
+    "pipeline",
+    "prepare",
+    "run",
+    "trace_patterns",
+]
 
 # Fusions that are one raised op: switched off, the op is lowered again.
 _RAISED = (geglu.FUSION, route.FUSION)

@@ -31,9 +31,11 @@ def known(geometry: Geometry) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class FoldConstants:
-    """numbers  how an input's name ends -> what it holds, before it was rounded to the input's dtype
-    given       what the graph is called with, in the order of its inputs, where that is known: an input that holds another number
-                stays"""
+    """
+    numbers     how an input's name ends -> what it holds, before it was rounded to the input's dtype
+    given       what the graph is called with, in the order of its inputs, where that is known: one that holds another
+                number stays
+    """
 
     numbers: Mapping[str, float]
     given: Sequence[Any] = field(default=(), repr=False)

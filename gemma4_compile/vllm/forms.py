@@ -127,7 +127,11 @@ def _ple_inputs() -> tuple[Rewrite, ...]:
         }  # fmt: skip
         if not gathered:
             return {"token_inputs": torch.randn(6, 5, 8)} | common
-        return {"input_ids": torch.randint(11, (6,)), "table": torch.randn(11, 40), "embed_scale": torch.tensor(8**0.5)} | common
+        return {
+            "input_ids": torch.randint(11, (6,)),
+            "table": torch.randn(11, 40),
+            "embed_scale": torch.tensor(8**0.5),
+        } | common
 
     return (
         Rewrite("ple_inputs", search_ple_gather, replace_ple_gather, lambda: inputs(True), gather),
@@ -165,16 +169,18 @@ FUSIONS: dict[str, Fusion] = {
 PRODUCTS = frozenset({gate_up.FUSION.name, linear.FUSION.name})
 
 
-def pipeline(enabled: Collection[str], numbers: Mapping[str, float], norms: Norms, given: Sequence[Any] = ()) -> tuple[Pass, ...]:
+def pipeline(
+    enabled: Collection[str], numbers: Mapping[str, float], norms: Norms, given: Sequence[Any] = ()
+) -> tuple[Pass, ...]:
     """raise -> fuse -> lower over vLLM's graph.
 
     numbers, given   of FoldConstants
     norms            the step that raises vLLM's norms, and the one that lowers what is left of them"""
     raised, lowered = norms
     return (
-        DropNothings(),  # first: the other steps look at the inputs behind
+        raised,  # first: vLLM's own implementation has casts that change nothing
+        DropNothings(),
         FoldConstants(numbers, given),
-        raised,
         OrderSums(),
         RAISE_GEGLU,
         *(PatternPass(fusion.name, fusion.rewrites) for fusion in FUSIONS.values() if fusion.name in enabled),

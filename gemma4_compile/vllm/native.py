@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gemma4_compile.passes import PatternPass
 from gemma4_compile.patterns.capture import capture
@@ -57,4 +56,3 @@ def _rewrites(raised: bool) -> tuple[Rewrite, ...]:
 
 RAISE = PatternPass("vllm_norms", lambda: _rewrites(True), lowered=True)
 LOWER = PatternPass("vllm_lower", lambda: _rewrites(False), lowered=True)
-

@@ -1,7 +1,7 @@
 """vLLM's norm ops <-> the vocabulary that the fusions are written in.
 
-`RaiseNorms` makes gemma4::rms_norm of vLLM's, and of those with a residual a sum and norms; what no fusion took `LowerNorms` makes
-vLLM's op again, so that vLLM's own passes see what they would have seen. Norms that those passes are about to take stay.
+`RaiseNorms` makes gemma4::rms_norm of vLLM's, and of those with a residual a sum and norms; what no fusion took `LowerNorms`
+makes vLLM's op again, so that vLLM's own passes see what they would have seen. Norms that those are about to take stay.
 
 vLLM's ops, by name, as this file needs no vLLM:
     rms_norm(x, weight?, epsilon, variance_size?)

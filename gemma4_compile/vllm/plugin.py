@@ -1,7 +1,7 @@
 """Where the passes meet vLLM: three functions of it are wrapped, nothing else is touched.
 
-    CompilationConfig.init_backend   before a model is compiled: patterns are traced, and in modes without vLLM's backend our pass
-                                     goes into Inductor's options
+    CompilationConfig.init_backend   before a model is compiled: patterns are traced, and in modes without vLLM's backend our
+                                     pass goes into Inductor's options
     VllmBackend.__call__             vLLM's own mode: the passes run on the whole graph of Dynamo, before vLLM splits it
     envs.compile_factors             of all its compile caches: what was compiled with these passes is never run without them
 
@@ -27,7 +27,7 @@ from gemma4_compile.reporting import Report
 
 from . import VARIABLE
 from .constants import known
-from .forms import FUSIONS, PRODUCTS, pipeline
+from .forms import FUSIONS, PRODUCTS, Norms, pipeline
 from .norms import LowerNorms, RaiseNorms, Wanted
 from .report import graph_report, lines, sites_in, write
 
@@ -36,7 +36,7 @@ SUPPORTED = ("0.26", "0.32")
 PRE_GRAD = "pre_grad_custom_pass"  # of Inductor's options
 # vLLM's names for the graphs of the model itself: whole, or in two for its fast prefill.
 PARTS = ("backbone", "self_decoder", "cross_decoder")
-OWN_OPS = (RaiseNorms(), LowerNorms())
+OWN_OPS: Norms = (RaiseNorms(), LowerNorms())
 _MARK = "gemma4_compile"
 
 
@@ -105,7 +105,7 @@ class Plugin:
         """Trace the patterns: within a compilation it would be nested. Without vLLM's backend, Inductor is to call our pass."""
         from . import native
 
-        norms = OWN_OPS
+        norms: Norms = OWN_OPS
         if backend == "inductor":
             norms = (native.RAISE, native.LOWER)
             options = compilation.inductor_compile_config
@@ -140,7 +140,7 @@ class Run:
 
     plugin: Plugin
     config: Any
-    norms: tuple[Any, Any]
+    norms: Norms
     graph: str
 
     def __call__(self, graph: Graph, given: Sequence[Any] = ()) -> Report:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
@@ -53,7 +54,8 @@ def lines(graph: str, report: Report) -> Iterator[str]:
     )
     yield f"gemma4-compile, {graph}: {counts} sites fused; passes took {report.seconds:.2f} s"
     for name, fusion in report.fusions.items():
-        for reason, count in Counter(site.reason for site in fusion.unmatched).items():
+        # Without names of nodes, which are others at each site.
+        for reason, count in Counter(re.sub(r" \(\w+\)", "", site.reason) for site in fusion.unmatched).items():
             yield f"gemma4-compile, {graph}: {name} at {count} sites left: {reason}"
 
 
