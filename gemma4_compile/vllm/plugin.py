@@ -118,7 +118,10 @@ class Plugin:
         @functools.wraps(call)
         def passed(backend: Any, graph: GraphModule, example_inputs: Sequence[Any]) -> Any:
             config = backend.vllm_config
-            if not is_gemma4(config) or is_fused(graph.graph):  # the latter are loaded from vLLM's cache
+            if not is_gemma4(config):
+                return call(backend, graph, example_inputs)
+            self._separate(config.compilation_config)
+            if is_fused(graph.graph):  # loaded from vLLM's cache
                 return call(backend, graph, example_inputs)
             run = Run(self, config, OWN_OPS, backend.prefix)
             report = run(graph.graph, example_inputs)
@@ -129,6 +132,12 @@ class Plugin:
 
         setattr(passed, _MARK, True)
         return passed
+
+    def _separate(self, compilation: Any) -> None:
+        """A folder that the user has chosen is not for both: vLLM puts no key of its own below it."""
+        chosen, tail = Path(compilation.cache_dir or ""), f"{_MARK}-{self.uuid[:10]}"
+        if compilation.cache_dir and chosen.name != tail and chosen.parent.name != "torch_compile_cache":
+            compilation.cache_dir = str(chosen / tail)
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,7 @@ def wanted(vllm_config: Any) -> Wanted:
     switched = vllm_config.compilation_config.pass_config
     return Wanted(
         before_quantization=vllm_config.quant_config is not None and bool(switched.fuse_norm_quant),
-        behind_all_reduce=bool(switched.fuse_allreduce_rms),
+        behind_all_reduce=bool(switched.fuse_allreduce_rms or getattr(switched, "enable_sp", False)),
     )
 
 

@@ -77,6 +77,7 @@ def run(options: dict[str, Any]) -> None:
     dtype      of the model
     mode       "own" (vLLM's choice on a CPU), "piecewise" or "eager"
     packed     keep the products of the CPU build
+    version    that vLLM is to say it has
     options    further ones of vllm.LLM
     """
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -84,8 +85,10 @@ def run(options: dict[str, Any]) -> None:
         piecewise()
     if not options.get("packed"):
         plain_products()
+    import vllm
     from vllm import LLM, SamplingParams
 
+    vllm.__version__ = options.get("version", vllm.__version__)
     model = LLM(
         options["model"], dtype=options["dtype"], max_model_len=512, max_num_seqs=4, gpu_memory_utilization=0.3,
         enforce_eager=options["mode"] == "eager", **options.get("options", {}),

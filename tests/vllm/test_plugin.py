@@ -64,6 +64,7 @@ class Fake:
             quant_config=None,
             compilation_config=CompilationConfig(
                 backend="vllm",
+                cache_dir="",
                 inductor_compile_config={},
                 local_cache_dir=str(folder),
                 pass_config=SimpleNamespace(fuse_norm_quant=True, fuse_allreduce_rms=False),
@@ -189,6 +190,17 @@ def test_caches_are_kept_apart(fake: Any, monkeypatch: pytest.MonkeyPatch) -> No
         assert factors.keys() == {"VLLM_A", VARIABLE}
         keys.add(factors[VARIABLE])
     assert len(keys) == 2
+
+
+def test_a_chosen_folder_is_not_shared(fake: Any) -> None:
+    found = fake()
+    compilation = found.config.compilation_config
+    for chosen, own in (("/chosen", True), ("/root/torch_compile_cache/1a2b", False), ("", False)):
+        compilation.cache_dir = chosen
+        found.compile()
+        found.compile()  # the second graph of a model, as a drafter's
+        assert (compilation.cache_dir != chosen) == own
+        assert compilation.cache_dir.startswith(chosen) and compilation.cache_dir.count("gemma4_compile") == own
 
 
 def test_without_vllms_backend_inductor_calls_our_pass(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:

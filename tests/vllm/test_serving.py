@@ -1,0 +1,124 @@
+"""vLLM itself with the plug-in, on a CPU: `make test-vllm`. Each run is a process; all share the folder of vLLM's caches."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma4_compile import demo_checkpoint
+from tests.vllm.quantized import quantized
+
+pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).parents[2]
+SITES = {
+    "e": "post_attention_norms 8/8, ple_inputs 1/1, ple_tail 8/8, feed_forward_tail 8/8, gate_up 8/8, linear 8/8 sites fused",
+    "moe": "post_attention_norms 6/6, ple_inputs 0/0, ple_tail 0/0, feed_forward_tail 6/6, gate_up 6/6, linear 6/6 sites fused",
+}
+MODES = ("own", "piecewise")
+
+
+@dataclass(frozen=True)
+class Run:
+    tokens: list[list[int]]
+    log: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Of the plug-in."""
+        return re.findall(r"\] (gemma4-compile.*)", self.log)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vllm")
+
+
+@pytest.fixture(scope="session")
+def serve(folder: Path) -> Any:
+    """Continue the prompts; the second time with the same arguments the first answer."""
+
+    @cache
+    def served(model: Path, dtype: str, mode: str, switch: str, again: int = 0, more: str = "{}") -> Run:
+        out = folder / "tokens.json"
+        options = {"model": str(model), "out": str(out), "dtype": dtype, "mode": mode} | json.loads(more)
+        environment = os.environ | {
+            "GEMMA4_COMPILE_VLLM": switch, "VLLM_CACHE_ROOT": str(folder / "cache"), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.vllm.host", json.dumps(options)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return Run(json.loads(out.read_text()), done.stdout + done.stderr)
+
+    return served
+
+
+def target(name: str) -> Path:
+    return demo_checkpoint(name) / "target"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["e", "moe"])
+def test_sites_and_tokens(serve: Any, name: str, mode: str, dtype: str) -> None:
+    on = serve(target(name), dtype, mode, "1")
+    assert any(line.startswith(f"gemma4-compile, backbone: {SITES[name]}") for line in on.lines) and len(on.lines) == 1
+    off, eager = serve(target(name), dtype, mode, "0"), serve(target(name), dtype, "eager", "0")
+    assert not off.lines and not eager.lines
+    assert on.tokens == off.tokens == eager.tokens
+
+
+def compiled(folder: Path) -> set[Path]:
+    return {path for path in (folder / "cache" / "torch_compile_cache").glob("*/*") if path.is_dir()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_off_on_off(serve: Any, folder: Path, mode: str) -> None:
+    """What was compiled with the passes is not run without them, nor the other way round: each has a folder of its own."""
+    model = target("e")
+    before = compiled(folder)
+    off = serve(model, "float32", mode, "0", 1)
+    between = compiled(folder)
+    on = serve(model, "float32", mode, "1", 1)
+    after = compiled(folder)
+    last = serve(model, "float32", mode, "0", 2)
+    assert compiled(folder) == after
+    assert off.tokens == on.tokens == last.tokens
+    assert not off.lines and not last.lines
+    reports = {path.parent for path in (folder / "cache").rglob("gemma4_compile.*.json")}
+    assert reports and not any(parent.is_relative_to(path) for parent in reports for path in between - before)
+
+
+def test_a_saved_graph_is_loaded_and_still_fused(serve: Any) -> None:
+    first, second = (serve(target("e"), "float32", "piecewise", "1", again) for again in (0, 3))
+    assert second.tokens == first.tokens and len(second.lines) <= 1
+
+
+def test_products_of_the_cpu_are_left(serve: Any) -> None:
+    """They are packed for oneDNN: the norms around them fuse."""
+    on = serve(target("e"), "float32", "piecewise", "1", 0, json.dumps({"packed": True}))
+    assert "post_attention_norms 8/8" in on.lines[0] and "ple_tail 0/8, feed_forward_tail 8/8, gate_up 0/8" in on.lines[0]
+    assert any("expected linear, found onednn_mm" in line for line in on.lines)
+    assert on.tokens == serve(target("e"), "float32", "piecewise", "0").tokens
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_quantized_checkpoint(serve: Any, folder: Path, mode: str) -> None:
+    """Norms fuse, and the plain products within the per-layer inputs; those that are quantized are left."""
+    model = quantized(target("e"), folder / "quantized")
+    on, off = (serve(model, "float32", mode, switch) for switch in "10")
+    assert "ple_tail 8/8, feed_forward_tail 8/8, gate_up off, linear off" in on.lines[0]
+    assert on.tokens == off.tokens
+
+
+def test_another_version_is_left(serve: Any) -> None:
+    other = serve(target("e"), "float32", "piecewise", "1", 0, json.dumps({"version": "0.31.0"}))
+    assert len(other.lines) == 1 and "knows vLLM 0.26, 0.32, found 0.31.0" in other.lines[0]
+    assert other.tokens == serve(target("e"), "float32", "piecewise", "0").tokens
