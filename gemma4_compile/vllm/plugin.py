@@ -118,7 +118,7 @@ class Plugin:
         @functools.wraps(call)
         def passed(backend: Any, graph: GraphModule, example_inputs: Sequence[Any]) -> Any:
             config = backend.vllm_config
-            if not is_gemma4(config):
+            if not is_gemma4(config) or backend.is_encoder:
                 return call(backend, graph, example_inputs)
             self._separate(config.compilation_config)
             if is_fused(graph.graph):  # loaded from vLLM's cache

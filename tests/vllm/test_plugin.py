@@ -32,7 +32,7 @@ class Fake:
         calls = self.calls
 
         class VllmBackend:
-            prefix = "backbone"
+            prefix, is_encoder = "backbone", False
 
             def __init__(self, vllm_config: Any):
                 self.vllm_config = vllm_config
@@ -171,6 +171,12 @@ def test_sites_that_are_left_are_told(fake: Any, monkeypatch: pytest.MonkeyPatch
 def test_other_models_are_left(fake: Any) -> None:
     found = fake()
     found.config.model_config.hf_text_config = SimpleNamespace(model_type="llama")
+    assert not any(name.startswith("gemma4.") for name in found.compile()) and not found.log
+
+
+def test_encoders_are_left(fake: Any) -> None:
+    found = fake()
+    found.backend.is_encoder = True
     assert not any(name.startswith("gemma4.") for name in found.compile()) and not found.log
 
 
