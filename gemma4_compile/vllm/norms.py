@@ -84,8 +84,11 @@ class OrderSums:
 
 def op_name(node: Node) -> str:
     """`rms_norm` of vllm_ir.rms_norm.default; empty for what is no op of vLLM's IR."""
-    namespace, _, name = str(node.target).partition(".")
-    return name.split(".")[0] if node.op == "call_function" and namespace == "vllm_ir" else ""
+    return _name(node.target) if node.op == "call_function" and str(node.target).startswith("vllm_ir.") else ""
+
+
+def _name(target: Any) -> str:
+    return str(target).split(".")[1]
 
 
 def _raise_norm(graph: Graph, node: Node) -> None:
@@ -143,7 +146,7 @@ def _lower(graph: Graph, node: Node) -> None:
     origin = node.meta.pop(_FROM)
     x, *rest = node.args
     weight, eps = (rest[0] if node.target is _OPS.rms_norm else None), rest[-1]
-    name = op_name_of(origin)
+    name = _name(origin)
     if name == "rms_norm":
         node.target, node.args = origin, (x, weight, eps, None)
         return
@@ -171,10 +174,6 @@ def _lower(graph: Graph, node: Node) -> None:
         graph.erase_node(old)
     if first is not None:
         graph.erase_node(first)
-
-
-def op_name_of(target: Any) -> str:
-    return str(target).split(".")[1]
 
 
 def _first_norm(total: Node) -> Node | None:

@@ -55,8 +55,8 @@ def install() -> None:
     if hasattr(VllmBackend.__call__, _MARK):
         return
     if not is_supported(vllm.__version__):
-        known = ", ".join(SUPPORTED)
-        logger.warning("gemma4-compile knows vLLM %s, found %s; vLLM stays as it is (docs/vllm.md)", known, vllm.__version__)
+        text = "gemma4-compile knows vLLM %s, found %s; vLLM stays as it is (docs/vllm.md)"
+        logger.warning(text, ", ".join(SUPPORTED), vllm.__version__)
         return
     plugin = Plugin(logger.info)
     CompilationConfig.init_backend = plugin.around_init_backend(CompilationConfig.init_backend)

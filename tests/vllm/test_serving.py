@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from gemma4_compile import demo_checkpoint
+from tests.vllm import small
 from tests.vllm.quantized import quantized
 
 pytestmark = pytest.mark.vllm
+reads_demo = pytest.mark.skipif(small.vllm_version().startswith("0.26"), reason="vLLM 0.26 cannot read the demo checkpoints")
 ROOT = Path(__file__).parents[2]
 SITES = {
     "e": "post_attention_norms 8/8, ple_inputs 1/1, ple_tail 8/8, feed_forward_tail 8/8, gate_up 8/8, linear 8/8 sites fused",
@@ -64,6 +66,7 @@ def target(name: str) -> Path:
     return demo_checkpoint(name) / "target"
 
 
+@reads_demo
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["e", "moe"])
@@ -75,10 +78,24 @@ def test_sites_and_tokens(serve: Any, name: str, mode: str, dtype: str) -> None:
     assert on.tokens == off.tokens == eager.tokens
 
 
+@pytest.mark.parametrize("kind", ["e", "moe"])
+@pytest.mark.parametrize("mode", MODES)
+def test_random_weights(serve: Any, tmp_path: Path, kind: str, mode: str) -> None:
+    """On each version of vLLM."""
+    told = json.dumps(small.run(kind, tmp_path))
+    on, off = (serve(tmp_path, "float32", mode, switch, 0, told) for switch in "10")
+    expected = "post_attention_norms 3/3, " + (
+        "ple_inputs 1/1, ple_tail 3/3" if kind == "e" else "ple_inputs 0/0, ple_tail 0/0"
+    )
+    assert len(on.lines) == 1 and f"{expected}, feed_forward_tail 3/3, gate_up 3/3, linear 3/3" in on.lines[0]
+    assert on.tokens == off.tokens
+
+
 def compiled(folder: Path) -> set[Path]:
     return {path for path in (folder / "cache" / "torch_compile_cache").glob("*/*") if path.is_dir()}
 
 
+@reads_demo
 @pytest.mark.parametrize("mode", MODES)
 def test_off_on_off(serve: Any, folder: Path, mode: str) -> None:
     """What was compiled with the passes is not run without them, nor the other way round: each has a folder of its own."""
@@ -96,11 +113,13 @@ def test_off_on_off(serve: Any, folder: Path, mode: str) -> None:
     assert reports and not any(parent.is_relative_to(path) for parent in reports for path in between - before)
 
 
+@reads_demo
 def test_a_saved_graph_is_loaded_and_still_fused(serve: Any) -> None:
     first, second = (serve(target("e"), "float32", "piecewise", "1", again) for again in (0, 3))
     assert second.tokens == first.tokens and len(second.lines) <= 1
 
 
+@reads_demo
 def test_products_of_the_cpu_are_left(serve: Any) -> None:
     """They are packed for oneDNN: the norms around them fuse."""
     on = serve(target("e"), "float32", "piecewise", "1", 0, json.dumps({"packed": True}))
@@ -109,6 +128,7 @@ def test_products_of_the_cpu_are_left(serve: Any) -> None:
     assert on.tokens == serve(target("e"), "float32", "piecewise", "0").tokens
 
 
+@reads_demo
 @pytest.mark.parametrize("mode", MODES)
 def test_a_quantized_checkpoint(serve: Any, folder: Path, mode: str) -> None:
     """Norms fuse, and the plain products within the per-layer inputs; those that are quantized are left."""
@@ -118,6 +138,7 @@ def test_a_quantized_checkpoint(serve: Any, folder: Path, mode: str) -> None:
     assert on.tokens == off.tokens
 
 
+@reads_demo
 def test_another_version_is_left(serve: Any) -> None:
     other = serve(target("e"), "float32", "piecewise", "1", 0, json.dumps({"version": "0.31.0"}))
     assert len(other.lines) == 1 and "knows vLLM 0.26, 0.32, found 0.31.0" in other.lines[0]
