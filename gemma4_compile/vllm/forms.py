@@ -1,8 +1,10 @@
 """What vLLM writes otherwise than Hugging Face: further forms of the fusions, and the pipeline over vLLM's graph.
 
-Rows are flat, gate and up are one matrix, and the router scales by the root first.
+Rows are flat, gate and up are one matrix, as are Q, K and V, the router scales by the root first, and a rotation is written
+out, by cosines that each layer looks up.
 """
 
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace as changed
 from functools import cache
@@ -11,11 +13,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Graph, Node
 
-from gemma4_compile.passes import Fusion, Pass, PatternPass
+from gemma4_compile.passes import Fusion, Pass, PatternPass, Record
 from gemma4_compile.passes.lower import Lower
 from gemma4_compile.passes.raise_ops import RAISE_GEGLU
-from gemma4_compile.patterns import feed_forward_tail, gate_up, linear, ple_inputs, ple_tail, post_attention_norms
+from gemma4_compile.patterns import (
+    feed_forward_tail,
+    gate_up,
+    linear,
+    ple_inputs,
+    ple_tail,
+    post_attention_norms,
+    qkv_norm_rope,
+)
 from gemma4_compile.patterns.linear import matrices
 from gemma4_compile.patterns.rewrite import Rewrite, all_guards, one_element, same_dtype, same_shape, vectors_of_last_dim
 from gemma4_compile.patterns.template import Match, value_of
@@ -25,6 +36,54 @@ from .norms import OrderSums
 
 ops = torch.ops.gemma4
 Norms = tuple[Pass, Pass]
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, rows: Any, dim: int) -> Tensor:
+    """vLLM's rotary embedding in plain operations: x [T, H * D], cos and sin [T, D / 2]; all of a head turns."""
+    shape = x.size()
+    heads = x.view(rows, -1, dim)
+    turned, rest = heads[..., :dim], heads[..., dim:]
+    cosine, sine = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    low, high = torch.chunk(turned, 2, dim=-1)
+    turned = torch.cat((low * cosine - high * sine, high * cosine + low * sine), dim=-1)
+    return torch.cat((turned, rest), dim=-1).reshape(shape)
+
+
+def angles(half: Tensor) -> Tensor:
+    """[1, T, D] of [T, D / 2]: as the ops, and Hugging Face, have them."""
+    return torch.cat((half, half), dim=-1).unsqueeze(0)
+
+
+def search_qkv(
+    qkv: Tensor, sizes: Any, q_heads: Any, kv_heads: Any, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    eps: float, rows: Any, dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    parts = qkv.split(sizes, dim=-1)
+    q = ops.rms_norm(parts[0].unflatten(-1, q_heads), q_weight, eps).flatten(-2, -1)
+    k = ops.rms_norm(parts[1].unflatten(-1, kv_heads), k_weight, eps).flatten(-2, -1)
+    v = ops.rms_norm_noscale(parts[2].unflatten(-1, kv_heads), eps).flatten(-2, -1)
+    return rotated(q, cos, sin, rows, dim), rotated(k, cos, sin, rows, dim), v
+
+
+def replace_qkv(
+    qkv: Tensor, sizes: Any, q_heads: Any, kv_heads: Any, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    eps: float, rows: Any, dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    parts = qkv.split(sizes, dim=-1)
+    q = parts[0].unflatten(-1, q_heads).unsqueeze(0)
+    k = parts[1].unflatten(-1, kv_heads).unsqueeze(0)
+    v = parts[2].unflatten(-1, kv_heads).unsqueeze(0)
+    q, k, v = ops.qkv_norm_rope(q, k, v, q_weight, k_weight, angles(cos), angles(sin), eps)
+    return q.squeeze(0).flatten(-2, -1), k.squeeze(0).flatten(-2, -1), v.squeeze(0).flatten(-2, -1)
+
+
+def search_q(q: Tensor, q_heads: Any, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rows: Any, dim: int) -> Tensor:
+    return rotated(ops.rms_norm(q.unflatten(-1, q_heads), q_weight, eps).flatten(-2, -1), cos, sin, rows, dim)
+
+
+def replace_q(q: Tensor, q_heads: Any, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rows: Any, dim: int) -> Tensor:
+    q = ops.q_norm_rope(q.unflatten(-1, q_heads).unsqueeze(0), q_weight, angles(cos), angles(sin), eps)
+    return q.squeeze(0).flatten(-2, -1)
 
 
 def search_norms(
@@ -92,11 +151,37 @@ def halves(match: Match) -> str | None:
     return None if weight is not None and weight.shape[0] == 2 * width else f"weight must be [2 * {width}, K]"
 
 
+def rotary_shapes(match: Match) -> str | None:
+    """cos and sin are [T, D / 2] of heads of D, and turn all of it."""
+    cos, sin, weight = (value_of(match.binding[name]) for name in ("cos", "sin", "q_weight"))
+    dim = match.binding["dim"]
+    assert cos is not None and sin is not None and weight is not None
+    fits = cos.dim() == sin.dim() == 2 and 2 * cos.shape[1] == 2 * sin.shape[1] == dim == weight.shape[0]
+    return None if fits else f"cos must be [T, {dim} / 2]"
+
+
 def of_the_tables_dtype(match: Match) -> str | None:
     """The op rounds the scale to the table's dtype, which vLLM does not."""
     table, scale = value_of(match.binding["table"]), value_of(match.binding["embed_scale"])
     assert table is not None and scale is not None
     return None if table.dtype == scale.dtype else f"embed_scale is {scale.dtype}, the table is {table.dtype}"
+
+
+@cache
+def _qkv() -> tuple[Rewrite, ...]:
+    def inputs(alone: bool) -> dict[str, Any]:
+        rotary = {name: torch.randn(6, 4) for name in ("cos", "sin")} | {"eps": 1e-6, "rows": 6, "dim": 8}
+        common = rotary | {"q_weight": torch.rand(8) + 0.5, "q_heads": (4, 8)}
+        if alone:
+            return common | {"q": torch.randn(6, 32)}
+        return common | {"qkv": torch.randn(6, 64), "sizes": [32, 16, 16], "kv_heads": (2, 8), "k_weight": torch.rand(8) + 0.5}
+
+    both = all_guards(same_dtype("qkv", "q_weight", "k_weight", "cos", "sin"), rotary_shapes)
+    alone = all_guards(same_dtype("q", "q_weight", "cos", "sin"), rotary_shapes)
+    return (
+        Rewrite("qkv_norm_rope", search_qkv, replace_qkv, lambda: inputs(False), both),
+        Rewrite("q_norm_rope", search_q, replace_q, lambda: inputs(True), alone),  # last: the q of the other looks like this
+    )
 
 
 @cache
@@ -157,6 +242,7 @@ def _as_vllm(fusion: Fusion, rewrites: Callable[[], Sequence[Rewrite]]) -> Fusio
 FUSIONS: dict[str, Fusion] = {
     fusion.name: fusion
     for fusion in (
+        _as_vllm(qkv_norm_rope.FUSION, _qkv),
         _as_vllm(post_attention_norms.FUSION, _norms),
         _as_vllm(ple_inputs.FUSION, _ple_inputs),
         ple_tail.FUSION,
@@ -167,6 +253,42 @@ FUSIONS: dict[str, Fusion] = {
 }
 # Quantized models have their own products, and their own fusions around those.
 PRODUCTS = frozenset({gate_up.FUSION.name, linear.FUSION.name})
+ROTARY = frozenset({qkv_norm_rope.FUSION.name})
+
+
+class ShareAngles:
+    """The cosines and sines that the rotations of many layers read, computed once.
+
+    vLLM's layers of a kind look them up in one table, each for itself: cheap within a kernel, a kernel more beside an op."""
+
+    name = "vllm_angles"
+
+    def __call__(self, graph: Graph, record: Record) -> None:
+        first: dict[str, Node] = {}
+        for node in graph.nodes:
+            if node.target in (ops.qkv_norm_rope, ops.q_norm_rope):
+                for angle in node.args[-3:-1]:
+                    assert isinstance(angle, Node)
+                    if (same := first.setdefault(_made_of(angle), angle)) is not angle:
+                        node.replace_input_with(angle, same)
+        for node in reversed(graph.nodes):
+            if not node.users and _is_step(node):
+                graph.erase_node(node)
+
+
+def _is_step(node: Node) -> bool:
+    """Of a lookup: pure, and cheap as part of another kernel."""
+    if node.op == "call_method":
+        return node.target in ("flatten", "index_select", "chunk", "unsqueeze")
+    return node.op == "call_function" and node.target in (torch.cat, operator.getitem)
+
+
+def _made_of(node: Node) -> str:
+    """What a node computes of the graph's inputs, as text; of other operations than a lookup's, its own name."""
+    if not _is_step(node):
+        return node.name
+    arguments = torch.fx.map_arg((node.args, node.kwargs), _made_of)
+    return f"{node.target}{arguments}"
 
 
 def pipeline(
@@ -184,6 +306,7 @@ def pipeline(
         OrderSums(),
         RAISE_GEGLU,
         *(PatternPass(fusion.name, fusion.rewrites) for fusion in FUSIONS.values() if fusion.name in enabled),
+        ShareAngles(),
         OrderSums(back=True),
         lowered,
         Lower(),

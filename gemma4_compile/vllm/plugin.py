@@ -27,7 +27,7 @@ from gemma4_compile.reporting import Report
 
 from . import VARIABLE
 from .constants import known
-from .forms import FUSIONS, PRODUCTS, Norms, pipeline
+from .forms import FUSIONS, PRODUCTS, ROTARY, Norms, pipeline
 from .norms import LowerNorms, RaiseNorms, Wanted
 from .report import graph_report, lines, sites_in, write
 
@@ -157,7 +157,7 @@ class Run:
         raised, lowered = self.norms
         if isinstance(raised, RaiseNorms):
             raised = RaiseNorms(wanted(self.config))
-        enabled = self.plugin.enabled - (PRODUCTS if self.config.quant_config is not None else frozenset())
+        enabled = self.plugin.enabled - taken(self.config)
         sites = sites_in(graph, model) if self.graph in PARTS else {}
         record = passes.run(pipeline(enabled, known(model), (raised, lowered), given), graph)
         return graph_report(record, enabled, sites)
@@ -195,6 +195,14 @@ def wanted(vllm_config: Any) -> Wanted:
         before_quantization=vllm_config.quant_config is not None and bool(switched.fuse_norm_quant),
         behind_all_reduce=bool(switched.fuse_allreduce_rms or getattr(switched, "enable_sp", False)),
     )
+
+
+def taken(vllm_config: Any) -> frozenset[str]:
+    """The fusions in whose place vLLM has its own, by its config."""
+    switched = vllm_config.compilation_config.pass_config
+    rotary = ("enable_qk_norm_rope_fusion", "fuse_qk_norm_rope_kvcache", "fuse_rope_kvcache")
+    products = PRODUCTS if vllm_config.quant_config is not None else frozenset()
+    return products | (ROTARY if any(getattr(switched, name, False) for name in rotary) else frozenset())
 
 
 def is_fused(graph: Graph) -> bool:

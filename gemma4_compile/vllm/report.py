@@ -16,7 +16,7 @@ from gemma4_compile.passes import Record
 from gemma4_compile.patterns.rewrite import module_path
 from gemma4_compile.reporting import FusionReport, Report, Unmatched, site_of, unmatched_sites
 
-from .forms import FUSIONS, PRODUCTS
+from .forms import FUSIONS
 
 _FILE = "gemma4_compile.{}.json"
 _PLE = "per_layer_projection_norm"  # vLLM's module, in the part of the model that has the per-layer inputs
@@ -36,8 +36,7 @@ def graph_report(record: Record, enabled: Collection[str], sites: Mapping[str, t
     for name, fusion in FUSIONS.items():
         expected = sites.get(name, ())
         if name not in enabled:
-            note = "left to vLLM's quantization" if name in PRODUCTS else "switched off"
-            fusions[name] = FusionReport(name, False, len(expected), 0, note=note)
+            fusions[name] = FusionReport(name, False, len(expected), 0, note="switched off, or vLLM's own is on")
             continue
         matched = record.matched(name)
         saved = sum(fusion.launches_saved.get(site.rewrite, 0) for site in matched)

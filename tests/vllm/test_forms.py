@@ -25,7 +25,8 @@ def test_replacement_computes_the_same(rewrite: Rewrite) -> None:
 
 
 def test_forms_are_few_and_named() -> None:
-    assert [rewrite.name for rewrite in OWN] == ["post_attention_norms", "ple_inputs", "ple_combine", "gate_up"]
+    names = ["qkv_norm_rope", "q_norm_rope", "post_attention_norms", "ple_inputs", "ple_combine", "gate_up"]
+    assert [rewrite.name for rewrite in OWN] == names
     assert all(rewrite.searched.source.startswith("vllm/forms.py:") for rewrite in OWN)
     # A fusion keeps its name, its sites and its switch.
     assert all(FUSIONS[name].sites is USUAL[name].sites for name in FUSIONS)

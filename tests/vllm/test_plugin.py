@@ -165,7 +165,14 @@ def test_sites_that_are_left_are_told(fake: Any, monkeypatch: pytest.MonkeyPatch
     found.config.quant_config = object()
     names = found.compile()
     assert not {"gemma4.ple_tail_norm", "gemma4.gate_up", "gemma4.linear"} & set(names)
-    assert "ple_tail off" in found.log[0][1] and "gate_up off" in found.log[0][1] and "linear off" in found.log[0][1]
+    for name in ("ple_tail", "gate_up", "linear"):
+        assert f"{name} off" in found.log[0][1]
+
+
+def test_rotations_that_vllm_fuses_are_left(fake: Any) -> None:
+    found = fake()
+    found.config.compilation_config.pass_config.enable_qk_norm_rope_fusion = True
+    assert "gemma4.qkv_norm_rope" not in found.compile() and "qkv_norm_rope off" in found.log[0][1]
 
 
 def test_other_models_are_left(fake: Any) -> None:

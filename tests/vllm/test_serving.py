@@ -19,9 +19,9 @@ from tests.vllm.quantized import quantized
 pytestmark = pytest.mark.vllm
 reads_demo = pytest.mark.skipif(small.vllm_version().startswith("0.26"), reason="vLLM 0.26 cannot read the demo checkpoints")
 ROOT = Path(__file__).parents[2]
-SITES = {
-    "e": "post_attention_norms 8/8, ple_inputs 1/1, ple_tail 8/8, feed_forward_tail 8/8, gate_up 8/8, linear 8/8 sites fused",
-    "moe": "post_attention_norms 6/6, ple_inputs 0/0, ple_tail 0/0, feed_forward_tail 6/6, gate_up 6/6, linear 6/6 sites fused",
+SITES = {  # behind the name of the graph
+    "e": "qkv_norm_rope 8/8, post_attention_norms 8/8, ple_inputs 1/1, ple_tail 8/8, feed_forward_tail 8/8, gate_up 8/8, linear 8/8 sites fused",
+    "moe": "qkv_norm_rope 6/6, post_attention_norms 6/6, ple_inputs 0/0, ple_tail 0/0, feed_forward_tail 6/6, gate_up 6/6, linear 6/6 sites fused",
 }
 MODES = ("own", "piecewise")
 
