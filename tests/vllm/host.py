@@ -3,7 +3,7 @@
     python -m tests.vllm.host '{"model": ..., "out": ..., ...}'
 
 vLLM's CPU builds compile in a mode of their own, without vLLM's backend, and have products of their own. A GPU's are put back
-here. What comes out is JSON in the file `out`: the tokens of greedy continuations.
+here. What comes out is JSON in the file `out`: greedy continuations.
 """
 
 import json
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-PROMPTS = ["def mean(values):\n    ", "class Stack:\n    def __init__(self"]
 _KEPT: list[Any] = []
 
 
@@ -76,6 +75,7 @@ def run(options: dict[str, Any]) -> None:
     out        file for the tokens
     dtype      of the model
     mode       "own" (vLLM's choice on a CPU), "piecewise" or "eager"
+    ids        prompts
     packed     keep the products of the CPU build
     version    that vLLM is to say it has
     options    further ones of vllm.LLM
@@ -93,9 +93,18 @@ def run(options: dict[str, Any]) -> None:
         options["model"], dtype=options["dtype"], max_model_len=512, max_num_seqs=4, gpu_memory_utilization=0.3,
         enforce_eager=options["mode"] == "eager", **options.get("options", {}),
     )  # fmt: skip
-    prompts = [{"prompt_token_ids": ids} for ids in options.get("ids", [])] or PROMPTS
-    found = model.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
-    Path(options["out"]).write_text(json.dumps([list(request.outputs[0].token_ids) for request in found]))
+    prompts = [{"prompt_token_ids": ids} for ids in options["ids"]]
+    found = model.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2))
+    Path(options["out"]).write_text(json.dumps([_continuation(request.outputs[0]) for request in found]))
+
+
+def _continuation(output: Any) -> dict[str, Any]:
+    """The tokens, and for each place the runner-up with how far behind it was."""
+    behind = []
+    for token, logprobs in zip(output.token_ids, output.logprobs, strict=True):
+        other = max((t for t in logprobs if t != token), key=lambda t: logprobs[t].logprob)
+        behind.append((other, logprobs[token].logprob - logprobs[other].logprob))
+    return {"tokens": list(output.token_ids), "behind": behind}
 
 
 if __name__ == "__main__":
