@@ -34,7 +34,20 @@ from .raise_ops import RAISE_GEGLU, RAISE_RMS_NORM, RAISE_ROPE, RAISE_ROUTE, Fun
 from .shards import Shards
 from .yoco import Yoco
 
-__all__ = ["FUSIONS", "SWITCHES", "Fusion", "Miss", "Pass", "PatternPass", "Record", "Site", "pipeline", "prepare", "run"]
+__all__ = [
+    "FUSIONS",
+    "SWITCHES",
+    "Fusion",
+    "Miss",
+    "Pass",
+    "PatternPass",
+    "Record",
+    "Site",
+    "pipeline",
+    "prepare",
+    "run",
+    "trace_patterns",
+]
 
 # Fusions that are one raised op: switched off, the op is lowered again.
 _RAISED = (geglu.FUSION, route.FUSION)
@@ -60,9 +73,14 @@ def prepare(own: Iterable[Fusion] = ()) -> None:
     there.
 
     own  fusions of the user's"""
+    trace_patterns(pipeline(FUSIONS, own))
+
+
+def trace_patterns(steps: Iterable[Pass]) -> None:
+    """`prepare` for a pipeline of one's own."""
     register_fallbacks()
     with own_state():
-        for step in pipeline(FUSIONS, own):
+        for step in steps:
             if isinstance(step, PatternPass):
                 for rewrite in step.rewrites():
                     _ = rewrite.searched, rewrite.replacement

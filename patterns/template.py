@@ -86,7 +86,7 @@ def source_of(function: Callable[..., Any]) -> str:
     """file:line of a function, the file relative to the package or library that it belongs to."""
     path = inspect.getsourcefile(function) or "?"
     parts = path.replace("\\", "/").split("/")
-    keep = next((i for i in range(len(parts) - 1, -1, -1) if parts[i] in ("patterns", "transformers")), len(parts) - 1)
+    keep = next((i for i in range(len(parts) - 1, -1, -1) if parts[i] in ("patterns", "transformers", "vllm")), len(parts) - 1)
     return f"{'/'.join(parts[keep:])}:{inspect.getsourcelines(function)[1]}"
 
 

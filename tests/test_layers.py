@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("calls",),
     ("optimized",),
     ("reporting", "demo"),
-    ("inspection",),
+    ("inspection", "vllm"),
     (
         "runtime.scheduling",
         "runtime.sampling_params",

@@ -12,6 +12,7 @@ from .bench import add_bench
 from .compiled import add_compiled
 from .serve import SERVING, add_serving
 from .server import add_server
+from .vllm import add_vllm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,4 +48,5 @@ def _parser() -> argparse.ArgumentParser:
     add_serving(commands)
     add_server(commands)
     add_bench(commands)
+    add_vllm(commands)
     return parser

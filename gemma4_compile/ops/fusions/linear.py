@@ -235,8 +235,23 @@ def _launch(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
 
 def _launch_gate_up(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    products = _products(x, (gate_weight, up_weight), gated=True)
-    return products[0] if products else launch_geglu(product(x, gate_weight), product(x, up_weight))
+    if products := _products(x, (gate_weight, up_weight), gated=True):
+        return products[0]
+    if (both := merged(gate_weight, up_weight)) is not None:
+        return launch_geglu(*product(x, both).chunk(2, dim=-1))
+    return launch_geglu(product(x, gate_weight), product(x, up_weight))
+
+
+def merged(first: Tensor, second: Tensor) -> Tensor | None:
+    """The matrix whose halves these are, as other engines keep gate and up: one product then. None if they lie apart."""
+    one_after_the_other = (
+        first.shape == second.shape
+        and first.is_contiguous()
+        and second.is_contiguous()
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and second.data_ptr() == first.data_ptr() + first.numel() * first.element_size()
+    )
+    return first.as_strided((2 * first.shape[0], first.shape[1]), first.stride()) if one_after_the_other else None
 
 
 def _fake(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
