@@ -127,6 +127,7 @@ class CompiledModel:
         self.ways = Ways()
         self.why_whole = ""  # why the call at hand is no packed step
         self.programs: list[Program] = []  # packed steps, of calls and of PackedModel
+        self.image_programs: list[Program] = []  # those of prompts with images
         self._route: PackedRoute | None = None
         self.whole = WholeGraph(module, backend, self.geometry)
         self._module_ref: Any = module
@@ -205,17 +206,20 @@ class CompiledModel:
         self.ways.note(UNCOMPILED, reason)
         return output
 
-    def packed_program(self, model: Any, first: FirstCall = FIRST_CALL) -> Program:
-        """The packed step of the model, or of its text part, over the weights that it has now; compiled or loaded once."""
+    def packed_program(self, model: Any, first: FirstCall = FIRST_CALL, images: bool = False) -> Program:
+        """The packed step of the model, or of its text part, over the weights that it has now; compiled or loaded once.
+
+        images   that of prompts with images"""
+        programs = self.image_programs if images else self.programs
         with local_parts(model):
             weights, known = weights_of(model), fingerprint(model)
-            for index, program in enumerate(self.programs):
+            for index, program in enumerate(programs):
                 if known and program.spec.model == known:
-                    self.programs[index] = program.with_weights(weights)
-                    return self.programs[index]
-            folder = program_folder(model, self.backend, self.division, model.device)
-            self.programs.append(open_program(model, self.backend, self.geometry, folder, first))
-        return self.programs[-1]
+                    programs[index] = program.with_weights(weights)
+                    return programs[index]
+            folder = program_folder(model, self.backend, self.division, model.device, "images" if images else "")
+            programs.append(open_program(model, self.backend, self.geometry, folder, first, images))
+        return programs[-1]
 
     @property
     def eager_reason(self) -> str:

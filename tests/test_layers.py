@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "runtime.outputs",
         "runtime.metrics",
         "runtime.text",
+        "runtime.vision",
         "runtime.constraint",
     ),
     ("runtime.step",),

@@ -22,7 +22,7 @@ def prompts_of(given: Any) -> list[Any]:
 
     Raises TypeError for a mapping that is no prompt, ValueError for arrays of more than two dimensions."""
     if isinstance(given, Mapping):
-        return _of_mapping(given)
+        return [given] if "images" in given else _of_mapping(given)
     if isinstance(given, (np.ndarray, Tensor)):
         if given.ndim > 2:
             raise ValueError(f"token ids must be [tokens] or [prompts, tokens], got {list(given.shape)}; flatten them")

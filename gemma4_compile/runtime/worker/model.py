@@ -45,9 +45,14 @@ class PackedModel:
         before, self.program = self.program, self._compiled()
         return self.program is not before
 
-    def _compiled(self) -> Program:
+    def image_program(self) -> Program:
+        """The step of prompts with images, as the model is now; see packed/inputs.py. Raises ValueError if it does not
+        compile."""
+        return self._compiled(images=True)
+
+    def _compiled(self, images: bool = False) -> Program:
         try:
-            return self._state.packed_program(self.model)
+            return self._state.packed_program(self.model, images=images)
         except Exception as error:  # whatever Dynamo, Inductor, Triton and the C++ compiler raise, in pages
             raise ValueError(f"the model's step must compile, got {first_line(error)}") from error
 

@@ -1,0 +1,94 @@
+"""The part of a multimodal Gemma 4 that makes embeddings of images: what Hugging Face keeps beside the text model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.initialization import no_init_weights
+from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder
+
+_PARTS = ("vision_tower", "embed_vision")
+
+
+class VisionPart(nn.Module):
+    """Tower and embedder of a multimodal model.
+
+    config        the whole model's
+    vision_tower  Gemma4VisionModel
+    embed_vision  from the tower's width to the text model's
+    """
+
+    def __init__(self, config: Any, vision_tower: nn.Module, embed_vision: nn.Module):
+        super().__init__()
+        self.config, self.vision_tower, self.embed_vision = config, vision_tower, embed_vision
+
+    def embed(self, states: Tensor) -> Tensor:
+        """Pooled states [tokens, width of the tower] as the text model's embeddings [tokens, H]."""
+        return self.embed_vision(inputs_embeds=states)
+
+
+def has_vision(config: Any) -> bool:
+    """Whether a model of this config takes images."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def vision_part(model: Any) -> VisionPart | None:
+    """That of a multimodal model, on its very weights; None for one that takes no images."""
+    inner: Any = getattr(model, "model", None)
+    if not has_vision(model.config) or getattr(inner, "vision_tower", None) is None:
+        return None
+    return VisionPart(model.config, inner.vision_tower, inner.embed_vision)
+
+
+def load_vision(folder: str | Path, dtype: torch.dtype, device: torch.device) -> VisionPart | None:
+    """That of a checkpoint, whose text part is not read; None for one without.
+
+    folder   a local one
+
+    Raises ValueError where weights are missing."""
+    folder = Path(folder)
+    config: Any = AutoConfig.from_pretrained(folder)
+    if not has_vision(config):
+        return None
+    with no_init_weights():
+        tower, text = AutoModel.from_config(config.vision_config), config.get_text_config()
+        part = VisionPart(config, tower, Gemma4MultimodalEmbedder(config.vision_config, text))
+    try:
+        weights = _weights(folder)
+        part.load_state_dict({name: _as(tensor, dtype) for name, tensor in weights.items()}, assign=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"the vision part must be whole, got {reason!r} in {folder}; download the checkpoint again") from error
+    return part.eval().requires_grad_(False).to(device)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors of the vision part by their names in it."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    found = {}
+    for name in files:
+        with safe_open(folder / name, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  (it is no mapping)
+                own = key.removeprefix("model.")
+                if own.startswith(_PARTS):
+                    found[own] = opened.get_tensor(key)
+    return found
+
+
+def image_processor_of(folder: str | Path) -> Any:
+    """The image processor of a checkpoint's folder, or None."""
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return None
+    return AutoImageProcessor.from_pretrained(folder, local_files_only=True)

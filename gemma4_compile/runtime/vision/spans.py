@@ -1,0 +1,77 @@
+"""An image among a prompt's tokens, and what its tokens stand for where prefixes are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """An image as the vision tower reads it.
+
+    values     [patches, pixels of a patch]: uint8 that `scale` makes numbers of, or float32 where they are no bytes
+    positions  [patches, 2] int64: column and row
+    tokens     that stand for it
+    key        of its contents
+    """
+
+    values: np.ndarray
+    positions: np.ndarray
+    scale: float
+    tokens: int
+    key: bytes
+
+    @classmethod
+    def of(cls, values: np.ndarray, positions: np.ndarray, tokens: int, scale: float) -> Patches:
+        """values  float32, as the processor made them of bytes times `scale`"""
+        as_bytes = np.rint(values / scale) if scale else values
+        if scale and as_bytes.min() >= 0 and as_bytes.max() <= 255:
+            whole = as_bytes.astype(np.uint8)
+            if np.array_equal(levels(scale)[whole], values):  # a quarter of the memory, and of the way to the device
+                values = whole
+        digest = blake2b(values.tobytes(), digest_size=16)
+        digest.update(positions.astype(np.int32).tobytes() + str((values.dtype, scale)).encode())
+        return cls(values, positions, scale, tokens, digest.digest())
+
+
+def levels(scale: float) -> np.ndarray:
+    """[256] float32: what an image processor makes of each byte."""
+    return (np.arange(256, dtype=np.uint8) * scale).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSpan:
+    """Tokens `start` to `end` of a prompt, which stand for an image."""
+
+    start: int
+    image: Patches
+
+    @property
+    def end(self) -> int:
+        return self.start + self.image.tokens
+
+
+def blocks_of(spans: Sequence[ImageSpan]) -> list[tuple[int, int]]:
+    """Where image tokens stand without others between them, each (first, end): those see each other where a model says so."""
+    found: list[tuple[int, int]] = []
+    for span in spans:
+        if found and found[-1][1] == span.start:
+            found[-1] = found[-1][0], span.end
+        else:
+            found.append((span.start, span.end))
+    return found
+
+
+def contents(tokens: Sequence[int], spans: Sequence[ImageSpan]) -> list[int]:
+    """The prompt's tokens with numbers in the images' places that follow from what they show, and are no tokens. In a block
+    each depends on all of it, as its keys and values may."""
+    found = list(tokens)
+    for first, end in blocks_of(spans):
+        digest = blake2b(b"".join(s.image.key for s in spans if first <= s.start < end), digest_size=16).digest()
+        words = [-1 - (int.from_bytes(half, "little") >> 1) for half in (digest[:8], digest[8:])]
+        found[first:end] = [words[i % 2] for i in range(end - first)]
+    return found
