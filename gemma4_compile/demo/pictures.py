@@ -17,9 +17,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 # Corners as (angle in turns, distance from the centre); a circle has none.
 SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     "circle": (),
-    "triangle": tuple((i / 3, 1.0) for i in range(3)),
+    "triangle": tuple((i / 3 + 1 / 12, 1.0) for i in range(3)),
     "square": tuple((i / 4 + 1 / 8, 1.0) for i in range(4)),
-    "star": tuple((i / 10, 0.4 if i % 2 else 1.0) for i in range(10)),
+    "diamond": tuple((i / 4, 1.0) for i in range(4)),
     "cross": tuple(
         (math.atan2(y, x) / math.tau, math.hypot(x, y))
         for x, y in (
@@ -47,7 +47,7 @@ class Picture:
 
 
 def picture(number: int) -> Picture:
-    """The picture of a number, 0 or more: sizes, backgrounds, places and turns differ. Needs Pillow."""
+    """The picture of a number, 0 or more: sizes, backgrounds, places and a slight turn differ. Needs Pillow."""
     from PIL import Image, ImageDraw
 
     draw = random.Random(number)
@@ -58,7 +58,7 @@ def picture(number: int) -> Picture:
     image = Image.new("RGB", (width, height), background)
     radius = min(width, height) * draw.uniform(0.27, 0.45)
     x, y = (draw.uniform(radius, side - radius) for side in (width, height))
-    turn = draw.uniform(0, 1) if shape != "square" else draw.uniform(-0.06, 0.06)
+    turn = draw.uniform(-0.02, 0.02)
     pen, fill = ImageDraw.Draw(image), tuple(min(255, max(0, c + draw.randint(-5, 5))) for c in COLOURS[colour])
     corners = SHAPES[shape]
     if corners:
