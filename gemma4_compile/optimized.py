@@ -5,6 +5,7 @@ The model is not edited: a compiled callable is put where nn.Module.compile() pu
 
 import inspect
 import warnings
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -25,17 +26,20 @@ from .dynamo import switched_off
 from .geometry import Geometry, geometry
 from .hf.parallel import check_kv_heads, division_of, local_parts
 from .hf.step_cache import UnsupportedCache, take_cache
+from .hf.vision import VisionPart
 from .packed.compile import FIRST_CALL, FirstCall, open_program, program_folder
 from .packed.program import Program, fingerprint, weights_of
 from .passes import prepare
 from .progress import compiling
+from .vision.encoder import EncoderCalls
+from .vision.tower import open_tower
 
 
 def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Module:
     """Compile a Gemma-4 in place and return it; `model(...)` and `model.generate(...)` work as before, faster.
 
-    model     Gemma4ForCausalLM, Gemma4TextModel, or Gemma4ForConditionalGeneration (then its text part is compiled);
-              in eval mode, fp32, fp16 or bf16
+    model     Gemma4ForCausalLM, Gemma4TextModel, or Gemma4ForConditionalGeneration (then its text part and the encoder of its
+              vision tower are compiled); in eval mode, fp32, fp16 or bf16
     config    OptimizeConfig; the default enables each fusion that was measured to pay
 
     Compilation happens at the first call: one packed step for prompts and decode, of any length and batch, which a second
@@ -128,9 +132,11 @@ class CompiledModel:
         self.why_whole = ""  # why the call at hand is no packed step
         self.programs: list[Program] = []  # packed steps, of calls and of PackedModel
         self.image_programs: list[Program] = []  # those of prompts with images
+        self.tower_programs: list[Program] = []  # of the vision part
         self._route: PackedRoute | None = None
         self.whole = WholeGraph(module, backend, self.geometry)
         self._module_ref: Any = module
+        self.encoder: EncoderCalls | None = None  # of the vision tower
         self._outer: nn.Module | None = None
         self._layer_types: list[tuple[Any, set[str]]] = []
 
@@ -155,6 +161,10 @@ class CompiledModel:
             outer._compiled_call_impl = MultimodalCalls(outer, self, self._route)  # type: ignore[assignment]
         else:
             self.why_whole = "a model without a head"
+        tower: Any = getattr(getattr(outer, "model", None), "vision_tower", None)
+        if tower is not None:
+            self.encoder = EncoderCalls(tower.encoder, self.backend)
+            self.encoder.install()
         _compile_no_more(type(outer))
 
     def uninstall(self) -> None:
@@ -163,6 +173,8 @@ class CompiledModel:
             part.unique_layer_types = kinds
         # The class has the default. A copy or an unpickled model has lost ours already.
         self._module_ref.__dict__.pop("_compiled_call_impl", None)
+        if self.encoder is not None:
+            self.encoder.uninstall()
         if self._outer is not None:
             self._outer.__dict__.pop("_compiled_call_impl", None)
 
@@ -211,15 +223,17 @@ class CompiledModel:
 
         images   that of prompts with images"""
         programs = self.image_programs if images else self.programs
-        with local_parts(model):
-            weights, known = weights_of(model), fingerprint(model)
-            for index, program in enumerate(programs):
-                if known and program.spec.model == known:
-                    programs[index] = program.with_weights(weights)
-                    return programs[index]
+
+        def open_anew() -> Program:
             folder = program_folder(model, self.backend, self.division, model.device, "images" if images else "")
-            programs.append(open_program(model, self.backend, self.geometry, folder, first, images))
-        return programs[-1]
+            return open_program(model, self.backend, self.geometry, folder, first, images)
+
+        with local_parts(model):
+            return _known(programs, model, open_anew)
+
+    def tower_program(self, part: VisionPart) -> Program:
+        """The vision part beside this text model as one packed program, over the weights that it has now."""
+        return _known(self.tower_programs, part, lambda: open_tower(part, self.backend))
 
     @property
     def eager_reason(self) -> str:
@@ -245,6 +259,17 @@ class CompiledModel:
                 "an optimized model computes no gradients, got enabled gradients and parameters that require them; "
                 "call it under torch.inference_mode(), or model.requires_grad_(False)"
             )
+
+
+def _known(programs: list[Program], module: Any, open_anew: Callable[[], Program]) -> Program:
+    """The program of a module among these, over its weights; a new one, which is added, if it is not there."""
+    weights, known = weights_of(module), fingerprint(module)
+    for index, program in enumerate(programs):
+        if known and program.spec.model == known:
+            programs[index] = program.with_weights(weights)
+            return programs[index]
+    programs.append(open_anew())
+    return programs[-1]
 
 
 def _compile_no_more(kind: Any) -> None:

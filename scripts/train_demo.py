@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="sequences a step")
     parser.add_argument("--length", type=int, default=1024, help="tokens a sequence")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
-    parser.add_argument("--picture-steps", type=int, default=1600, help="of the vision target, 16 pictures each")
+    parser.add_argument("--picture-steps", type=int, default=2800, help="of the vision target, 16 pictures each")
     parser.add_argument("--picture-rate", type=float, default=2e-3, help="its highest learning rate")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=PACKAGE, help="default: in the package")

@@ -71,7 +71,9 @@ VISION: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tiny_multimodal(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
+def tiny_multimodal(
+    kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, vision: dict[str, Any] | None = None, **overrides: Any
+) -> Any:  # fmt: skip
     """A tiny Gemma4ForConditionalGeneration around a text part of a kind in CONFIGS, with a vision tower and no audio."""
     torch.manual_seed(seed)
     text = CONFIGS[kind] | {"max_position_embeddings": 2048} | overrides
@@ -82,7 +84,7 @@ def tiny_multimodal(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0
         "video_token_id": VIDEO,
         "audio_token_id": AUDIO,
     }
-    config = Gemma4Config(text_config=text, vision_config=VISION, audio_config=None, **ids)
+    config = Gemma4Config(text_config=text, vision_config=VISION | (vision or {}), audio_config=None, **ids)
     model: Any = Gemma4ForConditionalGeneration(config).eval()
     tower = model.model.vision_tower
     with torch.no_grad():

@@ -28,6 +28,11 @@ class VisionPart(nn.Module):
         super().__init__()
         self.config, self.vision_tower, self.embed_vision = config, vision_tower, embed_vision
 
+    @property
+    def pixels_of_patch(self) -> int:
+        """Numbers that a patch is made of."""
+        return 3 * self.config.vision_config.patch_size**2
+
     def embed(self, states: Tensor) -> Tensor:
         """Pooled states [tokens, width of the tower] as the text model's embeddings [tokens, H]."""
         return self.embed_vision(inputs_embeds=states)

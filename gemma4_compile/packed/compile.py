@@ -118,7 +118,7 @@ def _paged(module: Any, model_geometry: Geometry, call: FirstCall) -> dict[str, 
 def compile_step(
     module: Any, step: Callable[..., Any], inputs: dict[str, Tensor], varying: Iterable[str], backend: Backend,
     attending: Sequence[Any], head: Tensor | None = None, check: Check = check_inputs,
-    warmed: Sequence[dict[str, Tensor]] = (),
+    warmed: Sequence[dict[str, Tensor]] = (), attention: str = NAME,
 ) -> Program:  # fmt: skip
     """Trace any packed step and compile its unique pieces.
 
@@ -129,6 +129,7 @@ def compile_step(
     attending   the models that it calls, whose attention is ours for the time
     check       of the inputs of each run
     warmed      inputs of steps whose kernels of ours are compiled meanwhile, on a GPU
+    attention   the name of ours in transformers' attention interface
     """
     weights = weights_of(module)
     if any(weight.is_cuda for weight in weights.values()):
@@ -158,7 +159,7 @@ def compile_step(
         switches.enter_context(torch._dynamo.config.patch(run_gc_after_compile=False))
         switches.enter_context(suppress(_Compiled))
         for part in attending:
-            switches.enter_context(own_attention(part))
+            switches.enter_context(own_attention(part, attention))
             switches.enter_context(fused_experts(part.config, "experts" in backend.enabled))
         torch.compile(own_code(step), backend=compile_graph, fullgraph=True)(inputs)
     (program,) = made
@@ -202,10 +203,10 @@ def _merged(module: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def own_attention(module: Any) -> Any:
+def own_attention(module: Any, name: str = NAME) -> Any:
     """The model's attention is ours while its step is traced; its own calls go on with what it was loaded with."""
     before = module.config._attn_implementation
-    module.config._attn_implementation = NAME
+    module.config._attn_implementation = name
     try:
         yield
     finally:

@@ -16,7 +16,12 @@ from tests.models import AUDIO, BEGIN, CONFIGS, END, IMAGE, VIDEO, image_process
 
 BANNED = dict.fromkeys((IMAGE, BEGIN, END, VIDEO, AUDIO), -1000.0)  # Hugging Face embeds those that it writes as padding
 CONFIG = EngineConfig(max_requests=8, max_batched_tokens=512, page_size=16, kv_bytes=1 << 24)
-KINDS = {"e": {}, "moe": {"use_bidirectional_attention": "vision"}, "dense": {"use_bidirectional_attention": "vision"}}
+_BOTH_WAYS = {"use_bidirectional_attention": "vision"}
+KINDS: dict[str, Any] = {"e": {}, "moe": _BOTH_WAYS, "dense": _BOTH_WAYS}
+    "e": {},
+    "moe": {"use_bidirectional_attention": "vision"},
+    "dense": {"use_bidirectional_attention": "vision"},
+}
 
 
 @dataclass

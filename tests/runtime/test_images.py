@@ -53,6 +53,7 @@ def test_a_prefix_with_the_same_image_is_reused_and_one_with_another_is_not(kind
         (output,) = engine.generate(given, params())
         models.check(output, shown)
         assert output.metrics.cached_tokens == cached
+    assert engine.runner.images is not None
     encoder = engine.runner.images.encoder
     assert encoder.encoded == 2
 
@@ -235,10 +236,11 @@ def test_video_frames_are_images_in_order() -> None:
 def test_what_prefixes_are_compared_by() -> None:
     def patches(number: int) -> Patches:
         found = image_processor()([picture(number).image], return_tensors="np")
-        return Patches.of(found["pixel_values"][0], found["image_position_ids"][0], 3, 1 / 255)
+        return Patches.of(found["pixel_values"][0][:27], found["image_position_ids"][0][:27], 3, 1 / 255)
 
     a, b = patches(0), patches(1)
-    assert a.values.dtype == "uint8" and a.key == patches(0).key != b.key
+    assert a.values.dtype == "uint8" and a.values.shape == (3, 9, 48) and a.key == patches(0).key != b.key
+    assert (a.numbers() * 255).round().astype("uint8").tolist() == a.values.tolist()
     tokens = [2, 7, 7, 7, 9]
     first, again, other = (contents(tokens, [ImageSpan(1, image)]) for image in (a, patches(0), b))
     assert first == again and first[0] == 2 and first[4] == 9
@@ -252,7 +254,7 @@ def test_what_prefixes_are_compared_by() -> None:
 def test_values_that_are_no_bytes_travel_as_they_are() -> None:
     values = torch.rand(9, 48).numpy()
     kept = Patches.of(values, torch.zeros(9, 2).long().numpy(), 1, 1 / 255)
-    assert kept.values is values
+    assert (kept.values == values).all() and kept.numbers() is kept.values
 
 
 @pytest.mark.parametrize("kind", ("e", "dense"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -13,29 +14,49 @@ import numpy as np
 class Patches:
     """An image as the vision tower reads it.
 
-    values     [patches, pixels of a patch]: uint8 that `scale` makes numbers of, or float32 where they are no bytes
-    positions  [patches, 2] int64: column and row
-    tokens     that stand for it
+    values     [tokens, patches of a token, pixels of a patch]: uint8 that `scale` makes numbers of, or float32 where they are
+               no bytes
+    positions  [tokens, patches of a token, 2] int64: column and row
     key        of its contents
     """
 
     values: np.ndarray
     positions: np.ndarray
     scale: float
-    tokens: int
     key: bytes
+
+    @property
+    def tokens(self) -> int:
+        """Soft tokens that stand for it."""
+        return len(self.values)
+
+    def numbers(self) -> np.ndarray:
+        """The values as float32."""
+        return levels(self.scale)[self.values] if self.values.dtype == np.uint8 else self.values
 
     @classmethod
     def of(cls, values: np.ndarray, positions: np.ndarray, tokens: int, scale: float) -> Patches:
-        """values  float32, as the processor made them of bytes times `scale`"""
+        """Of patches in any order.
+
+        values     [patches, pixels of a patch] float32, as the processor made them of bytes times `scale`; 0: of none
+        positions  [patches, 2] int64
+        tokens     that the patches are pooled to, in squares"""
+        per_token = len(values) // tokens
+        side = math.isqrt(per_token)
+        if side > 1:  # those of a token together, tokens row by row
+            columns = (int(positions[:, 0].max()) + 1) // side
+            token = positions[:, 0] // side + columns * (positions[:, 1] // side)
+            order = np.argsort(token, kind="stable")
+            values, positions = values[order], positions[order]
+        values, positions = (x.reshape(tokens, per_token, -1) for x in (values, positions))
         as_bytes = np.rint(values / scale) if scale else values
         if scale and as_bytes.min() >= 0 and as_bytes.max() <= 255:
             whole = as_bytes.astype(np.uint8)
             if np.array_equal(levels(scale)[whole], values):  # a quarter of the memory, and of the way to the device
                 values = whole
-        digest = blake2b(values.tobytes(), digest_size=16)
+        digest = blake2b(np.ascontiguousarray(values).tobytes(), digest_size=16)
         digest.update(positions.astype(np.int32).tobytes() + str((values.dtype, scale)).encode())
-        return cls(values, positions, scale, tokens, digest.digest())
+        return cls(np.ascontiguousarray(values), np.ascontiguousarray(positions), scale, digest.digest())
 
 
 def levels(scale: float) -> np.ndarray:

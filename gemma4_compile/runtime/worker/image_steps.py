@@ -33,7 +33,8 @@ class ImageSteps:
     def __init__(
         self, packed: PackedModel, part: VisionPart, kv: dict[str, Tensor], graphs: GraphRunner | None, cache_bytes: int
     ):
-        self.encoder = ImageEncoder(part, cache_bytes)
+        recorder = None if graphs is None else graphs.recorder
+        self.encoder = ImageEncoder(part, lambda: packed.tower_program(part), cache_bytes, recorder)
         self._packed, self._kv = packed, kv
         self._ahead = bidirectional(packed.model.config)
         self.compile(graphs)

@@ -6,6 +6,7 @@ from transformers.models.gemma4 import modeling_gemma4 as hf
 from gemma4_compile.dynamo import first_line, switched_off
 from gemma4_compile.geometry import geometry
 from gemma4_compile.hf.parallel import vocabulary_of
+from gemma4_compile.hf.vision import VisionPart
 from gemma4_compile.optimized import state_of
 from gemma4_compile.packed.program import Program, StepResult
 
@@ -49,6 +50,13 @@ class PackedModel:
         """The step of prompts with images, as the model is now; see packed/inputs.py. Raises ValueError if it does not
         compile."""
         return self._compiled(images=True)
+
+    def tower_program(self, part: VisionPart) -> Program:
+        """The vision part beside the model, as it is now. Raises ValueError if it does not compile."""
+        try:
+            return self._state.tower_program(part)
+        except Exception as error:
+            raise ValueError(f"the vision tower must compile, got {first_line(error)}") from error
 
     def _compiled(self, images: bool = False) -> Program:
         try:

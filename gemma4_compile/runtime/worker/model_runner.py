@@ -226,7 +226,7 @@ class ModelRunner:
         if self.packed.refresh() or self._assistant is not None or self.images is not None:
             self._compile()
         if self.images is not None:
-            self.images.encoder.forget()
+            self.images.encoder.compile()
         self.pages.reset()
 
     def capture(self) -> Iterator[str]:
