@@ -18,10 +18,6 @@ BANNED = dict.fromkeys((IMAGE, BEGIN, END, VIDEO, AUDIO), -1000.0)  # Hugging Fa
 CONFIG = EngineConfig(max_requests=8, max_batched_tokens=512, page_size=16, kv_bytes=1 << 24)
 _BOTH_WAYS = {"use_bidirectional_attention": "vision"}
 KINDS: dict[str, Any] = {"e": {}, "moe": _BOTH_WAYS, "dense": _BOTH_WAYS}
-    "e": {},
-    "moe": {"use_bidirectional_attention": "vision"},
-    "dense": {"use_bidirectional_attention": "vision"},
-}
 
 
 @dataclass
