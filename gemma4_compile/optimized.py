@@ -13,7 +13,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.models.gemma4 import modeling_gemma4 as hf
 
 from . import ops  # noqa: F401  (registers the ops)
 from .backend import Backend
@@ -24,6 +23,7 @@ from .calls.whole_graph import Uncompiled, WholeGraph
 from .config import OptimizeConfig
 from .dynamo import switched_off
 from .geometry import Geometry, geometry
+from .hf.families import CAUSAL, MULTIMODAL, TEXT
 from .hf.parallel import check_kv_heads, division_of, local_parts
 from .hf.step_cache import UnsupportedCache, take_cache
 from .hf.vision import VisionPart
@@ -89,12 +89,12 @@ def existing_state(target: nn.Module) -> "CompiledModel | None":
 
 def compiled_part(model: nn.Module) -> Any:
     """The module that is compiled: the model itself, or the text part of a multimodal one."""
-    if isinstance(model, (hf.Gemma4ForCausalLM, hf.Gemma4TextModel)):
+    if isinstance(model, (*CAUSAL, *TEXT)):
         return model
-    if isinstance(model, hf.Gemma4ForConditionalGeneration):
+    if isinstance(model, MULTIMODAL):
         return model.model.language_model
     raise TypeError(
-        "optimize() takes Gemma4ForCausalLM, Gemma4TextModel or Gemma4ForConditionalGeneration, "
+        "optimize() takes Gemma4ForCausalLM, Gemma4TextModel or Gemma4ForConditionalGeneration, or these of Gemma4Unified, "
         f"got {type(model).__name__}; load a Gemma-4 checkpoint with AutoModelForCausalLM"
     )
 
@@ -105,7 +105,7 @@ def check_model(target: Any, config: OptimizeConfig) -> None:
     if target.training:
         raise ValueError("the model must be in eval mode, got training mode; call model.eval() first")
     experts = getattr(target.config, "_experts_implementation", None)
-    if target.config.enable_moe_block and experts == "eager":
+    if getattr(target.config, "enable_moe_block", False) and experts == "eager":
         raise ValueError(
             "the experts must be traceable as one graph, got experts_implementation='eager'; "
             "call model.set_experts_implementation('grouped_mm')"
@@ -154,9 +154,9 @@ class CompiledModel:
             self.why_whole = "OptimizeConfig(packed=False)"
         elif self.division.ranks > 1:
             self.why_whole = "the model is divided between ranks"
-        elif isinstance(outer, hf.Gemma4ForCausalLM):
+        elif isinstance(outer, CAUSAL):
             self._route = PackedRoute(self, outer)
-        elif isinstance(outer, hf.Gemma4ForConditionalGeneration):
+        elif isinstance(outer, MULTIMODAL):
             self._route = PackedRoute(self, outer)
             outer._compiled_call_impl = MultimodalCalls(outer, self, self._route)  # type: ignore[assignment]
         else:

@@ -104,5 +104,36 @@ def tiny_multimodal(
     return model.to(DEVICE, dtype)
 
 
+UNIFIED_VISION: dict[str, Any] = {
+    "patch_size": 4, "pooling_kernel_size": 3, "mm_embed_dim": 48, "output_proj_dims": 48, "mm_posemb_size": 80,
+}  # fmt: skip
+
+
+def tiny_unified(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
+    """A tiny Gemma4UnifiedForConditionalGeneration, like 12B: its text part is like CONFIGS["dense"], its image tokens see each
+    other, and it has no tower."""
+    from transformers import Gemma4UnifiedConfig, Gemma4UnifiedForConditionalGeneration
+
+    torch.manual_seed(seed)
+    text = {key: value for key, value in CONFIGS["dense"].items() if key != "hidden_size_per_layer_input"}
+    text |= {"max_position_embeddings": 2048, "num_hidden_layers": 4, "layer_types": _KINDS * 2} | overrides
+    ids: dict[str, Any] = {
+        "image_token_id": IMAGE, "boi_token_id": BEGIN, "eoi_token_id": END, "video_token_id": VIDEO, "audio_token_id": AUDIO,
+    }  # fmt: skip
+    config = Gemma4UnifiedConfig(text_config=text, vision_config=UNIFIED_VISION, audio_config=None, **ids)
+    model: Any = Gemma4UnifiedForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.0)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.8, 1.2)
+        embedder = model.model.embed_vision
+        embedder.pos_embedding.normal_(0, 0.5)
+        embedder.multimodal_embedder.embedding_projection.weight.normal_(0, 0.5)
+    return model.to(DEVICE, dtype)
+
+
 def image_processor() -> Any:
     return Gemma4ImageProcessorPil(patch_size=VISION["patch_size"], max_soft_tokens=70)

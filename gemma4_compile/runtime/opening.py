@@ -65,7 +65,11 @@ def model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: Any
     elif isinstance(model, (str, Path)):
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded, found = load(model, device, config.dtype, text_only=True)
-        if loaded.config.get_text_config().enable_moe_block and device == "cuda" and loaded.dtype == torch.float32:
+        if (
+            getattr(loaded.config.get_text_config(), "enable_moe_block", False)
+            and device == "cuda"
+            and loaded.dtype == torch.float32
+        ):
             loaded.set_experts_implementation("batched_mm")  # torch's grouped product on a GPU takes bf16 alone
         text = text_part(loaded)
     else:

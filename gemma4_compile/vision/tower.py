@@ -82,7 +82,19 @@ def _compile(part: VisionPart, backend: Backend, device: torch.device) -> Progra
 
 
 def _make_step(part: VisionPart) -> Callable[..., Any]:
-    return _tower_step(part)
+    return _embedder_step(part) if part.vision_tower is None else _tower_step(part)
+
+
+def _embedder_step(part: VisionPart) -> Callable[..., Any]:
+    embedder: Any = part.embed_vision
+
+    def step(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        pixels, positions = inputs["pixels"], inputs["positions"]
+        torch._check(positions.shape[0] == pixels.shape[0])
+        found = embedder(pixels.transpose(0, 1), positions.transpose(0, 1), return_dict=True)
+        return found.pooler_output, found.last_hidden_state
+
+    return step
 
 
 def _tower_step(part: VisionPart) -> Callable[..., Any]:

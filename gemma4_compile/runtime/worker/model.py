@@ -1,10 +1,10 @@
 """A model as the runtime calls it: one packed step of many requests in, the logits of the wanted rows out."""
 
 from torch import Tensor, nn
-from transformers.models.gemma4 import modeling_gemma4 as hf
 
 from gemma4_compile.dynamo import first_line, switched_off
 from gemma4_compile.geometry import geometry
+from gemma4_compile.hf.families import CAUSAL
 from gemma4_compile.hf.parallel import vocabulary_of
 from gemma4_compile.hf.vision import VisionPart
 from gemma4_compile.optimized import state_of
@@ -22,7 +22,7 @@ class PackedModel:
     """
 
     def __init__(self, model: nn.Module):
-        if not isinstance(model, hf.Gemma4ForCausalLM):
+        if not isinstance(model, CAUSAL):
             raise TypeError(
                 f"a packed step takes Gemma4ForCausalLM, got {type(model).__name__}; load the checkpoint's text part"
             )
