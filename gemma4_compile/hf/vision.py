@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, Gemma4ImageProcessorPil, conversion_mapping
 from transformers.initialization import no_init_weights
@@ -76,7 +76,7 @@ def load_vision(folder: str | Path, dtype: torch.dtype, device: torch.device) ->
     try:
         weights = _weights(folder, config.model_type)
         part.load_state_dict({name: _as(tensor, dtype) for name, tensor in weights.items()}, assign=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"the vision part must be whole, got {reason!r} in {folder}; download the checkpoint again") from error
     return part.eval().requires_grad_(False).to(device)

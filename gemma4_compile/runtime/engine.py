@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from .step import invariants
 from .text import Prompt, TextStream, encode, prompts_of
 from .vision.pictures import ImageLimits
 from .vision.prompts import ImagePrompts, MarkTokens, has_images
-from .vision.spans import ImageSpan, blocks_of
+from .vision.spans import ImageSpan, PreparedPrompt, blocks_of
 from .worker.memory import MemoryReport
 from .worker.model import PackedModel
 from .worker.model_runner import Allowed, Launched, ModelRunner
@@ -115,7 +115,7 @@ class Engine:
 
     # Images
 
-    def prepare(self, prompt: Prompt) -> "PreparedPrompt":
+    def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """A prompt with images as tokens and patches, which `add_request` takes too. Opening pictures takes time: any thread
         may do it.
 
@@ -504,13 +504,6 @@ class Engine:
             raise ValueError("stop strings need a tokenizer, got none with this model; use stop_token_ids")
         if params.n > self.config.max_requests:
             raise ValueError(f"n must be at most max_requests={self.config.max_requests}, got {params.n}; ask in parts")
-
-
-class PreparedPrompt(NamedTuple):
-    """Token ids of a prompt, and the images among them."""
-
-    tokens: list[int]
-    images: tuple[ImageSpan, ...] = ()
 
 
 class ChunkStream:

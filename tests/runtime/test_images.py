@@ -12,13 +12,16 @@ from PIL import Image
 
 from gemma4_compile import Engine, SamplingParams, SpeculativeConfig
 from gemma4_compile.demo.pictures import picture
+from gemma4_compile.hf.families import UNIFIED
 from gemma4_compile.runtime.step import invariants
 from gemma4_compile.runtime.vision.pictures import ImageLimits, open_picture
 from gemma4_compile.runtime.vision.spans import ImageSpan, Patches, blocks_of, contents
 from tests.models import BEGIN, END, IMAGE, image_processor, tiny
 from tests.runtime.pictured import BANNED, CONFIG, params, pictured, prompt
 
-each_kind = pytest.mark.parametrize("kind", ("e", "moe", "dense"))
+unified = pytest.mark.skipif(UNIFIED is None, reason="this transformers has no gemma4_unified")
+TWELVE = pytest.param("12B", marks=unified)
+each_kind = pytest.mark.parametrize("kind", ("e", "moe", "dense", TWELVE))
 MIXED = [
     prompt([5, 6, 7], 0, [8, 9]),
     prompt([11, 12, 13, 14]),
@@ -72,9 +75,8 @@ def test_a_prefix_may_end_within_an_image() -> None:
 @each_kind
 def test_preempted_requests_see_their_images_again(kind: str) -> None:
     models = pictured(kind)
-    engine = models.engine(
-        replace(CONFIG, kv_bytes=130_000 if kind == "e" else 190_000, max_model_len=256, max_batched_tokens=128)
-    )
+    memory = {"e": 130_000, "moe": 190_000, "dense": 190_000, "12B": 380_000}[kind]
+    engine = models.engine(replace(CONFIG, kv_bytes=memory, max_model_len=256, max_batched_tokens=128))
     given = [prompt([5, n], n, [8]) for n in range(6)]
     outputs = engine.generate([each for each, _ in given], params(40))
     assert engine.metrics.preemptions, "pages must run out, else this tests nothing"
@@ -257,7 +259,7 @@ def test_values_that_are_no_bytes_travel_as_they_are() -> None:
     assert (kept.values == values).all() and kept.numbers() is kept.values
 
 
-@pytest.mark.parametrize("kind", ("e", "dense"))
+@pytest.mark.parametrize("kind", ("e", "dense", TWELVE))
 def test_with_drafts(kind: str) -> None:
     """A random assistant drafts what is hardly ever accepted; the tokens are the same."""
     from tests.runtime.pictured import assistant_for

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,6 +75,13 @@ class ImageSpan:
     @property
     def end(self) -> int:
         return self.start + self.image.tokens
+
+
+class PreparedPrompt(NamedTuple):
+    """Token ids of a prompt, and the images among them."""
+
+    tokens: list[int]
+    images: tuple[ImageSpan, ...] = ()
 
 
 def blocks_of(spans: Sequence[ImageSpan]) -> list[tuple[int, int]]:
