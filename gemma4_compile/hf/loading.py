@@ -172,7 +172,7 @@ def random_model(name_or_file: str | Path, layers: int | None = None, device: st
     """
     config = cut(_text_config(name_or_file), layers) | overrides
     family = _family_of_name(str(name_or_file))
-    return _random(lambda: family.causal(family.text_config(**config)), device, dtype, seed)
+    return randomize(lambda: family.causal(family.text_config(**config)), device, dtype, seed)
 
 
 def random_assistant(
@@ -184,7 +184,7 @@ def random_assistant(
     """
     config = assistant_config(target, vocab_size)
     made = assistant_class(_family_of_name(target))
-    model = _random(lambda: made(config), device, dtype, seed)
+    model = randomize(lambda: made(config), device, dtype, seed)
     shuffle_embeddings(model, seed)
     return model
 
@@ -208,7 +208,8 @@ def shuffle_embeddings(assistant: Any, seed: int) -> None:
         order.copy_(torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)))
 
 
-def _random(make: Callable[[], Any], device: str, dtype: torch.dtype, seed: int) -> Any:
+def randomize(make: Callable[[], Any], device: str, dtype: torch.dtype, seed: int) -> Any:
+    """A made model in eval mode, with norm weights and layer scalars 1, matrices N(0, 0.02)."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
