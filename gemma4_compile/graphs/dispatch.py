@@ -72,16 +72,12 @@ class GraphRunner:
         self.piecewise = PiecewiseGraphs(program, memory, inputs, requests, self.buckets, recorder)
         self._checked: set[Bucket] = set()
 
-    def beside(
-        self, program: Program, more: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    ) -> "GraphRunner":  # fmt: skip
+    def beside(self, program: Program, more: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> "GraphRunner":
         """A runner of another program of prompt steps, over the same memory and in the same pool.
 
-        more   what its steps read beside those of this one, for a step"""
-        inputs = self._example | self.memory
-        return GraphRunner(
-            program, inputs | more(inputs), self.requests, replace(self.buckets, decode=()), self.recorder, agree=self._agree
-        )
+        more   a step of this one as one of its"""
+        inputs, buckets = more(self._example) | self.memory, replace(self.buckets, decode=())
+        return GraphRunner(program, inputs, self.requests, buckets, self.recorder, agree=self._agree)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [1, N, vocabulary] of the N wanted rows. From a graph they are valid until the next step."""

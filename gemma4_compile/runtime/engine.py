@@ -135,6 +135,8 @@ class Engine:
         """Read and compile what images take, unless that was done."""
         if self.runner.images is not None:
             return
+        if self._ranks.several and self.config.text_only is not False:
+            raise ValueError("images on several ranks need text_only=False on all of them, got an engine without; make it so")
         if self._vision is None:
             raise ValueError("text_only=False needs a model with a vision part, got a model of text alone; leave it out")
         self.runner.open_images(self._vision.open(self.model))

@@ -12,12 +12,16 @@ from PIL import Image
 
 from gemma4_compile import Engine, SamplingParams, SpeculativeConfig
 from gemma4_compile.demo.pictures import picture
+from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.hf.families import UNIFIED
 from gemma4_compile.runtime.step import invariants
 from gemma4_compile.runtime.vision.pictures import ImageLimits, open_picture
 from gemma4_compile.runtime.vision.spans import ImageSpan, Patches, blocks_of, contents
+from gemma4_compile.runtime.worker import encoder as encoders
 from tests.models import BEGIN, END, IMAGE, image_processor, tiny
-from tests.runtime.pictured import BANNED, CONFIG, params, pictured, prompt
+from tests.runtime.host_recorder import HostRecorder
+from tests.runtime.pictured import BANNED, CONFIG, assistant_for, params, pictured, prompt
 
 unified = pytest.mark.skipif(UNIFIED is None, reason="this transformers has no gemma4_unified")
 TWELVE = pytest.param("12B", marks=unified)
@@ -82,6 +86,27 @@ def test_preempted_requests_see_their_images_again(kind: str) -> None:
     assert engine.metrics.preemptions, "pages must run out, else this tests nothing"
     for output, (_, images) in zip(outputs, given, strict=True):
         models.check(output, images)
+
+
+@pytest.mark.parametrize("kind", ("e", pytest.param("moe", marks=pytest.mark.slow)))
+def test_prompt_steps_with_images_from_graphs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Piecewise, by buckets; decode steps are those of text."""
+    monkeypatch.setattr(encoders, "BUCKETS", (70, 140))
+    models, recorder = pictured(kind), HostRecorder()
+    engine = models.engine()
+    runner = engine.runner
+    inputs = runner._padding_step(1, 1, runner._width) | runner.kv
+    buckets = Buckets(decode=(1, 2, 8), tokens=(64, 256, 512), rows=(8,))
+    runner.graphs = GraphRunner(runner.packed.program, inputs, 8, buckets, recorder, runner.state)
+    for _ in range(2):
+        for output, (_, images) in zip(engine.generate([given for given, _ in MIXED], params()), MIXED, strict=True):
+            models.check(output, images)
+        runner.pages.reset()
+    steps = runner.images
+    assert steps is not None and steps.graphs is not None and steps.graphs.replays >= 2 and not steps.graphs.refused
+    assert steps.encoder._recorder is recorder
+    names = list(runner.capture())
+    assert "512 tokens" in names and "70 tokens of images" in names
 
 
 def test_a_model_changes_between_requests() -> None:
@@ -262,7 +287,6 @@ def test_values_that_are_no_bytes_travel_as_they_are() -> None:
 @pytest.mark.parametrize("kind", ("e", "dense", TWELVE))
 def test_with_drafts(kind: str) -> None:
     """A random assistant drafts what is hardly ever accepted; the tokens are the same."""
-    from tests.runtime.pictured import assistant_for
 
     models = pictured(kind)
     engine = models.engine(speculative=SpeculativeConfig(assistant_for(kind), 2))

@@ -41,7 +41,10 @@ class ImageEncoder:
 
     def __init__(self, part: VisionPart, opened: Callable[[], Program], cache_bytes: int, recorder: Recorder | None = None):
         self.part, self._open, self._cache_bytes, self._recorder = part, opened, cache_bytes, recorder
-        self._device = next(part.parameters()).device
+        weight = next(part.parameters())
+        self._device = weight.device
+        if self._device.type == "cuda" and weight.dtype == torch.float32 and part.vision_tower is not None:
+            self._recorder = None  # attention of fp32 asks the host for each image's place
         self._staging = Staging(self._device)
         self._per_token = patches_of_token(part)
         self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
@@ -165,6 +168,15 @@ class ImageEncoder:
         return sent | {"reach": torch.empty(max(counts), dtype=torch.uint8, device=self._device)}
 
     # CUDA graphs
+
+    def capture(self) -> Iterator[str]:
+        """Capture the graph of each bucket; yields its name before it begins. Nothing to do without graphs."""
+        for tokens in reversed(BUCKETS) if self._recorder is not None else ():
+            yield f"{tokens} tokens of images"
+            values = np.zeros((tokens, self._per_token, self.part.pixels_of_patch), np.uint8)
+            positions = np.zeros((tokens, self._per_token, 2), np.int64)
+            parts = [slice(first, first + _LONGEST) for first in range(0, tokens, _LONGEST)]
+            self.encode([Patches(values[part], positions[part], 1.0, b"") for part in parts])
 
     def _bucket(self, tokens: int) -> int:
         bucket = fitting(BUCKETS, tokens)

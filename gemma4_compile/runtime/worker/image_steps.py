@@ -42,7 +42,11 @@ class ImageSteps:
     def compile(self, graphs: GraphRunner | None) -> None:
         """The program, and what replays it, as the models are now."""
         self.program = self._packed.image_program()
-        self.graphs = None if graphs is None else graphs.beside(self.program, lambda step: no_images(self._packed.model, step))
+        self.graphs = None if graphs is None else graphs.beside(self.program, self.without)
+
+    def without(self, step: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A step of text as one of these that has no image."""
+        return step | no_images(self._packed.model, step)
 
     def run(
         self, step: StepInputs[Tensor], parts: Sequence[ImagePart], new: Sequence[Patches]

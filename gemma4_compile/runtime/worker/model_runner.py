@@ -236,6 +236,12 @@ class ModelRunner:
         yield from capture(self.graphs, lambda *sizes: self._padding_step(*sizes) | self.kv, self._width, self.config.page_size)
         if (drafter := self._own_drafter()) is not None and self.draft_length is not None:
             yield from capture_drafts(drafter, within(Buckets().decode, self.config.max_requests), self.draft_length)
+        if (images := self.images) is not None and images.graphs is not None:
+            yield from capture(
+                images.graphs, lambda *sizes: images.without(self._padding_step(*sizes)) | self.kv, self._width,
+                self.config.page_size,
+            )  # fmt: skip
+            yield from images.encoder.capture()
         yield "sampling"
         self._warm_sampling()
 
