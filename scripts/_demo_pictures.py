@@ -12,7 +12,6 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
@@ -26,6 +25,7 @@ from transformers import (
 from gemma4_compile.demo.evaluate import stored_by_kind
 from gemma4_compile.demo.pictures import COLOURS, HELD_OUT, QUESTION, SHAPES, Picture, held_out_pictures, picture
 from gemma4_compile.hf.step_cache import CACHE
+from gemma4_compile.hf.vision import image_processor_of
 from scripts._demo_assistant import Lesson
 from scripts._demo_data import log, train_tokenizer
 from scripts._demo_models import COMMON, FULL, SLIDING, prepare_start
@@ -201,7 +201,7 @@ def read_pictures(target: Any, batches: PictureBatches, device: str) -> Lesson:
 def answers_of(folder: Path) -> int:
     """How many held-out pictures the saved checkpoint names right."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    processor: Any = AutoImageProcessor.from_pretrained(folder)
+    processor = image_processor_of(folder)
     model: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
     right = 0
     for drawn in held_out_pictures():

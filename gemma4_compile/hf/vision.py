@@ -110,9 +110,10 @@ def image_processor_of(folder: str | Path) -> Any:
         return None
     try:
         return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except ImportError:  # that of gemma4_unified takes torchvision
+    except ImportError:  # without torchvision: up to transformers 5.23 for all, and gemma4_unified has no other
         found = Gemma4ImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        return without_merging(found)
+        merged = AutoConfig.from_pretrained(folder, local_files_only=True).model_type != GEMMA4.model_type
+        return without_merging(found) if merged else found
 
 
 def without_merging(processor: Any) -> Any:

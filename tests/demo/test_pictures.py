@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig, demo_checkpoint, optimize
 from gemma4_compile.cli import main
 from gemma4_compile.demo import VISION_DEMO
 from gemma4_compile.demo.pictures import COLOURS, QUESTION, SHAPES, held_out_pictures, picture
 from gemma4_compile.hf.assistant import load_assistant
+from gemma4_compile.hf.vision import image_processor_of
 
 FOLDER = demo_checkpoint(VISION_DEMO)
 CONFIG = EngineConfig(kv_bytes=1 << 25, max_requests=16, max_batched_tokens=1024)
@@ -31,7 +32,7 @@ def plain(dtype: torch.dtype) -> Any:
 def prompts(dtype: torch.dtype) -> list[dict[str, Any]]:
     """What generate() takes, for each held-out picture."""
     tokenizer: Any = AutoTokenizer.from_pretrained(FOLDER / "target")
-    processor: Any = AutoImageProcessor.from_pretrained(FOLDER / "target")
+    processor = image_processor_of(FOLDER / "target")
     found = []
     for drawn in held_out_pictures():
         images = processor([drawn.image], return_tensors="pt")
