@@ -42,7 +42,7 @@ def program(model: Any) -> Program:
 
 
 def patches(which: list[tuple[int, int]] = MIXED) -> list[Patches]:
-    prompts = ImagePrompts(image_processor(), MarkTokens(IMAGE, 0, 0), ImageLimits())
+    prompts = ImagePrompts(image_processor, MarkTokens(IMAGE, 0, 0), ImageLimits())
     return [prompts.patches(Source(picture(number).image, most)) for number, most in which]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, Gemma4ImageProcessorPil, conversion_mapping
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, conversion_mapping
 from transformers.initialization import no_init_weights
 from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder
 
@@ -111,6 +111,8 @@ def image_processor_of(folder: str | Path) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except ImportError:  # without torchvision: up to transformers 5.23 for all, and gemma4_unified has no other
+        from transformers import Gemma4ImageProcessorPil
+
         found = Gemma4ImageProcessorPil.from_pretrained(folder, local_files_only=True)
         merged = AutoConfig.from_pretrained(folder, local_files_only=True).model_type != GEMMA4.model_type
         return without_merging(found) if merged else found

@@ -96,7 +96,8 @@ class Engine:
         self._images: ImagePrompts | None = None
         if self._vision is not None:
             limits = ImageLimits(config.image_bytes, config.image_pixels, http=config.image_urls)
-            self._images = ImagePrompts(self._vision.processor, MarkTokens.of(self._vision.config), limits)
+            source = self._vision
+            self._images = ImagePrompts(lambda: source.processor, MarkTokens.of(source.config), limits)
         if config.text_only is False:
             self._open_images()
         self._watch = self._watched()
@@ -127,8 +128,6 @@ class Engine:
                 what = "text_only=True" if self._images is not None else "a model of text alone"
                 raise ValueError(f"an image needs a model with its vision part, got {what}; load the multimodal checkpoint")
             return PreparedPrompt(encode(prompt, self.tokenizer, self.config.chat))
-        if self._images.processor is None and has_images(prompt):
-            raise ValueError("an image needs an image processor, got a checkpoint without; pass processor= to Engine")
         return PreparedPrompt(*self._images.encode(prompt, self.tokenizer, self.config.chat))
 
     def _open_images(self) -> None:

@@ -1,6 +1,7 @@
 """What an Engine is given, as what it runs: a name loaded, whole or divided between ranks, and optimized."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,30 @@ from gemma4_compile.optimized import existing_state, optimize, state_of
 from gemma4_compile.torchrun import launched_ranks
 
 
-@dataclass(frozen=True)
+@dataclass
 class VisionSource:
     """Where an engine's vision part comes from, when it is wanted.
 
     config     of the multimodal model
-    processor  its image processor
+    given      the user's image processor; None: the checkpoint's
     part       the part of a model that is there
-    folder     of the checkpoint that it is read from otherwise
+    folder     of the checkpoint; None: it is not known
     """
 
     config: Any
-    processor: Any
+    given: Any
     part: VisionPart | None = None
     folder: Path | None = None
+
+    @cached_property
+    def processor(self) -> Any:
+        """The image processor. Raises ValueError where there is none, ImportError without Pillow."""
+        found = self.given
+        if found is None and self.folder is not None:
+            found = image_processor_of(self.folder)
+        if found is None:
+            raise ValueError("an image needs an image processor, got a checkpoint without; pass processor= to Engine")
+        return found
 
     def open(self, model: Any) -> VisionPart:
         """The part, for a text model. Raises ValueError where its weights cannot be read."""
@@ -49,12 +60,10 @@ def vision_of(model: nn.Module | str | Path, processor: Any) -> VisionSource | N
     if isinstance(model, (str, Path)):
         folder, _ = checkpoint(model)
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-        found = image_processor_of(folder) if processor is None and has_vision(config) else processor
-        return VisionSource(config, found, folder=folder) if has_vision(config) else None
+        return VisionSource(config, processor, folder=folder) if has_vision(config) else None
     part = vision_part(model)
     name: Any = getattr(model, "name_or_path", "")
-    found = image_processor_of(name) if part is not None and name and processor is None else processor
-    return None if part is None else VisionSource(model.config, found, part)
+    return None if part is None else VisionSource(model.config, processor, part, Path(name) if name else None)
 
 
 def model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: Any) -> tuple[Any, Any]:

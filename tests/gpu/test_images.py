@@ -76,7 +76,7 @@ def test_packed_tower_and_its_graphs() -> None:
     from transformers import Gemma4ImageProcessorPil
 
     processor = Gemma4ImageProcessorPil()
-    prompts = ImagePrompts(processor, MarkTokens(5, 6, 7), ImageLimits())
+    prompts = ImagePrompts(lambda: processor, MarkTokens(5, 6, 7), ImageLimits())
     images = [prompts.patches(Source(picture(n).image, most)) for n, most in ((0, 280), (1, 70), (2, 140), (3, 280), (4, 560))]
     model = tower(torch.bfloat16)
     exact = tower(torch.bfloat16).double()

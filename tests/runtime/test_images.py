@@ -25,7 +25,8 @@ from tests.runtime.pictured import BANNED, CONFIG, assistant_for, params, pictur
 
 unified = pytest.mark.skipif(UNIFIED is None, reason="this transformers has no gemma4_unified")
 TWELVE = pytest.param("12B", marks=unified)
-each_kind = pytest.mark.parametrize("kind", ("e", "moe", "dense", TWELVE))
+DENSE = pytest.param("dense", marks=pytest.mark.slow)  # as 12B, with a tower
+each_kind = pytest.mark.parametrize("kind", ("e", "moe", DENSE, TWELVE))
 MIXED = [
     prompt([5, 6, 7], 0, [8, 9]),
     prompt([11, 12, 13, 14]),
@@ -284,7 +285,7 @@ def test_values_that_are_no_bytes_travel_as_they_are() -> None:
     assert (kept.values == values).all() and kept.numbers() is kept.values
 
 
-@pytest.mark.parametrize("kind", ("e", "dense", TWELVE))
+@pytest.mark.parametrize("kind", ("e", DENSE, TWELVE))
 def test_with_drafts(kind: str) -> None:
     """A random assistant drafts what is hardly ever accepted; the tokens are the same."""
 

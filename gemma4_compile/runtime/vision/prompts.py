@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -119,27 +119,27 @@ def _source(image: Any, part: Mapping[str, Any]) -> Source:
 class ImagePrompts:
     """Prompts with images to token ids.
 
-    processor   the checkpoint's image processor
+    processor   gives the checkpoint's image processor, once there is an image
     marks       of the checkpoint
     limits      of images
     """
 
-    def __init__(self, processor: Any, marks: MarkTokens, limits: ImageLimits):
-        self.processor, self.marks, self.limits = processor, marks, limits
+    def __init__(self, processor: Callable[[], Any], marks: MarkTokens, limits: ImageLimits):
+        self._processor, self.marks, self.limits = processor, marks, limits
 
     def patches(self, source: Source) -> Patches:
         """One image as the tower reads it. Raises ValueError for one that cannot be used."""
-        picture = open_picture(source.image, self.limits)
+        picture, processor = open_picture(source.image, self.limits), self._processor()
         options = {} if source.tokens is None else {"max_soft_tokens": source.tokens}
         try:
-            found = self.processor([picture], return_tensors="np", **options)
+            found = processor([picture], return_tensors="np", **options)
         except Exception as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(f"an image cannot be used: {reason}") from error
         positions = np.asarray(found["image_position_ids"][0])
         real = (positions >= 0).all(-1)
         values = np.asarray(found["pixel_values"][0], np.float32)[real]
-        scale = float(self.processor.rescale_factor) if getattr(self.processor, "do_rescale", False) else 0.0
+        scale = float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 0.0
         return Patches.of(values, positions[real].astype(np.int64), int(found["num_soft_tokens_per_image"][0]), scale)
 
     def encode(self, prompt: Any, tokenizer: Any, chat: bool) -> tuple[list[int], tuple[ImageSpan, ...]]:
@@ -153,6 +153,8 @@ class ImagePrompts:
         marks, lengths = self.marks, [image.tokens for image in images]
         if marks.audio in ids or marks.video in ids:
             raise ValueError("audio and whole videos are not supported, got a placeholder of one; give frames as images")
+        if not images and marks.image not in ids:
+            return ids, ()
         places = [index for index, token in enumerate(ids) if token == marks.image]
         if len(places) == len(images):
             found: list[int] = []

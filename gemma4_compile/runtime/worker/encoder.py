@@ -26,6 +26,7 @@ _WASTE = 1.25  # a graph computes at most so many times the tokens at hand
 _LONGEST = 1120  # soft tokens of an image, by transformers' largest budget
 _CPU_BYTES = 2**30  # of a chunk's activations
 _FIRST_PATCHES = 16 * 2520  # of the first chunk, whose memory is measured
+_MOST_PATCHES = 1 << 16  # of a chunk: more keep a GPU no busier, and each lies in pinned memory too
 
 
 class ImageEncoder:
@@ -116,7 +117,7 @@ class ImageEncoder:
     def _most_patches(self) -> int:
         if not self._patch_bytes:
             return _FIRST_PATCHES
-        return int(self._free_bytes() / self._patch_bytes)
+        return min(int(self._free_bytes() / self._patch_bytes), _MOST_PATCHES)
 
     def _free_bytes(self) -> int:
         """Half of what is free, a tenth of all at most: steps and their logits want memory beside."""
