@@ -50,7 +50,7 @@ def has_vision(config: Any) -> bool:
 def vision_part(model: Any) -> VisionPart | None:
     """That of a multimodal model, on its very weights; None for one that takes no images."""
     inner: Any = getattr(model, "model", None)
-    if not has_vision(model.config) or getattr(inner, "embed_vision", None) is None:
+    if not has_vision(getattr(model, "config", None)) or getattr(inner, "embed_vision", None) is None:
         return None
     return VisionPart(model.config, getattr(inner, "vision_tower", None), inner.embed_vision)
 

@@ -2,16 +2,21 @@
 
 import base64
 import io
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from gemma4_compile import Engine, SamplingParams, SpeculativeConfig
-from gemma4_compile.demo.pictures import picture
+from gemma4_compile.demo.pictures import held_out_pictures, picture
 from gemma4_compile.graphs.buckets import Buckets
 from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.hf.families import UNIFIED
@@ -20,6 +25,7 @@ from gemma4_compile.runtime.vision.pictures import ImageLimits, open_picture
 from gemma4_compile.runtime.vision.spans import ImageSpan, Patches, blocks_of, contents
 from gemma4_compile.runtime.worker import encoder as encoders
 from tests.models import BEGIN, END, IMAGE, image_processor, tiny
+from tests.runtime import images_worker
 from tests.runtime.host_recorder import HostRecorder
 from tests.runtime.pictured import BANNED, CONFIG, assistant_for, params, pictured, prompt
 
@@ -134,8 +140,6 @@ def test_images_are_read_however_they_are_given(tmp_path: Path) -> None:
     whole = buffer.getvalue()
     (tmp_path / "picture.png").write_bytes(whole)
     encoded = base64.b64encode(whole).decode()
-    import numpy as np
-
     ways: list[Any] = [
         drawn, whole, tmp_path / "picture.png", str(tmp_path / "picture.png"), f"data:image/png;base64,{encoded}",
         np.asarray(drawn), drawn.convert("RGBA"),
@@ -296,3 +300,17 @@ def test_with_drafts(kind: str) -> None:
     for output, (_, images) in zip(outputs, MIXED, strict=True):
         models.check(output, images)
     assert any(output.metrics.draft_tokens for output in outputs)
+
+
+@pytest.mark.slow
+def test_on_two_ranks() -> None:
+    """The text model divided, the tower whole on each: the pictures' names."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", images_worker.__name__],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("["))
+    assert json.loads(line) == [drawn.name for drawn in held_out_pictures()[: images_worker.PICTURES]]
