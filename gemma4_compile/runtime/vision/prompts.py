@@ -132,7 +132,7 @@ class ImagePrompts:
         picture, processor = open_picture(source.image, self.limits), self._processor()
         options = {} if source.tokens is None else {"max_soft_tokens": source.tokens}
         try:
-            found = processor([picture], return_tensors="np", **options)
+            found = processor([picture], return_tensors="pt", **options)  # what each kind of processor gives
         except Exception as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(f"an image cannot be used: {reason}") from error
