@@ -99,7 +99,12 @@ class EngineConfig:
     overlap               plan a step while the one before runs. None: on a GPU
     cuda_graphs           None: on a GPU
     capture_at_start      capture all graphs when the engine is made, not at first use
-    text_only             load the text part of a checkpoint alone, not its vision and audio towers
+    text_only             True: images are refused, and of a checkpoint the text part alone is read. False: all is ready for
+                          images when the engine is made. None: what they take is read and compiled once the first one comes
+    image_bytes           of an image's file at most
+    image_pixels          of an image at most, width times height: a small file may hold a huge one
+    image_urls            whether images may be fetched from http addresses in prompts
+    image_cache_bytes     of embeddings that are kept for images that come again
     chat                  text prompts go through the chat template, where the tokenizer has one
     seed                  of requests that have none of their own
     device, dtype         of a checkpoint that the engine loads; None: the GPU if there is one, and the checkpoint's own
@@ -123,7 +128,11 @@ class EngineConfig:
     overlap: bool | None = None
     cuda_graphs: bool | None = None
     capture_at_start: bool = True
-    text_only: bool = True
+    text_only: bool | None = None
+    image_bytes: int = 32 << 20
+    image_pixels: int = 64_000_000
+    image_urls: bool = False
+    image_cache_bytes: int = 256 << 20
     chat: bool = True
     seed: int = 0
     device: str | None = None
@@ -133,7 +142,8 @@ class EngineConfig:
     optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_requests", "max_batched_tokens", "page_size", "expected_tokens", "kv_bytes"):
+        sizes = ("max_model_len", "max_requests", "max_batched_tokens", "page_size", "expected_tokens", "kv_bytes")
+        for name in (*sizes, "image_bytes", "image_pixels", "image_cache_bytes"):
             value = getattr(self, name)
             if value is None and name in ("max_model_len", "expected_tokens", "kv_bytes"):
                 continue

@@ -72,11 +72,11 @@ def geometry(config: Gemma4TextConfig, ranks: int = 1) -> Geometry:
                 intermediate=config.intermediate_size * (2 if double else 1),
             )
         )
-    moe = bool(config.enable_moe_block)
+    moe = bool(getattr(config, "enable_moe_block", False))
     return Geometry(
         layers=tuple(layers),
         hidden=config.hidden_size,
-        per_layer_input=config.hidden_size_per_layer_input or 0,
+        per_layer_input=getattr(config, "hidden_size_per_layer_input", 0) or 0,
         experts=(config.num_experts or 0) if moe else 0,
         top_k=(config.top_k_experts or 0) if moe else 0,
         ranks=ranks,

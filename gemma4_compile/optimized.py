@@ -5,6 +5,7 @@ The model is not edited: a compiled callable is put where nn.Module.compile() pu
 
 import inspect
 import warnings
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.models.gemma4 import modeling_gemma4 as hf
 
 from . import ops  # noqa: F401  (registers the ops)
 from .backend import Backend
@@ -23,19 +23,23 @@ from .calls.whole_graph import Uncompiled, WholeGraph
 from .config import OptimizeConfig
 from .dynamo import switched_off
 from .geometry import Geometry, geometry
+from .hf.families import CAUSAL, MULTIMODAL, TEXT
 from .hf.parallel import check_kv_heads, division_of, local_parts
 from .hf.step_cache import UnsupportedCache, take_cache
+from .hf.vision import VisionPart
 from .packed.compile import FIRST_CALL, FirstCall, open_program, program_folder
 from .packed.program import Program, fingerprint, weights_of
 from .passes import prepare
 from .progress import compiling
+from .vision.encoder import EncoderCalls
+from .vision.tower import open_tower
 
 
 def optimize(model: nn.Module, config: OptimizeConfig | None = None) -> nn.Module:
     """Compile a Gemma-4 in place and return it; `model(...)` and `model.generate(...)` work as before, faster.
 
-    model     Gemma4ForCausalLM, Gemma4TextModel, or Gemma4ForConditionalGeneration (then its text part is compiled);
-              in eval mode, fp32, fp16 or bf16
+    model     Gemma4ForCausalLM, Gemma4TextModel, or Gemma4ForConditionalGeneration (then its text part and the encoder of its
+              vision tower are compiled); in eval mode, fp32, fp16 or bf16
     config    OptimizeConfig; the default enables each fusion that was measured to pay
 
     Compilation happens at the first call: one packed step for prompts and decode, of any length and batch, which a second
@@ -85,12 +89,12 @@ def existing_state(target: nn.Module) -> "CompiledModel | None":
 
 def compiled_part(model: nn.Module) -> Any:
     """The module that is compiled: the model itself, or the text part of a multimodal one."""
-    if isinstance(model, (hf.Gemma4ForCausalLM, hf.Gemma4TextModel)):
+    if isinstance(model, (*CAUSAL, *TEXT)):
         return model
-    if isinstance(model, hf.Gemma4ForConditionalGeneration):
+    if isinstance(model, MULTIMODAL):
         return model.model.language_model
     raise TypeError(
-        "optimize() takes Gemma4ForCausalLM, Gemma4TextModel or Gemma4ForConditionalGeneration, "
+        "optimize() takes Gemma4ForCausalLM, Gemma4TextModel or Gemma4ForConditionalGeneration, or these of Gemma4Unified, "
         f"got {type(model).__name__}; load a Gemma-4 checkpoint with AutoModelForCausalLM"
     )
 
@@ -101,7 +105,7 @@ def check_model(target: Any, config: OptimizeConfig) -> None:
     if target.training:
         raise ValueError("the model must be in eval mode, got training mode; call model.eval() first")
     experts = getattr(target.config, "_experts_implementation", None)
-    if target.config.enable_moe_block and experts == "eager":
+    if getattr(target.config, "enable_moe_block", False) and experts == "eager":
         raise ValueError(
             "the experts must be traceable as one graph, got experts_implementation='eager'; "
             "call model.set_experts_implementation('grouped_mm')"
@@ -127,9 +131,12 @@ class CompiledModel:
         self.ways = Ways()
         self.why_whole = ""  # why the call at hand is no packed step
         self.programs: list[Program] = []  # packed steps, of calls and of PackedModel
+        self.image_programs: list[Program] = []  # those of prompts with images
+        self.tower_programs: list[Program] = []  # of the vision part
         self._route: PackedRoute | None = None
         self.whole = WholeGraph(module, backend, self.geometry)
         self._module_ref: Any = module
+        self.encoder: EncoderCalls | None = None  # of the vision tower
         self._outer: nn.Module | None = None
         self._layer_types: list[tuple[Any, set[str]]] = []
 
@@ -147,13 +154,17 @@ class CompiledModel:
             self.why_whole = "OptimizeConfig(packed=False)"
         elif self.division.ranks > 1:
             self.why_whole = "the model is divided between ranks"
-        elif isinstance(outer, hf.Gemma4ForCausalLM):
+        elif isinstance(outer, CAUSAL):
             self._route = PackedRoute(self, outer)
-        elif isinstance(outer, hf.Gemma4ForConditionalGeneration):
+        elif isinstance(outer, MULTIMODAL):
             self._route = PackedRoute(self, outer)
             outer._compiled_call_impl = MultimodalCalls(outer, self, self._route)  # type: ignore[assignment]
         else:
             self.why_whole = "a model without a head"
+        tower: Any = getattr(getattr(outer, "model", None), "vision_tower", None)
+        if tower is not None:
+            self.encoder = EncoderCalls(tower.encoder, self.backend)
+            self.encoder.install()
         _compile_no_more(type(outer))
 
     def uninstall(self) -> None:
@@ -162,6 +173,8 @@ class CompiledModel:
             part.unique_layer_types = kinds
         # The class has the default. A copy or an unpickled model has lost ours already.
         self._module_ref.__dict__.pop("_compiled_call_impl", None)
+        if self.encoder is not None:
+            self.encoder.uninstall()
         if self._outer is not None:
             self._outer.__dict__.pop("_compiled_call_impl", None)
 
@@ -205,17 +218,22 @@ class CompiledModel:
         self.ways.note(UNCOMPILED, reason)
         return output
 
-    def packed_program(self, model: Any, first: FirstCall = FIRST_CALL) -> Program:
-        """The packed step of the model, or of its text part, over the weights that it has now; compiled or loaded once."""
+    def packed_program(self, model: Any, first: FirstCall = FIRST_CALL, images: bool = False) -> Program:
+        """The packed step of the model, or of its text part, over the weights that it has now; compiled or loaded once.
+
+        images   that of prompts with images"""
+        programs = self.image_programs if images else self.programs
+
+        def open_anew() -> Program:
+            folder = program_folder(model, self.backend, self.division, model.device, "images" if images else "")
+            return open_program(model, self.backend, self.geometry, folder, first, images)
+
         with local_parts(model):
-            weights, known = weights_of(model), fingerprint(model)
-            for index, program in enumerate(self.programs):
-                if known and program.spec.model == known:
-                    self.programs[index] = program.with_weights(weights)
-                    return self.programs[index]
-            folder = program_folder(model, self.backend, self.division, model.device)
-            self.programs.append(open_program(model, self.backend, self.geometry, folder, first))
-        return self.programs[-1]
+            return _known(programs, model, open_anew)
+
+    def tower_program(self, part: VisionPart) -> Program:
+        """The vision part beside this text model as one packed program, over the weights that it has now."""
+        return _known(self.tower_programs, part, lambda: open_tower(part, self.backend))
 
     @property
     def eager_reason(self) -> str:
@@ -241,6 +259,17 @@ class CompiledModel:
                 "an optimized model computes no gradients, got enabled gradients and parameters that require them; "
                 "call it under torch.inference_mode(), or model.requires_grad_(False)"
             )
+
+
+def _known(programs: list[Program], module: Any, open_anew: Callable[[], Program]) -> Program:
+    """The program of a module among these, over its weights; a new one, which is added, if it is not there."""
+    weights, known = weights_of(module), fingerprint(module)
+    for index, program in enumerate(programs):
+        if known and program.spec.model == known:
+            programs[index] = program.with_weights(weights)
+            return programs[index]
+    programs.append(open_anew())
+    return programs[-1]
 
 
 def _compile_no_more(kind: Any) -> None:

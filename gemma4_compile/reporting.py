@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .geometry import WHOLE_MODEL
-from .optimized import state_of
+from .optimized import CompiledModel, state_of
 from .passes import SWITCHES, Fusion, Record
 
 _LAYER = re.compile(r"layers\.\d+")
@@ -54,6 +54,8 @@ class Report:
                       piece more than layers, any other graph is one piece
     packed_steps      of the model; `loaded` of them were not compiled
     calls             which way calls went -> how many; `reasons` says why not all went as packed steps
+    vision            sites that were fused in the vision tower, by fusion, in its graph compiled last. Each of `vision_layers`
+                      has one, but for tails, which end a layer where another begins; `vision_note` says why there are fewer
     """
 
     fusions: dict[str, FusionReport]
@@ -65,6 +67,9 @@ class Report:
     loaded: int = 0
     calls: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    vision: dict[str, int] = field(default_factory=dict)
+    vision_layers: int = 0
+    vision_note: str = ""
 
     def __str__(self) -> str:
         rows = [("fusion", "expected", "matched", "launches saved", "")]
@@ -88,6 +93,10 @@ class Report:
         if self.calls:
             lines.append("calls: " + ", ".join(f"{count} as {way}" for way, count in self.calls.items()))
         lines += [f"  {way}: {reason}" for way, reasons in self.reasons.items() for reason in reasons]
+        if self.vision or self.vision_note:
+            sites = ", ".join(f"{name} {count}" for name, count in self.vision.items()) or "nothing fused"
+            note = f"; {self.vision_note}" if self.vision_note else ""
+            lines.append(f"vision tower of {self.vision_layers} layers: {sites}{note}")
         return "\n".join(lines)
 
 
@@ -128,7 +137,21 @@ def report(model: nn.Module) -> Report:
     unique = whole + sum(program.spec.unique_pieces for program in programs)
     ways = state.ways
     reasons = {way: tuple(why) for way, why in ways.reasons.items() if why}
-    return Report(fusions, len(records) - loaded, pieces, unique, seconds, len(programs), loaded, dict(ways.calls), reasons)
+    counts = len(programs), loaded, dict(ways.calls), reasons
+    return Report(fusions, len(records) - loaded, pieces, unique, seconds, *counts, *_vision(state))
+
+
+def _vision(state: CompiledModel) -> tuple[dict[str, int], int, str]:
+    """Of a Report: its fields of the vision tower."""
+    records, encoder = [program.spec.record for program in state.tower_programs], state.encoder
+    if encoder is not None:
+        records += encoder.records
+    if not records:
+        return {}, 0, "" if encoder is None else encoder.broken
+    found = Counter(site.fusion for site in records[-1].sites if site.fusion in SWITCHES and not site.left)
+    layers = len({site_of(site.path) for site in records[-1].sites} - {WHOLE_MODEL})
+    note = "" if encoder is None else encoder.broken or encoder.note
+    return dict(sorted(found.items())), layers, note
 
 
 def unmatched_sites(record: Record, fusion: Fusion, sites: tuple[str, ...], graph: int = 1) -> list[Unmatched]:

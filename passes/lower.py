@@ -19,6 +19,7 @@ _EXPANSIONS: dict[Any, tuple[Callable[[], Template], tuple[str, ...]]] = {
     _OPS.rms_norm: (lambda: rms_norm.captured(True), ("x", "weight", "eps")),
     _OPS.rms_norm_noscale: (lambda: rms_norm.captured(False), ("x", "eps")),
     _OPS.rope: (rope.captured, ("x", "cos", "sin")),
+    _OPS.rope_2d: (rope.captured_2d, ("x", "cos", "sin")),
     _OPS.geglu: (geglu.captured, ("gate", "up")),
     _OPS.route: (route.captured, ("logits", "per_expert_scale", "top_k")),
 }
@@ -42,10 +43,11 @@ def expand(graph: Graph, node: Node) -> None:
     captured, names = _EXPANSIONS[node.target]
     template = captured()
     binding = dict(zip(names, node.args, strict=True))
-    if node.target is _OPS.rope:
+    if node.target in (_OPS.rope, _OPS.rope_2d):
         value = value_of(node)
         assert value is not None, "raise checks head_dim, so the shape is known"
-        binding["half"] = value.shape[-1] // 2
+        half = value.shape[-1] // 2
+        binding |= {"half": half} if node.target is _OPS.rope else {"half": half // 2, "part": half}
     with graph.inserting_before(node):
         created, outputs = instantiate(template, binding, graph)
     if len(outputs) == 1:

@@ -56,6 +56,24 @@ def replace_masked(
     )
 
 
+def search_ahead(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, keys: Tensor,
+    values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+    visible: Tensor, until: Tensor,
+) -> Tensor:  # fmt: skip
+    q, k, v = _normed(q, k, v, q_weight, k_weight, cos, sin, eps)
+    return ops.attention(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible, until)
+
+
+def replace_ahead(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, keys: Tensor,
+    values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int, scale: float,
+    visible: Tensor, until: Tensor,
+) -> Tensor:  # fmt: skip
+    step = keys, values, slots, table, positions, starts
+    return ops.attention_qkv(q, k, v, q_weight, k_weight, cos, sin, eps, *step, layer, window, scale, visible, until)
+
+
 def inputs() -> dict[str, Any]:
     """Three rows of one request, in the second of two pages."""
     heads = {"q": torch.randn(1, 3, 4, 8)} | {name: torch.randn(1, 3, 2, 8) for name in "kv"}
@@ -74,17 +92,23 @@ def inputs_masked() -> dict[str, Any]:
     return inputs() | {"visible": torch.arange(32)[None] > 1}
 
 
+def inputs_ahead() -> dict[str, Any]:
+    """The same, where the first two rows see each other in both directions."""
+    return inputs_masked() | {"until": torch.tensor([1, 1, 2], dtype=torch.int32)}
+
+
 @cache
 def rewrites() -> tuple[Rewrite, ...]:
     # No guard: both ops have checked these very shapes when they were traced, and allow nothing that the fused one does not.
     return (
         Rewrite("attention_qkv", search_masked, replace_masked, inputs_masked),  # what packed steps of models have
         Rewrite("attention_qkv_unmasked", search, replace, inputs),
+        Rewrite("attention_qkv_ahead", search_ahead, replace_ahead, inputs_ahead),  # sliding layers of prompts with images
     )
 
 
 FUSION = Fusion(
     "attention_qkv", "qkv_norm_rope + attention's write of K and V into pages; in packed steps",
     lambda geometry: tuple(layer.site for layer in geometry.layers if not layer.shares_kv), rewrites, packed=True,
-    launches_saved={"attention_qkv": 1, "attention_qkv_unmasked": 1},  # beside those of qkv_norm_rope
+    launches_saved={"attention_qkv": 1, "attention_qkv_unmasked": 1, "attention_qkv_ahead": 1},  # beside those of qkv_norm_rope
 )  # fmt: skip

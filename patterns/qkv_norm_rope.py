@@ -1,6 +1,7 @@
-"""Q, K and V head norms + rotary embedding      HF: Gemma4TextAttention.forward
+"""Q, K and V head norms + rotary embedding      HF: Gemma4TextAttention.forward, Gemma4VisionAttention.forward
 
-Three forms: own K and V; V is the raw K projection (attention_k_eq_v); Q only, where the layer shares another layer's KV.
+Four forms: own K and V; the same of image patches, whose positions are two; V is the raw K projection (attention_k_eq_v); Q
+only, where the layer shares another layer's KV.
 The projections are part of the search, as only their common input says which q, k and v belong together. They are put back
 as they were."""
 
@@ -35,6 +36,26 @@ def replace_qkv(
     k = F.linear(x, k_proj, k_bias).view(heads)
     v = F.linear(x, v_proj, v_bias).view(heads)
     q, k, v = ops.qkv_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps)
+    return q, k, v
+
+
+def search_qkv_2d(
+    x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, q_bias: Any, k_bias: Any, v_bias: Any, heads: Any,
+    q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q = ops.rope_2d(ops.rms_norm(F.linear(x, q_proj, q_bias).view(heads), q_weight, eps), cos, sin)
+    k = ops.rope_2d(ops.rms_norm(F.linear(x, k_proj, k_bias).view(heads), k_weight, eps), cos, sin)
+    return q, k, ops.rms_norm_noscale(F.linear(x, v_proj, v_bias).view(heads), eps)
+
+
+def replace_qkv_2d(
+    x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, q_bias: Any, k_bias: Any, v_bias: Any, heads: Any,
+    q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q = F.linear(x, q_proj, q_bias).view(heads)
+    k = F.linear(x, k_proj, k_bias).view(heads)
+    v = F.linear(x, v_proj, v_bias).view(heads)
+    q, k, v = ops.qkv_norm_rope_2d(q, k, v, q_weight, k_weight, cos, sin, eps)
     return q, k, v
 
 
@@ -91,6 +112,7 @@ def rewrites() -> tuple[Rewrite, ...]:
     alone = all_guards(same_dtype("q", "q_weight", "cos", "sin"), vectors_of_last_dim("q", "q_weight"), rotary_shapes)
     return (
         Rewrite("qkv_norm_rope", search_qkv, replace_qkv, lambda: inputs("qkv"), both),
+        Rewrite("qkv_norm_rope_2d", search_qkv_2d, replace_qkv_2d, lambda: inputs("qkv"), both),
         Rewrite("kv_norm_rope", search_k_eq_v, replace_k_eq_v, lambda: inputs("k_eq_v"), both),
         # Last: the q of the forms above looks like this too, and so does their k.
         Rewrite("q_norm_rope", search_q, replace_q, lambda: inputs("q"), alone),
@@ -98,6 +120,6 @@ def rewrites() -> tuple[Rewrite, ...]:
 
 
 FUSION = Fusion(
-    "qkv_norm_rope", "Q, K and V head norms + RoPE", every_layer, rewrites, ops=("qkv_norm_rope", "q_norm_rope"),
-    launches_saved={"qkv_norm_rope": 2, "kv_norm_rope": 1},
+    "qkv_norm_rope", "Q, K and V head norms + RoPE", every_layer, rewrites,
+    ops=("qkv_norm_rope", "q_norm_rope", "qkv_norm_rope_2d"), launches_saved={"qkv_norm_rope": 2, "kv_norm_rope": 1},
 )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +50,24 @@ def draft_masks(length: int, window: int, device: str) -> dict[str, Tensor]:
     return {FULL: full[None, None], SLIDING: (full & (k > p - window))[None, None]}
 
 
+class Lesson(NamedTuple):
+    """What the target makes of a batch of rows: ids [B, T], final states [B, T, H], keys and values by layer type, and which
+    rows count, [B, T] bool."""
+
+    ids: Tensor
+    states: Tensor
+    stored: dict[str, tuple[Tensor, Tensor]]
+    counts: Tensor
+
+
+def read_text(target: Any, batches: Batches) -> Lesson:
+    """Of text, where all rows count."""
+    rows = batches.next()[:, :-1]
+    return Lesson(rows, *final_states(target, rows), torch.ones_like(rows, dtype=torch.bool))
+
+
 def train_assistant(
-    target: Any, assistant: Any, batches: Batches, steps: int, rate: float, device: str, label: str
+    target: Any, assistant: Any, lesson: Callable[[], Lesson], steps: int, rate: float, device: str, label: str
 ) -> dict[str, Any]:
     """Distil the target's next-token distributions into DRAFTS unrolled draft steps.
 
@@ -60,9 +77,7 @@ def train_assistant(
     target.to(device).eval().requires_grad_(False)
     assistant.to(device).train()
     config = assistant.config
-    length = batches.length - DRAFTS
-    masks = draft_masks(length, config.get_text_config().sliding_window, device)
-    positions = torch.arange(1, length + 1, device=device)[None]
+    window = config.get_text_config().sliding_window
     cluster_of: Tensor | None = None
     if config.use_ordered_embeddings:
         ordering = balanced_clusters(target.model.embed_tokens.weight, config.num_centroids)
@@ -70,18 +85,20 @@ def train_assistant(
         cluster_of = (ordering.argsort() // (len(ordering) // config.num_centroids)).to(device)
 
     def loss_of() -> Tensor:
-        rows = batches.next()[:, :-1]
         with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
-            states, stored = final_states(target, rows)
+            rows, states, stored, counts = lesson()
             logits = target.lm_head(states)
             cap = target.config.final_logit_softcapping
             wanted = (torch.tanh(logits.float() / cap) * cap).softmax(-1)
             embedded = target.model.embed_tokens(rows)
+        length = rows.shape[1] - DRAFTS
+        masks = draft_masks(length, window, device)
+        positions = torch.arange(1, length + 1, device=device)[None]
         keys = {kind: (k[:, :, :length], v[:, :, :length]) for kind, (k, v) in stored.items()}
         hidden = states[:, :length]
         losses = []
         for j in range(1, DRAFTS + 1):
-            goal = wanted[:, j : j + length]
+            goal, counted = wanted[:, j : j + length], counts[:, j : j + length]
             with torch.autocast(device, dtype=torch.bfloat16):
                 inputs = torch.cat([embedded[:, j : j + length], hidden.to(embedded.dtype)], dim=-1)
                 state = assistant.model(
@@ -95,11 +112,10 @@ def train_assistant(
                 hidden = assistant.post_projection(state)
                 guess = assistant.lm_head(state)
                 centers = None if cluster_of is None else assistant.masked_embedding.centroids(state)
-            losses.append(-(goal * guess.float().log_softmax(-1)).sum(-1).mean())
+            losses.append(-(goal * guess.float().log_softmax(-1)).sum(-1)[counted].mean())
             if cluster_of is not None and centers is not None:
                 mass = torch.zeros_like(centers, dtype=torch.float).index_add_(2, cluster_of, goal)
-                losses[-1] = losses[-1] + 0.3 * -(mass * centers.float().log_softmax(-1)).sum(-1).mean()
+                losses[-1] = losses[-1] + 0.3 * -(mass * centers.float().log_softmax(-1)).sum(-1)[counted].mean()
         return torch.stack(losses).mean()
 
-    report = run_steps(assistant, loss_of, steps, rate, device, label, decay=0.05)
-    return {**report, "tokens": steps * batches.batch * batches.length}
+    return run_steps(assistant, loss_of, steps, rate, device, label, decay=0.05)

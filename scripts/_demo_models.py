@@ -65,6 +65,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 ASSISTANTS: dict[str, dict[str, Any]] = {
     "e": {"use_ordered_embeddings": True, "num_centroids": 128, "centroid_intermediate_top_k": 16},
     "moe": {"use_ordered_embeddings": False},
+    "vision": {"use_ordered_embeddings": False},
 }
 ASSISTANT_TEXT: dict[str, Any] = {
     "hidden_size": 128,
@@ -83,6 +84,13 @@ def new_target(name: str, seed: int) -> Any:
     """A fp32 target with its start values: layer scalars in 0.6 .. 0.95, router scales about 1, post norms at 0.3."""
     torch.manual_seed(seed)
     model: Any = Gemma4ForCausalLM(Gemma4TextConfig(**COMMON, **TARGETS[name]))
+    prepare_start(model.model, seed)
+    model.generation_config = GenerationConfig(do_sample=False, bos_token_id=2, eos_token_id=1, pad_token_id=0)
+    return model
+
+
+def prepare_start(model: Any, seed: int) -> None:
+    """Start values of a text model: see new_target."""
     spread = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, value in model.named_parameters():
@@ -92,20 +100,22 @@ def new_target(name: str, seed: int) -> Any:
                 value.fill_(0.3)
             elif key.endswith(("router.scale", "per_expert_scale")):
                 value.copy_(1 + 0.1 * torch.randn(value.shape, generator=spread))
-        for layer in model.model.layers:
+        for layer in model.layers:
             scalar = 0.6 + 0.35 * torch.rand(1, generator=spread)
             layer.layer_scalar.copy_(scalar.bfloat16())  # a buffer, not trained: what it is now is what is saved
-    model.generation_config = GenerationConfig(do_sample=False, bos_token_id=2, eos_token_id=1, pad_token_id=0)
-    return model
 
 
-def new_assistant(name: str, seed: int) -> Any:
-    """A fp32 assistant for `name`, with the target's head sizes, KV head counts and window."""
+def new_assistant(name: str, seed: int, target: dict[str, Any] | None = None) -> Any:
+    """A fp32 assistant for `name`, with the target's head sizes, KV head counts and window.
+
+    target   fields of its config, those of TARGETS unless given
+    """
     torch.manual_seed(seed + 1)
-    target = TARGETS[name]
+    target = TARGETS[name] if target is None else target
     heads = {key: target[key] for key in target if key.endswith("key_value_heads") or key == "attention_k_eq_v"}
+    vocabulary = {"vocab_size": target["vocab_size"]} if "vocab_size" in target else {}
     config = Gemma4AssistantConfig(
-        text_config={"model_type": "gemma4_text", **COMMON, **ASSISTANT_TEXT, **heads, "dtype": "float32"},
+        text_config={"model_type": "gemma4_text", **COMMON, **ASSISTANT_TEXT, **heads, "dtype": "float32"} | vocabulary,
         backbone_hidden_size=target["hidden_size"],
         tie_word_embeddings=True,
         **ASSISTANTS[name],

@@ -101,7 +101,7 @@ def bench(name: str, workloads: list[str], arguments: argparse.Namespace) -> dic
         torch.manual_seed(0)  # as --mtp draws what is right, on all ranks alike
     else:
         model = random_model(name, device=arguments.device, **small).requires_grad_(False)
-    if model.config.enable_moe_block:
+    if getattr(model.config, "enable_moe_block", False):
         model.set_experts_implementation("grouped_mm")
     loaded = time.perf_counter() - start
     loads = [workload(text) for text in workloads]

@@ -114,7 +114,7 @@ def measure(way: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One way, in this process."""
     torch.set_grad_enabled(False)
     model = random_model(name, args.layers, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
-    if model.config.enable_moe_block and args.device == "cpu":
+    if getattr(model.config, "enable_moe_block", False) and args.device == "cpu":
         model.set_experts_implementation("grouped_mm")
     found: dict[str, Any] = {}
     short = prompt(model, 1, args.prompt)

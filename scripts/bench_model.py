@@ -213,7 +213,7 @@ def child(options: argparse.Namespace, model_name: str, variant: str, pipe: Conn
         try:
             small: dict[str, Any] = {"vocab_size": 512, "vocab_size_per_layer_input": 512} if options.quick else {}
             model = random_model(model_name, options.layers, options.device, **small)
-            if model.config.enable_moe_block:
+            if getattr(model.config, "enable_moe_block", False):
                 model.set_experts_implementation(options.experts)
             optimize(model, VARIANTS[variant])
             for batch in options.batches:

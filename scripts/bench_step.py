@@ -51,7 +51,7 @@ def model_of(name: str, arguments: argparse.Namespace) -> Any:
     """The model, ready to be optimized."""
     small: dict[str, Any] = {"layers": 6, "vocab_size": 512} if arguments.quick else {}
     model = random_model(name, device=arguments.device, **small).requires_grad_(False)
-    if model.config.enable_moe_block:
+    if getattr(model.config, "enable_moe_block", False):
         model.set_experts_implementation("grouped_mm")
     return model
 

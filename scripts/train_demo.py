@@ -1,6 +1,6 @@
-"""Train the demo checkpoints on Python's own standard library.
+"""Train the demo checkpoints: on Python's own standard library, and on drawn pictures.
 
-    python scripts/train_demo.py [--model e|moe|all] [--steps N] [--device cuda|cpu] [--out DIR] [--smoke]
+    python scripts/train_demo.py [--model e|moe|vision|all] [--steps N] [--device cuda|cpu] [--out DIR] [--smoke]
 
 Writes OUT/<model>/target, OUT/<model>/assistant and OUT/<model>/metrics.json. Results go to stdout, progress to stderr.
 """
@@ -18,15 +18,27 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gemma4_compile.demo import DEMO_NAMES, demo_checkpoint, evaluate, held_out_prompts
+from gemma4_compile.demo import DEMO_NAMES, VISION_DEMO, demo_checkpoint, evaluate, held_out_prompts
 from gemma4_compile.hf.assistant import load_assistant
-from scripts._demo_assistant import train_assistant
+from gemma4_compile.hf.loading import text_part
+from scripts._demo_assistant import read_text, train_assistant
 from scripts._demo_data import Batches, load_corpus, log, token_stream, train_tokenizer
 from scripts._demo_models import DRAFTS, VOCAB, new_assistant, new_target
+from scripts._demo_pictures import (
+    PICTURE_VOCAB,
+    TEXT,
+    PictureBatches,
+    answers_of,
+    new_picture_model,
+    picture_processor,
+    picture_tokenizer,
+    read_pictures,
+    train_picture_model,
+)
 from scripts._demo_table import read_records, table, write_table
 from scripts._demo_target import train_target
 
@@ -36,11 +48,13 @@ PACKAGE = demo_checkpoint("e").parent
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=[*DEMO_NAMES, "all"], default="all")
+    parser.add_argument("--model", choices=[*DEMO_NAMES, VISION_DEMO, "all"], default="all")
     parser.add_argument("--steps", type=int, default=2000, help="steps of a target; its assistant gets 2/5 of them")
     parser.add_argument("--batch", type=int, default=32, help="sequences a step")
     parser.add_argument("--length", type=int, default=1024, help="tokens a sequence")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--picture-steps", type=int, default=2800, help="of the vision target, 16 pictures each")
+    parser.add_argument("--picture-rate", type=float, default=2e-3, help="its highest learning rate")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=PACKAGE, help="default: in the package")
     parser.add_argument("--stdlib", type=Path, help="folder of the sources to train on (default: this interpreter's)")
@@ -116,7 +130,11 @@ def train(name: str, args: argparse.Namespace, tokenizer: Any, streams: tuple[Te
     frozen = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)  # bf16-rounded values
     assistant, steps = new_assistant(name, SEED), max(2, args.steps * 2 // 5)
     rows = max(1, args.batch // 2)
-    second = train_assistant(frozen, assistant, batches(rows, SEED + 1), steps, args.rate, args.device, f"{name} assistant")
+    seen = batches(rows, SEED + 1)
+    second = train_assistant(
+        frozen, assistant, lambda: read_text(frozen, seen), steps, args.rate, args.device, f"{name} assistant"
+    )
+    second["tokens"] = steps * seen.batch * seen.length
     save(assistant, folder / "assistant")
     count = {"target": target, "assistant": assistant}
     return {
@@ -132,8 +150,41 @@ def train(name: str, args: argparse.Namespace, tokenizer: Any, streams: tuple[Te
     }
 
 
+def train_pictures(args: argparse.Namespace) -> dict[str, Any]:
+    """Train the vision demo and its assistant, save both, and ask it of the held-out pictures."""
+    folder, device = args.out / VISION_DEMO, args.device
+    tokenizer, processor = picture_tokenizer(), picture_processor()
+    steps, batch = (3, 2) if args.smoke else (args.picture_steps, 16)
+    target = new_picture_model(tokenizer, SEED)
+    first = train_picture_model(target, PictureBatches(tokenizer, processor, batch, 1), steps, args.picture_rate, device)
+    save(target, folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    processor.save_pretrained(folder / "target")
+    frozen = AutoModelForImageTextToText.from_pretrained(folder / "target", dtype=torch.float32).to(device).eval()
+    assistant, seen = new_assistant(VISION_DEMO, SEED, {**TEXT, "vocab_size": PICTURE_VOCAB}), max(2, steps // 5)
+    batches = PictureBatches(tokenizer, processor, batch, 2)
+    second = train_assistant(
+        text_part(frozen), assistant, lambda: read_pictures(frozen, batches, device), seen, args.rate, device,
+        f"{VISION_DEMO} assistant",
+    )  # fmt: skip
+    save(assistant, folder / "assistant")
+    count = {"target": target, "assistant": assistant}
+    return {
+        "model": VISION_DEMO,
+        "parameters": {role: sum(p.numel() for p in model.parameters()) for role, model in count.items()},
+        "training": {"target": first, "assistant": second, "batch": batch, "rate": args.picture_rate, **machine(device)},
+        "measured": {"held_out_right": answers_of(folder / "target"), **machine("cpu")},
+    }
+
+
 def main() -> None:
     args = parse()
+    if args.model in (VISION_DEMO, "all"):
+        report = train_pictures(args)
+        (args.out / VISION_DEMO / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+        print(json.dumps(report, indent=2))
+        if args.model == VISION_DEMO:
+            return
     names = DEMO_NAMES if args.model == "all" else (args.model,)
     if args.stage != "measure":
         library, tests = load_corpus(args.stdlib, args.smoke)

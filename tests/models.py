@@ -4,7 +4,13 @@ import os
 from typing import Any
 
 import torch
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import (
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4ImageProcessorPil,
+    Gemma4TextConfig,
+)
 
 # GEMMA4_TEST_DEVICE=cuda runs the pass tests with the real kernels.
 DEVICE = os.environ.get("GEMMA4_TEST_DEVICE", "cpu")
@@ -56,3 +62,78 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrid
 def prompt(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
     """Random token ids [batch, tokens] without specials."""
     return torch.randint(3, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+IMAGE, BEGIN, END, VIDEO, AUDIO = 120, 121, 122, 123, 124
+VISION: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 3, "position_embedding_size": 256, "standardize": True,
+}  # fmt: skip
+
+
+def tiny_multimodal(
+    kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, vision: dict[str, Any] | None = None, **overrides: Any
+) -> Any:  # fmt: skip
+    """A tiny Gemma4ForConditionalGeneration around a text part of a kind in CONFIGS, with a vision tower and no audio."""
+    torch.manual_seed(seed)
+    text = CONFIGS[kind] | {"max_position_embeddings": 2048} | overrides
+    ids: dict[str, Any] = {
+        "image_token_id": IMAGE,
+        "boi_token_id": BEGIN,
+        "eoi_token_id": END,
+        "video_token_id": VIDEO,
+        "audio_token_id": AUDIO,
+    }
+    config = Gemma4Config(text_config=text, vision_config=VISION | (vision or {}), audio_config=None, **ids)
+    model: Any = Gemma4ForConditionalGeneration(config).eval()
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.0)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.8, 1.2)
+        tower.patch_embedder.position_embedding_table.normal_(0, 0.5)
+        tower.patch_embedder.input_proj.weight.normal_(0, 0.3)
+        tower.std_bias.uniform_(-0.2, 0.2)
+        tower.std_scale.uniform_(0.5, 1.5)
+        model.model.embed_vision.embedding_projection.weight.normal_(0, 0.5)
+    if kind == "moe":
+        model.set_experts_implementation("grouped_mm" if DEVICE == "cpu" or dtype == torch.bfloat16 else "batched_mm")
+    return model.to(DEVICE, dtype)
+
+
+UNIFIED_VISION: dict[str, Any] = {
+    "patch_size": 4, "pooling_kernel_size": 3, "mm_embed_dim": 48, "output_proj_dims": 48, "mm_posemb_size": 80,
+}  # fmt: skip
+
+
+def tiny_unified(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
+    """A tiny Gemma4UnifiedForConditionalGeneration, like 12B: its text part is like CONFIGS["dense"], its image tokens see each
+    other, and it has no tower."""
+    from transformers import Gemma4UnifiedConfig, Gemma4UnifiedForConditionalGeneration
+
+    torch.manual_seed(seed)
+    text = {key: value for key, value in CONFIGS["dense"].items() if key != "hidden_size_per_layer_input"}
+    text |= {"max_position_embeddings": 2048, "num_hidden_layers": 4, "layer_types": _KINDS * 2} | overrides
+    ids: dict[str, Any] = {
+        "image_token_id": IMAGE, "boi_token_id": BEGIN, "eoi_token_id": END, "video_token_id": VIDEO, "audio_token_id": AUDIO,
+    }  # fmt: skip
+    config = Gemma4UnifiedConfig(text_config=text, vision_config=UNIFIED_VISION, audio_config=None, **ids)
+    model: Any = Gemma4UnifiedForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.0)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.8, 1.2)
+        embedder = model.model.embed_vision
+        embedder.pos_embedding.normal_(0, 0.5)
+        embedder.multimodal_embedder.embedding_projection.weight.normal_(0, 0.5)
+    return model.to(DEVICE, dtype)
+
+
+def image_processor() -> Any:
+    return Gemma4ImageProcessorPil(patch_size=VISION["patch_size"], max_soft_tokens=70)

@@ -24,7 +24,7 @@ def test_loads_a_demo_checkpoint() -> None:
         ("missing", "no such folder"),
         ("empty", "a folder without config.json"),
         ("config", "config.json must be a JSON object"),
-        ("type", "must have model_type gemma4 or gemma4_text, got 'llama'"),
+        ("type", "must have model_type gemma4, gemma4_unified or one of their text parts, got 'llama'"),
         ("weights", "the weights must be readable"),
         ("no weights", "the weights must be readable"),
     ],

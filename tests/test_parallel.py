@@ -216,5 +216,5 @@ def test_ranks_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must have model_type gemma4 or gemma4_text, got 'llama'"):
+    with pytest.raises(ValueError, match="must have model_type gemma4, gemma4_unified or one of their text parts, got 'llama'"):
         load(tmp_path)

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.gemma4 import modeling_gemma4 as hf
 
 from gemma4_compile.dynamo import first_line, switched_off
+from gemma4_compile.hf.families import MULTIMODAL
 from gemma4_compile.hf.loading import text_part
 from gemma4_compile.hf.step_cache import CACHE, UnsupportedCache, take_cache
 from gemma4_compile.packed.compile import FirstCall
@@ -86,7 +87,7 @@ class PackedRoute:
         tokens = min(tokens, max(1, CHUNK // batch))
         rows = keep if isinstance(keep, int) and 0 < keep < tokens else tokens
         try:
-            if isinstance(model, hf.Gemma4ForConditionalGeneration):
+            if isinstance(model, MULTIMODAL):
                 replaced = _placeholders(model.config)
                 model = text_part(model)
             if getattr(model.config, "use_bidirectional_attention", None) == "all":

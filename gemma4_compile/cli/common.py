@@ -13,7 +13,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The arguments that `load_model` reads, but for those that all commands share."""
     parser.add_argument(
         "model",
-        help='"e", "moe", a checkpoint folder or hub id; with random weights: a config.json, E2B, E4B, 26B-A4B or 31B',
+        help='"e", "moe", a checkpoint folder or hub id; with random weights: a config.json, E2B, E4B, 12B, 26B-A4B or 31B',
     )
     parser.add_argument("--layers", type=int, metavar="K", help="cut a bare config to so many layers")
     parser.add_argument(
@@ -45,17 +45,18 @@ def load_model(options: argparse.Namespace, text_only: bool = False) -> tuple[An
     import torch
 
     from gemma4_compile import demo_checkpoint
-    from gemma4_compile.demo import DEMO_NAMES
+    from gemma4_compile.demo import DEMO_NAMES, VISION_DEMO
     from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
     from gemma4_compile.hf.loading import checkpoint, load, random_model, tokenizer_of
 
     config_of(options)  # a wrong name must not cost the time of loading
+    is_demo = options.model in (*DEMO_NAMES, VISION_DEMO)
     name, layers = (getattr(options, field, None) for field in ("dtype", "layers"))  # which not all commands have
     dtype = getattr(torch, name) if name else None
     if launched_ranks() > 1:
         from gemma4_compile.hf import parallel
 
-        folder = demo_checkpoint(options.model) / "target" if options.model in DEMO_NAMES else checkpoint(options.model)[0]
+        folder = demo_checkpoint(options.model) / "target" if is_demo else checkpoint(options.model)[0]
         return parallel.load(folder, dtype=dtype, device=options.device), tokenizer_of(folder)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -64,7 +65,7 @@ def load_model(options: argparse.Namespace, text_only: bool = False) -> tuple[An
         return random_model(options.model, layers, device, dtype or torch.bfloat16), None
     if layers:
         raise ValueError(f"--layers cuts a bare config, got {options.model}; leave it out")
-    folder = demo_checkpoint(options.model) / "target" if options.model in DEMO_NAMES else options.model
+    folder = demo_checkpoint(options.model) / "target" if is_demo else options.model
     return load(folder, device, dtype, text_only)
 
 

@@ -7,12 +7,17 @@ from typing import Any
 
 from .common import DEMO_PROMPT, add_common, add_model, as_dict, config_of, load_model
 
+_DEMO_BYTES = 64 << 20  # of keys and values: one request
+
 
 def add_compiled(commands: Any) -> None:
     """Add the three commands to the parser's."""
     demo = commands.add_parser("demo", help="a compiled Gemma 4 writes text, then reports its fusions")
-    demo.add_argument("--model", default="e", help='"e" or "moe" for an embedded demo checkpoint, or a checkpoint folder')
-    demo.add_argument("--prompt", default=DEMO_PROMPT)
+    demo.add_argument("--model", help='"e", "moe" or "vision" for an embedded demo checkpoint, or a checkpoint folder')
+    demo.add_argument("--prompt", help="text to go on from, or a question about the image")
+    demo.add_argument(
+        "--image", nargs="?", const="", metavar="PATH", help="ask about this picture; without PATH, about one that is drawn"
+    )
     demo.add_argument("--max-tokens", type=int, default=120, help="new tokens to generate (default: %(default)s)")
     demo.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=3, help="of the sampling (default: %(default)s)")
@@ -43,6 +48,9 @@ def _demo(options: argparse.Namespace) -> int:
         raise ValueError(f"--max-tokens must be at least 1, got {options.max_tokens}; use 120")
     if options.temperature < 0:
         raise ValueError(f"--temperature must be 0 (greedy) or more, got {options.temperature}; use 0.8")
+    if options.image is not None:
+        return _demo_image(options)
+    options.model, options.prompt = options.model or "e", options.prompt or DEMO_PROMPT
     import torch
     from transformers import TextStreamer
 
@@ -66,6 +74,42 @@ def _demo(options: argparse.Namespace) -> int:
         print(json.dumps({"text": text, "tokens": tokens, "seconds": seconds, "report": as_dict(report(model))}))
     else:
         print(f"\n{tokens} tokens in {seconds:.2f} s on {model.device}\n\n{report(model)}")
+    return 0
+
+
+def _demo_image(options: argparse.Namespace) -> int:
+    """A picture and a question: the picture's path, and the answer."""
+    import tempfile
+    from pathlib import Path
+
+    from gemma4_compile import Engine, EngineConfig, SamplingParams, demo_checkpoint, report
+    from gemma4_compile.demo import VISION_DEMO
+    from gemma4_compile.demo.pictures import QUESTION, held_out_pictures
+
+    path = Path(options.image)
+    if not options.image:
+        pictures = held_out_pictures()
+        drawn = pictures[options.seed % len(pictures)]
+        path = Path(tempfile.gettempdir()) / f"gemma4-compile-{drawn.number}.png"
+        drawn.image.save(path)
+    model = options.model or VISION_DEMO
+    folder = demo_checkpoint(model) / "target" if model == VISION_DEMO else model
+    question = options.prompt or QUESTION
+    asked = [{"role": "user", "content": [{"type": "image", "image": path}, {"type": "text", "text": question}]}]
+    config = EngineConfig(
+        device=options.device, text_only=False, optimize=config_of(options), capture_at_start=False,
+        kv_bytes=_DEMO_BYTES if model == VISION_DEMO else None,
+    )  # fmt: skip
+    with Engine(folder, config) as engine:
+        prompt = engine.prepare(asked)  # what is wrong with the picture is said here
+        start = time.perf_counter()
+        (output,) = engine.generate([prompt], SamplingParams(max_tokens=options.max_tokens))
+        seconds, found = time.perf_counter() - start, report(engine.model)
+    if options.json:
+        shown = {"image": str(path), "question": question, "answer": output.text, "seconds": seconds, "report": as_dict(found)}
+        print(json.dumps(shown))
+    else:
+        print(f"{path}\n{question}\n{output.text}\n\n{seconds:.2f} s\n\n{found}")
     return 0
 
 

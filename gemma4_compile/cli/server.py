@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ def add_server(commands: Any) -> None:
         "--cors-origin", action="append", default=[], metavar="ORIGIN", help="may call from a browser; repeatable"
     )
     serve.add_argument("--no-access-log", action="store_true", help="no line for each request")
+    serve.add_argument("--images", action="store_true", help="messages may have images; larger bodies with --max-body-bytes")
     serve.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add_engine(serve)
     add_common(serve)
@@ -54,7 +56,7 @@ def add_server(commands: Any) -> None:
 def _serve(options: argparse.Namespace) -> int:
     if options.demo == (options.model is not None):
         raise ValueError("serve needs one model, got " + ("two" if options.demo else "none") + "; name one, or use --demo")
-    options.model = options.model or "e"
+    options.model = options.model or ("vision" if options.images else "e")
     config = _config(options)  # wrong values must not cost the time of loading
     if launched_rank():
         _engine(options).run_worker()
@@ -99,6 +101,17 @@ def _engine(options: argparse.Namespace) -> "Engine":
         optimize=config_of(options), max_requests=options.max_requests, chat=False,
     )  # fmt: skip
     speculative = speculative_of(options)
+    if options.images:
+        import torch
+
+        from gemma4_compile import demo_checkpoint
+        from gemma4_compile.demo import VISION_DEMO
+
+        folder = demo_checkpoint(VISION_DEMO) / "target" if options.model == VISION_DEMO else options.model
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        with_images = replace(config, text_only=False, device=options.device, dtype=dtype)
+        tokenizer = None if options.tokenizer is None else tokenizer_of(options.tokenizer)
+        return Engine(folder, with_images, tokenizer, speculative=speculative)
     model, tokenizer = load_model(options, text_only=True)
     if options.tokenizer is not None:
         tokenizer = tokenizer_of(options.tokenizer)

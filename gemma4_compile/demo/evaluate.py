@@ -25,11 +25,18 @@ def final_states(target: Any, ids: Tensor) -> tuple[Tensor, dict[str, tuple[Tens
 
     Read from a cache that forgets nothing: 5.23 returns no shared_kv_states for a target without KV-shared layers.
     """
-    config = target.config
     cache: Any = DynamicCache()
     hidden = target.model(ids, **{CACHE: cache}, use_cache=True).last_hidden_state
+    return hidden, stored_by_kind(target.config, cache)
+
+
+def stored_by_kind(config: Any, cache: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Keys and values of the last layer of each type that stores them, from a model's cache.
+
+    config   of its text part
+    """
     storing = config.layer_types[: config.num_hidden_layers - config.num_kv_shared_layers]
-    return hidden, {kind: (cache.layers[i].keys, cache.layers[i].values) for i, kind in enumerate(storing)}
+    return {kind: (cache.layers[i].keys, cache.layers[i].values) for i, kind in enumerate(storing)}
 
 
 @torch.no_grad()

@@ -53,6 +53,7 @@ class GraphRunner:
         agree: Callable[[bool], bool] | None = None, own_memory: bool = True,
     ):  # fmt: skip
         self._agree, self._own_memory = agree, own_memory
+        self._example = {name: inputs[name] for name in STEP_INPUTS}
         self.program, self.requests, self.buckets = program, requests, buckets or Buckets()
         device = inputs["input_ids"].device
         if recorder is None:
@@ -70,6 +71,13 @@ class GraphRunner:
         memory = self.memory if own_memory else None
         self.piecewise = PiecewiseGraphs(program, memory, inputs, requests, self.buckets, recorder)
         self._checked: set[Bucket] = set()
+
+    def beside(self, program: Program, more: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> "GraphRunner":
+        """A runner of another program of prompt steps, over the same memory and in the same pool.
+
+        more   a step of this one as one of its"""
+        inputs, buckets = more(self._example) | self.memory, replace(self.buckets, decode=())
+        return GraphRunner(program, inputs, self.requests, buckets, self.recorder, agree=self._agree)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [1, N, vocabulary] of the N wanted rows. From a graph they are valid until the next step."""

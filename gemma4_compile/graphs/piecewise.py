@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_compile.packed.inputs import KINDS, step_input, varying_dim
+from gemma4_compile.packed.inputs import IMAGE_INPUTS, KINDS, step_input, varying_dim
 from gemma4_compile.packed.program import BoundCall, Program, StepResult
 from gemma4_compile.packed.split import SPLIT_POINTS
 
@@ -50,6 +50,7 @@ class PiecewiseGraphs:
         sizes = {"input_ids": (1, tokens), "positions": (tokens,), "rows": (rows,), "starts": (requests + 1,)}
         if memory is None:
             sizes["position_ids"] = (tokens,)
+        sizes |= {name: (tokens, *inputs[name].shape[1:]) for name in (*IMAGE_INPUTS, "until") if name in inputs}
         width = max(inputs[f"table.{kind}"].shape[1] for kind in KINDS)
         for kind in KINDS:
             sizes |= {f"slots.{kind}": (tokens,), f"table.{kind}": (requests, width)}

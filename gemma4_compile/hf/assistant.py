@@ -8,14 +8,17 @@ ends in a ValueError. The answer is given here by a config class of our own; the
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import Gemma4AssistantForCausalLM as _Base
-from transformers import Gemma4TextConfig, Gemma4TextModel
+from transformers import Gemma4TextConfig, Gemma4TextModel, PreTrainedConfig
 from transformers.models.gemma4_assistant.modeling_gemma4_assistant import (
     Gemma4AssistantMaskedEmbedder,
     Gemma4AssistantPreTrainedModel,
 )
+
+from .families import GEMMA4, Family, family_of
 
 
 class AllSharedTextConfig(Gemma4TextConfig):
@@ -54,8 +57,10 @@ class Gemma4AssistantForCausalLM(_Base):
         self.post_init()
 
 
-def assistant_class() -> type[_Base]:
-    """The class to build assistants with: the parent where it builds one, ours where it raises (5.23)."""
+def assistant_class(family: Family = GEMMA4) -> Any:
+    """The class to build a family's assistants with: transformers' where it builds one, ours where it raises (5.23)."""
+    if family is not GEMMA4:
+        return family.assistant
     probe = Gemma4TextConfig(num_hidden_layers=1, num_kv_shared_layers=1, layer_types=["full_attention"])
     try:
         getattr(probe, "kv_sharing_modes", None)
@@ -64,12 +69,19 @@ def assistant_class() -> type[_Base]:
     return _Base
 
 
-def load_assistant(path: str | Path, **kwargs) -> _Base:
-    """`Gemma4AssistantForCausalLM.from_pretrained(path, **kwargs)`, also where transformers itself cannot build one.
+def load_assistant(path: str | Path, **kwargs: Any) -> Any:
+    """`Gemma4AssistantForCausalLM.from_pretrained(path, **kwargs)`, or that of Gemma4Unified, also where transformers itself
+    cannot build one.
 
     path    folder (or hub id) of the assistant
     kwargs  handed to from_pretrained: dtype, attn_implementation, device_map, ...
 
     Raises what from_pretrained raises: OSError for a folder without config.json.
     """
-    return assistant_class().from_pretrained(str(path), **kwargs)
+    return assistant_class(_family_at(path)).from_pretrained(str(path), **kwargs)
+
+
+def _family_at(path: str | Path) -> Family:
+    """Of an assistant's folder or hub id, by its config."""
+    read, _ = PreTrainedConfig.get_config_dict(str(path))
+    return family_of(str(read.get("model_type", "")).removesuffix("_assistant")) or GEMMA4

@@ -44,11 +44,21 @@ TEXT_CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
         "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704,
     },
+    "12B": _COMMON | {key: value for key, value in _LARGE.items() if key != "hidden_size_per_layer_input"} | {
+        "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "layer_types": _kinds(48, 6),
+        "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 1,
+    },
     "31B": _COMMON | _LARGE | {
         "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60, "layer_types": _kinds(60, 6),
         "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4,
     },
 }  # fmt: skip
+
+
+# Those of gemma4_unified; figures of the 12B as SGLang's tests have them from its config.json,
+# https://github.com/sgl-project/sglang (test of srt/configs/gemma4_unified.py). Its assistant's were not to be had: it is as
+# large as the 26B-A4B's.
+UNIFIED_NAMES = ("12B",)
 
 
 def _assistant(name: str, hidden_size: int, heads: int, ordered: bool) -> dict[str, Any]:
@@ -57,8 +67,9 @@ def _assistant(name: str, hidden_size: int, heads: int, ordered: bool) -> dict[s
     text = _COMMON | {key: target[key] for key in (*same, "attention_k_eq_v") if key in target} | {
         "hidden_size": hidden_size, "intermediate_size": 8 * hidden_size, "num_attention_heads": heads,
         "num_hidden_layers": 4, "num_kv_shared_layers": 4, "layer_types": _kinds(4, 4), "final_logit_softcapping": None,
-        "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
     }  # fmt: skip
+    if name not in UNIFIED_NAMES:
+        text |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     return {
         "text_config": text, "backbone_hidden_size": target["hidden_size"], "use_ordered_embeddings": ordered,
         "num_centroids": 2048, "centroid_intermediate_top_k": 32, "tie_word_embeddings": True,
@@ -70,5 +81,6 @@ ASSISTANT_CONFIGS: dict[str, dict[str, Any]] = {
     "E2B": _assistant("E2B", 256, 4, ordered=True),
     "E4B": _assistant("E4B", 256, 4, ordered=True),
     "26B-A4B": _assistant("26B-A4B", 1024, 16, ordered=False),
+    "12B": _assistant("12B", 1024, 16, ordered=False),
     "31B": _assistant("31B", 1024, 32, ordered=False),
 }

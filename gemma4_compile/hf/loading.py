@@ -9,19 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma4AssistantConfig,
-    Gemma4ForCausalLM,
-    Gemma4ForConditionalGeneration,
-    Gemma4TextConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .assistant import assistant_class
-from .checkpoints import ASSISTANT_CONFIGS, TEXT_CONFIGS
+from .checkpoints import ASSISTANT_CONFIGS, TEXT_CONFIGS, UNIFIED_NAMES
+from .families import GEMMA4, MULTIMODAL, Family, family_of, family_of_model
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -37,7 +31,7 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = No
     for weights that do not fit into the GPU.
     """
     folder, model_type = checkpoint(folder)
-    model = read(folder, dtype, text_only and model_type == "gemma4")
+    model = read(folder, dtype, text_only and not model_type.endswith("_text"))
     try:
         return model.eval().to(device), tokenizer_of(folder)
     except torch.OutOfMemoryError as error:
@@ -60,9 +54,10 @@ def checkpoint(folder: str | Path) -> tuple[Path, str]:
         raise ValueError(
             f"config.json must be a JSON object, got a broken file in {folder} ({error}); download it again"
         ) from None
-    if model_type not in ("gemma4", "gemma4_text"):
+    if not isinstance(model_type, str) or family_of(model_type) is None:
         raise ValueError(
-            f"a checkpoint must have model_type gemma4 or gemma4_text, got {model_type!r} in {folder}; use a Gemma-4"
+            f"a checkpoint must have model_type gemma4, gemma4_unified or one of their text parts, got {model_type!r} in "
+            f"{folder}; use a Gemma-4"
         )
     return folder, model_type
 
@@ -81,7 +76,9 @@ def text_of_multimodal(folder: str | Path, dtype: torch.dtype | None, **options:
 
     Raises ValueError where weights of the text part are missing."""
     with quiet():  # the towers' weights are left out on purpose: no table of them
-        loaded: Any = Gemma4ForCausalLM.from_pretrained(
+        family = family_of(json.loads((Path(folder) / "config.json").read_text())["model_type"])
+        assert family is not None, "who reads a checkpoint has looked at its model_type"
+        loaded: Any = family.causal.from_pretrained(
             folder,
             dtype=dtype or "auto",
             output_loading_info=True,
@@ -140,11 +137,11 @@ def quiet() -> Iterator[None]:
 
 def text_part(model: Any) -> Any:
     """The Gemma4ForCausalLM within a model: itself, or one on the very weights of a multimodal model's text part."""
-    if not isinstance(model, Gemma4ForConditionalGeneration):
+    if not isinstance(model, MULTIMODAL):
         return model
     with torch.device("meta"), no_init_weights():
         config: Any = model.config.text_config
-        text: Any = Gemma4ForCausalLM(config)
+        text: Any = family_of_model(model).causal(config)
     text.model, text.lm_head = model.model.language_model, model.lm_head
     text.generation_config = model.generation_config
     return text.eval()
@@ -174,7 +171,8 @@ def random_model(name_or_file: str | Path, layers: int | None = None, device: st
     Raises ValueError for a missing or broken config, or a number of layers that it does not have.
     """
     config = cut(_text_config(name_or_file), layers) | overrides
-    return _random(lambda: Gemma4ForCausalLM(Gemma4TextConfig(**config)), device, dtype, seed)
+    family = _family_of_name(str(name_or_file))
+    return randomize(lambda: family.causal(family.text_config(**config)), device, dtype, seed)
 
 
 def random_assistant(
@@ -185,12 +183,13 @@ def random_assistant(
     vocab_size  a target's of fewer tokens, a multiple of 128
     """
     config = assistant_config(target, vocab_size)
-    model = _random(lambda: assistant_class()(config), device, dtype, seed)
+    made = assistant_class(_family_of_name(target))
+    model = randomize(lambda: made(config), device, dtype, seed)
     shuffle_embeddings(model, seed)
     return model
 
 
-def assistant_config(target: str, vocab_size: int | None = None) -> Gemma4AssistantConfig:
+def assistant_config(target: str, vocab_size: int | None = None) -> Any:
     """Of the assistant of a released target; arguments of random_assistant."""
     given = ASSISTANT_CONFIGS[target]
     if vocab_size is not None:
@@ -199,7 +198,7 @@ def assistant_config(target: str, vocab_size: int | None = None) -> Gemma4Assist
             "text_config": given["text_config"] | {"vocab_size": vocab_size}, "num_centroids": centroids,
             "centroid_intermediate_top_k": min(given["centroid_intermediate_top_k"], centroids),
         }  # fmt: skip
-    return Gemma4AssistantConfig(**given)
+    return _family_of_name(target).assistant_config(**given)
 
 
 def shuffle_embeddings(assistant: Any, seed: int) -> None:
@@ -209,7 +208,8 @@ def shuffle_embeddings(assistant: Any, seed: int) -> None:
         order.copy_(torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)))
 
 
-def _random(make: Callable[[], Any], device: str, dtype: torch.dtype, seed: int) -> Any:
+def randomize(make: Callable[[], Any], device: str, dtype: torch.dtype, seed: int) -> Any:
+    """A made model in eval mode, with norm weights and layer scalars 1, matrices N(0, 0.02)."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -226,6 +226,16 @@ def _random(make: Callable[[], Any], device: str, dtype: torch.dtype, seed: int)
                 parameter.fill_(1)
     model.tie_weights()
     return model.to(dtype=dtype).eval()
+
+
+def _family_of_name(name: str) -> Family:
+    """Of a released model's name, or of a config.json. Raises ValueError where transformers does not have it."""
+    if name in TEXT_CONFIGS:
+        model_type = "gemma4_unified" if name in UNIFIED_NAMES else "gemma4"
+    else:
+        raw = json.loads(Path(name).read_text())
+        model_type = str(raw.get("model_type", "gemma4"))
+    return family_of(model_type) or GEMMA4
 
 
 def _text_config(name_or_file: str | Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from gemma4_compile.ops.distributed.symmetric import forget
 from gemma4_compile.ops.sampling.vocabulary import Vocabulary
 
 from .assistant import load_assistant as whole_assistant
+from .families import ATTENTION
 from .loading import checkpoint, quiet, read
 
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
@@ -70,7 +71,7 @@ def load(
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError("dividing a model takes accelerate, got none; pip install 'gemma4-compile[tensor-parallel]'")
     # Without towers: 5.24 mixes the divided embedding with whole tensors in front of them.
-    model = read(folder, dtype, model_type == "gemma4", distributed_config=chosen)
+    model = read(folder, dtype, not model_type.endswith("_text"), distributed_config=chosen)
     for module in model.modules():  # 5.17 sums gradients in hooks, at which Dynamo breaks a graph
         module._backward_hooks.clear()
     return share_kv_heads(model.eval().requires_grad_(False))
@@ -132,7 +133,7 @@ def share_kv_heads(model: Any) -> Any:
     """Keep of each projection for keys and values that was loaded whole the heads that this rank's query heads read.
 
     Harmless for projections that transformers has divided, and for a model that is not sharded. Returns the model."""
-    for attention in (module for module in model.modules() if isinstance(module, hf.Gemma4TextAttention)):
+    for attention in (module for module in model.modules() if isinstance(module, ATTENTION)):
         mesh = _mesh(attention.q_proj)
         if mesh is None:
             continue
@@ -167,7 +168,7 @@ def _whole_style() -> str:
 def division_of(module: nn.Module) -> Division:
     """As the model's first query projection says."""
     for part in module.modules():
-        if isinstance(part, hf.Gemma4TextAttention):
+        if isinstance(part, ATTENTION):
             mesh = _mesh(part.q_proj)
             if mesh is not None and mesh.size() > 1:
                 return Division(int(mesh.size()), int(mesh.get_local_rank()), mesh.get_group().group_name)
@@ -242,7 +243,7 @@ def _local_forward(part: Any, mesh: Any, is_head: bool) -> Callable[..., Tensor]
 def check_kv_heads(module: nn.Module) -> None:
     """Raises ValueError if a rank holds a part of a KV head."""
     for part in module.modules():
-        if isinstance(part, hf.Gemma4TextAttention) and hasattr(part, "k_proj"):
+        if isinstance(part, ATTENTION) and hasattr(part, "k_proj"):
             weight: Any = part.k_proj.weight
             rows = (weight.to_local() if hasattr(weight, "to_local") else weight).shape[0]
             if rows % part.head_dim:

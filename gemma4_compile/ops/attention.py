@@ -55,8 +55,9 @@ def check_attention(
 
 
 def check_lengths(
-    q: Tensor, k: Tensor | None, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, visible: Tensor | None = None
-) -> None:
+    q: Tensor, k: Tensor | None, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor,
+    visible: Tensor | None = None, until: Tensor | None = None,
+) -> None:  # fmt: skip
     """Apart from check_attention, because a trace would specialize on what it compares: the kernels rely on these."""
     op = "attention"
     expect(op, "positions must be [N] for q of [1, N, Hq, D]", positions.shape[0], q.shape[1], "pass one for each query row")
@@ -66,6 +67,9 @@ def check_lengths(
     if masks(visible):
         given = (visible.dim(), visible.shape[0], visible.dtype)
         expect(op, "visible must be [R, keys] bool", given, (2, table.shape[0], torch.bool), "give each request its own row")
+    if until is not None:
+        given = (until.dim(), until.shape[0], until.dtype)
+        expect(op, "until must be [N] int32", given, (1, q.shape[1], torch.int32), "pass one for each query row")
     if k is not None:
         expect(op, "slots must be [T] for k of [1, T, Hk, D]", slots.shape[0], k.shape[1], "pass one for each new row")
 
@@ -163,12 +167,14 @@ def _page_of(table_ptr, block, inside, PAGE: tl.constexpr, BLOCK_N: tl.constexpr
 
 @jit
 def _attend(
-    q, mixed, top, total, position, stop, begin, end, skip_from, skip, keys_ptr, values_ptr, table_ptr, visible_ptr,
+    q, mixed, top, total, position, last, stop, begin, end, skip_from, skip, keys_ptr, values_ptr, table_ptr, visible_ptr,
     key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
     DIM: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     VISIBLE: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of keys and values into a running softmax: from begin to end, those from skip_from on moved by skip.
+
+    Rows see keys from their position less WINDOW to last.
 
     top and total are each row's largest score and its sum of exp(score - top), mixed the sum of exp(score - top) * value.
     Not MASKED: every row sees every key. VISIBLE: but those that visible_ptr hides; only with MASKED.
@@ -189,7 +195,7 @@ def _attend(
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         if MASKED:
             key = first + row[None, :]
-            seen = key <= position[:, None]
+            seen = key <= last[:, None]
             if WINDOW:
                 seen &= key > position[:, None] - WINDOW
             if VISIBLE:
@@ -212,12 +218,12 @@ def _attend(
 
 @jit(do_not_specialize=["rows", "requests", "table_stride", "visible_stride"])  # one compilation for all token counts
 def _attention_kernel(
-    q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, starts_ptr, visible_ptr, out_ptr, tops_ptr, totals_ptr, rows,
-    requests, q_token_stride, q_head_stride, key_page_stride, key_row_stride, key_head_stride,
+    q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, until_ptr, starts_ptr, visible_ptr, out_ptr, tops_ptr, totals_ptr,
+    rows, requests, q_token_stride, q_head_stride, key_page_stride, key_row_stride, key_head_stride,
     value_page_stride, value_row_stride, value_head_stride, table_stride, visible_stride, scale,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    VISIBLE: tl.constexpr, DEPENDENT: tl.constexpr,
+    VISIBLE: tl.constexpr, AHEAD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q rows of one request times the GROUP query heads of one KV head, over one of SPLITS shares of their keys.
 
@@ -253,7 +259,8 @@ def _attention_kernel(
 
     highest = tl.max(position)
     lowest = tl.min(tl.where(position < 0, highest, position))
-    stop = highest + 1
+    last = tl.load(until_ptr + row, (row < ends) & real, other=-1) if AHEAD else position
+    stop = tl.max(last) + 1
     first_block = tl.maximum(lowest - WINDOW + 1, 0) // BLOCK_N if WINDOW else 0
     last_block = tl.cdiv(stop, BLOCK_N)
     share = tl.cdiv(last_block - first_block, SPLITS)
@@ -271,13 +278,13 @@ def _attention_kernel(
             whole_begin = tl.maximum(tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), BLOCK_N), begin)
         whole_end = tl.maximum(whole_begin, whole_end)
         mixed, top, total = _attend(
-            q, mixed, top, total, position, stop, whole_begin, whole_end, 0, 0, keys_ptr, values_ptr, table_ptr, visible_ptr,
-            key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
+            q, mixed, top, total, position, last, stop, whole_begin, whole_end, 0, 0, keys_ptr, values_ptr, table_ptr,
+            visible_ptr, key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
             DIM, PAGE, WINDOW, BLOCK_N, False, False,
         )  # fmt: skip
     skip = whole_end - whole_begin
     mixed, top, total = _attend(
-        q, mixed, top, total, position, stop, begin, end - skip, whole_begin, skip, keys_ptr, values_ptr, table_ptr,
+        q, mixed, top, total, position, last, stop, begin, end - skip, whole_begin, skip, keys_ptr, values_ptr, table_ptr,
         visible_ptr, key_page_stride, key_row_stride, value_page_stride, value_row_stride, scale,
         DIM, PAGE, WINDOW, BLOCK_N, True, VISIBLE,
     )  # fmt: skip
@@ -373,19 +380,21 @@ def _dim_block(dim: int) -> int:
 def _launch(
     q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
     positions: Tensor, starts: Tensor, layer: int, window: int, scale: float, visible: Tensor | None = None,
+    until: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     out = fresh(q)
-    launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale, visible=visible)
+    step = k, v, keys, values, slots, table, positions, starts, window, scale
+    launch_planned(out, q, *step, visible=visible, until=until)
     return out
 
 
 def launch_planned(
     out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
     positions: Tensor, starts: Tensor, window: int, scale: float, plan: AttentionPlan | HopperPlan | None = None,
-    visible: Tensor | None = None,
+    visible: Tensor | None = None, until: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The kernels, by `plan` or the plan of the shapes: launches depend on shapes alone, so a CUDA graph may hold them."""
-    check_lengths(q, k, slots, table, positions, starts, visible)
+    check_lengths(q, k, slots, table, positions, starts, visible, until)
     check_pages(keys, values)
     _, rows, heads, dim = q.shape
     _, page, kv_heads, _ = keys.shape
@@ -403,7 +412,7 @@ def launch_planned(
 
     group, dim_block = heads // kv_heads, _dim_block(dim)
     q, table, positions, starts = unit_stride(q), unit_stride(table), positions.contiguous(), starts.contiguous()
-    if plan is None and not masks(visible) and hopper_takes(q, keys, values, table):
+    if plan is None and not masks(visible) and until is None and hopper_takes(q, keys, values, table):
         plan = hopper_plan(rows, requests, kv_heads, group, dim, table.shape[1] * page)
     if plan is None:
         plan = attention_plan(rows, requests, kv_heads, group, dim, table.shape[1] * page, window, q.element_size())
@@ -417,12 +426,13 @@ def launch_planned(
         block_q, group_block, block_n = plan.block_q, power_of_two(group), min(plan.block_n, page & -page)
         expect("attention", "a tile must have 16 rows or more", block_q * group_block >= 16, True, "raise block_q")
         shown = unit_stride(visible).view(torch.uint8) if masks(visible) else table
+        last = table if until is None else until.contiguous()
         dependent, options = alone()
         _attention_kernel[(rows // block_q + requests + 1, kv_heads, splits)](
-            q, keys, values, table, positions, starts, shown, mixed, tops, totals, rows, requests,
+            q, keys, values, table, positions, last, starts, shown, mixed, tops, totals, rows, requests,
             *q.stride()[1:3], *keys.stride()[:3], *values.stride()[:3], table.stride(0), shown.stride(0), scale,
-            group, group_block, dim, dim_block, page, window, block_q, block_n, splits, masks(visible), dependent,
-            num_warps=plan.warps, num_stages=plan.stages, **options,
+            group, group_block, dim, dim_block, page, window, block_q, block_n, splits, masks(visible),
+            until is not None, dependent, num_warps=plan.warps, num_stages=plan.stages, **options,
         )  # fmt: skip
     if splits > 1:
         dependent, options = alone()
@@ -433,6 +443,7 @@ def launch_planned(
 def attention(
     q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
     positions: Tensor, starts: Tensor, layer: int, window: int, scale: float, visible: Tensor | None = None,
+    until: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Causal attention of N packed query rows of R requests over their pages.
 
@@ -448,11 +459,13 @@ def attention(
     window     keys further back than window - 1 positions are not seen; 0 sees all
     visible    [R, keys] bool    keys of each request, by position, that may be seen at all, as many as any row reaches; None
                                  or [R, 0]: all
+    until      [N] int32         the last position that each query row sees, its own or a later one whose key is written by
+                                 now; None: its own
     returns    [1, N, Hq, D]     q.dtype, contiguous; zero for padding rows and rows that see no key
 
     Raises ValueError for shapes that do not fit.
     """
-    check_lengths(q, k, slots, table, positions, starts, visible)
+    check_lengths(q, k, slots, table, positions, starts, visible, until)
     if k is not None and v is not None:
         write_reference(k, v, keys, values, slots)
     out = q.new_zeros(q.shape)
@@ -462,11 +475,12 @@ def attention(
         if first == last:
             continue
         rows = positions[first:last]
-        length = int(rows.max()) + 1
+        ends = rows if until is None else until[first:last]
+        length = int(ends.max()) + 1
         pages = table[request, : -(-length // page)].long()
         seen_keys, seen_values = (cache[pages].flatten(0, 1)[:length].transpose(0, 1)[None] for cache in (keys, values))
         column = torch.arange(length, device=q.device)
-        seen = column <= rows[:, None]
+        seen = column <= ends[:, None]
         if window:
             seen &= column > rows[:, None] - window
         if masks(visible):
@@ -483,14 +497,17 @@ def attention(
 def attention_into(
     out: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, table: Tensor,
     positions: Tensor, starts: Tensor, layer: int, window: int = 0, scale: float = 1.0, visible: Tensor | None = None,
+    until: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As `attention`, written to `out`: [1, N, Hq, D], contiguous, q.dtype. For a CUDA graph whose output has one address."""
     check_attention("attention", q, k, v, keys, values, slots, table, positions, starts)
     if takes(out, q):
         with torch.cuda.device(q.device):  # Triton launches on the current device, whatever the tensors' own is
-            launch_planned(out, q, k, v, keys, values, slots, table, positions, starts, window, scale, visible=visible)
+            pages = k, v, keys, values, slots, table, positions, starts
+            launch_planned(out, q, *pages, window, scale, visible=visible, until=until)
     else:
-        out.copy_(attention.reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible))
+        pages = k, v, keys, values, slots, table, positions, starts
+        out.copy_(attention.reference(q, *pages, layer, window, scale, visible, until))
 
 
 def takes(out: Tensor, q: Tensor) -> bool:

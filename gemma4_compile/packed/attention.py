@@ -29,12 +29,14 @@ def attention_forward(
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
     kind, owner = module.layer_type, owners[layer]
-    visible = (packed["visible"],) if "visible" in packed else ()
+    more: tuple[Tensor | None, ...] = (packed["visible"],) if "visible" in packed else ()
+    if sliding_window and "until" in packed:
+        more = packed.get("visible"), packed["until"]
     own = not module.is_kv_shared_layer  # not by index: an assistant's layer may have that of the target's owner
     mixed = torch.ops.gemma4.attention(
         query.transpose(1, 2), key.transpose(1, 2) if own else None, value.transpose(1, 2) if own else None,
         packed[f"keys.{owner}"], packed[f"values.{owner}"], packed[f"slots.{kind}"], packed[f"table.{kind}"],
-        packed["positions"], packed["starts"], layer, sliding_window or 0, scaling, *visible,
+        packed["positions"], packed["starts"], layer, sliding_window or 0, scaling, *more,
     )  # fmt: skip
     return mixed, None
 

@@ -33,7 +33,7 @@ from gemma4_compile.hf.experts import fused_experts
 from gemma4_compile.passes import pipeline, prepare, run
 
 from .attention import NAME
-from .inputs import KINDS, OPTIONAL, STEP_INPUTS, PlainKV, Request, check_inputs, step_input, varying_dim
+from .inputs import KINDS, OPTIONAL, STEP_INPUTS, PlainKV, Request, check_inputs, image_inputs, step_input, varying_dim
 from .program import Call, Check, Program, ProgramSpec, Reference, fingerprint, load, weights_of
 from .split import Piece, split, split_point_of
 from .warm_up import WarmUp
@@ -63,24 +63,40 @@ FIRST_CALL = FirstCall()
 
 
 def compile_program(
-    module: Any, backend: Backend, model_geometry: Geometry, first: FirstCall = FIRST_CALL
+    module: Any, backend: Backend, model_geometry: Geometry, first: FirstCall = FIRST_CALL, images: bool = False
 ) -> Program:  # fmt: skip
     """Trace a model's packed step and compile its unique pieces.
 
     module      Gemma4ForCausalLM in eval mode
     backend     says which passes are enabled, and has Inductor's options
+    images      the step of prompts with images, which reads their embeddings
     """
     kv = PlainKV(model_geometry, _TRACED_REQUESTS, _TRACED_TOKENS, module.dtype, module.device)
     inputs = kv.inputs([Request([0] * _TRACED_TOKENS)] * _TRACED_REQUESTS)
     inputs["visible"] = torch.ones((_TRACED_REQUESTS, _TRACED_TOKENS), dtype=torch.bool, device=module.device)
     inputs |= {name: step_input(inputs, name) for name in OPTIONAL}
-    step = make_step(module, model_geometry)
+    step = make_step(module, model_geometry, images)
     warmed = []
     if module.device.type == "cuda":
         decode = FIRST_CALL._replace(requests=first.requests, tokens=1, masked=first.masked)
-        warmed = [_paged(module, model_geometry, call) for call in (first, decode)]
+        warmed = [_paged(module, model_geometry, call) for call in ((first,) if images else (first, decode))]
     varying = (*STEP_INPUTS, *OPTIONAL)
+    if images:
+        varying += image_inputs(module.config)
+        inputs |= no_images(module, inputs)
+        warmed = [call | no_images(module, call) for call in warmed]
     return compile_step(module, step, inputs, varying, backend, [module], module.lm_head.weight, warmed=warmed)
+
+
+def no_images(module: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a step with images reads of them, for one that has none."""
+    positions = inputs["positions"]
+    found = {
+        "image_tokens": torch.zeros_like(positions, dtype=torch.bool),
+        "images": torch.zeros((len(positions), module.config.hidden_size), dtype=module.dtype, device=positions.device),
+        "until": positions.int(),
+    }
+    return {name: found[name] for name in image_inputs(module.config)}
 
 
 def _paged(module: Any, model_geometry: Geometry, call: FirstCall) -> dict[str, Tensor]:
@@ -102,7 +118,7 @@ def _paged(module: Any, model_geometry: Geometry, call: FirstCall) -> dict[str, 
 def compile_step(
     module: Any, step: Callable[..., Any], inputs: dict[str, Tensor], varying: Iterable[str], backend: Backend,
     attending: Sequence[Any], head: Tensor | None = None, check: Check = check_inputs,
-    warmed: Sequence[dict[str, Tensor]] = (),
+    warmed: Sequence[dict[str, Tensor]] = (), attention: str = NAME,
 ) -> Program:  # fmt: skip
     """Trace any packed step and compile its unique pieces.
 
@@ -113,6 +129,7 @@ def compile_step(
     attending   the models that it calls, whose attention is ours for the time
     check       of the inputs of each run
     warmed      inputs of steps whose kernels of ours are compiled meanwhile, on a GPU
+    attention   the name of ours in transformers' attention interface
     """
     weights = weights_of(module)
     if any(weight.is_cuda for weight in weights.values()):
@@ -142,7 +159,7 @@ def compile_step(
         switches.enter_context(torch._dynamo.config.patch(run_gc_after_compile=False))
         switches.enter_context(suppress(_Compiled))
         for part in attending:
-            switches.enter_context(own_attention(part))
+            switches.enter_context(own_attention(part, attention))
             switches.enter_context(fused_experts(part.config, "experts" in backend.enabled))
         torch.compile(own_code(step), backend=compile_graph, fullgraph=True)(inputs)
     (program,) = made
@@ -154,13 +171,13 @@ class _Compiled(BaseException):
     Exception, which Dynamo would take for an error of the backend."""
 
 
-def make_step(module: Any, model_geometry: Geometry) -> Callable[..., Any]:
+def make_step(module: Any, model_geometry: Geometry, images: bool = False) -> Callable[..., Any]:
     owners = tuple(layer.kv_from for layer in model_geometry.layers)
 
     def step(inputs: dict[str, Tensor]) -> Tensor:
         torch._check(inputs["positions"].shape[0] == inputs["input_ids"].shape[1])  # nothing else says so to YOCO
         return module._call_impl(
-            input_ids=inputs["input_ids"],
+            **(_merged(module, inputs) if images else {"input_ids": inputs["input_ids"]}),
             position_ids=step_input(inputs, "position_ids")[None],
             attention_mask=dict.fromkeys(KINDS),  # the op masks, by positions and `visible`
             use_cache=False,
@@ -172,11 +189,24 @@ def make_step(module: Any, model_geometry: Geometry) -> Callable[..., Any]:
     return step
 
 
+def _merged(module: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A text model's arguments where some tokens are of images, as Gemma4Model.forward makes them: per-layer inputs are those
+    of the pad token there."""
+    ids, text = inputs["input_ids"], module.model
+    for name in image_inputs(module.config):
+        torch._check(inputs[name].shape[0] == ids.shape[1])
+    embedded = text.embed_tokens(ids)
+    merged = {"inputs_embeds": torch.where(inputs["image_tokens"][None, :, None], inputs["images"][None], embedded)}
+    if getattr(module.config, "hidden_size_per_layer_input", 0):
+        merged["per_layer_inputs"] = text.get_per_layer_inputs(ids, embedded)
+    return merged
+
+
 @contextmanager
-def own_attention(module: Any) -> Any:
+def own_attention(module: Any, name: str = NAME) -> Any:
     """The model's attention is ours while its step is traced; its own calls go on with what it was loaded with."""
     before = module.config._attn_implementation
-    module.config._attn_implementation = NAME
+    module.config._attn_implementation = name
     try:
         yield
     finally:
@@ -312,10 +342,11 @@ def _compile_piece(piece: Piece, backend: Backend) -> Any:
 
 
 def open_program(
-    module: Any, backend: Backend, model_geometry: Geometry, folder: Path | None, first: FirstCall = FIRST_CALL
+    module: Any, backend: Backend, model_geometry: Geometry, folder: Path | None, first: FirstCall = FIRST_CALL,
+    images: bool = False,
 ) -> Program:  # fmt: skip
     """The program of `folder` if it is there, else a new one, which is then saved there."""
-    return open_step(module, backend, folder, lambda: compile_program(module, backend, model_geometry, first))
+    return open_step(module, backend, folder, lambda: compile_program(module, backend, model_geometry, first, images))
 
 
 def open_step(
@@ -338,11 +369,12 @@ def open_step(
     return program
 
 
-def program_folder(model: Any, backend: Backend, division: Any, device: torch.device) -> Path | None:
+def program_folder(model: Any, backend: Backend, division: Any, device: torch.device, purpose: str = "") -> Path | None:
     """Where a module's program is kept: a name for everything that it depends on. None where torch's caches are off, and for
     a module that cannot be known again.
 
     backend, division   of the optimized model that it belongs to
+    purpose             tells the programs of one module apart
     """
     config = backend.config
     if backend.compile_piece is not standalone_compile:  # what else compiles is not torch's to save
@@ -354,6 +386,6 @@ def program_folder(model: Any, backend: Backend, division: Any, device: torch.de
         return None
     machine = torch.cuda.get_device_properties(device).name if device.type == "cuda" else "cpu"
     inductor = repr(sorted(torch._inductor.config.save_config_portable().items()))
-    parts = (uuid(config, backend.enabled), machine, inductor, known, division)
+    parts = (uuid(config, backend.enabled), machine, inductor, known, division, *([purpose] if purpose else []))
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     return Path(config.cache_dir or Path(cache_dir()) / "gemma4_compile") / name

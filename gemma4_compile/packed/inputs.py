@@ -14,10 +14,18 @@ and, where Hugging Face's own inputs say more than these:
 
     position_ids [T] int64         of each token as RoPE counts; `positions` unless given
     visible      [R, keys] bool    which of each request's keys may be seen at all, by position; [R, 0], all, unless given
+
+A step with images reads these too, and is a program of its own:
+
+    image_tokens [T] bool          tokens that an image stands for; their input_ids are the pad token's
+    images       [T, H]            their embeddings in the model's dtype; other rows are not read
+    until        [T] int32         the last position that each token sees in sliding layers; only where image tokens see
+                                   those behind them, see `bidirectional`
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +37,19 @@ _INT32 = ("starts", *(f"table.{kind}" for kind in KINDS))
 # Inputs that each step has anew, other than keys and values.
 STEP_INPUTS = ("input_ids", "positions", "rows", "starts", *(f"{name}.{kind}" for name in ("slots", "table") for kind in KINDS))
 OPTIONAL = ("position_ids", "visible")
+IMAGE_INPUTS = ("image_tokens", "images")
+
+
+def bidirectional(config: Any) -> bool:
+    """Whether image tokens see each other in both directions, in sliding layers.
+
+    config   of the text part"""
+    return getattr(config, "use_bidirectional_attention", None) == "vision"
+
+
+def image_inputs(config: Any) -> tuple[str, ...]:
+    """The inputs that a step with images has beside STEP_INPUTS."""
+    return (*IMAGE_INPUTS, *(("until",) if bidirectional(config) else ()))
 
 
 def step_input(inputs: Mapping[str, Tensor], name: str) -> Tensor:

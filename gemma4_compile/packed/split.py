@@ -18,13 +18,14 @@ from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from gemma4_compile.ops.attention import attention_into
+from gemma4_compile.ops.block_attention import block_attention_into
 from gemma4_compile.ops.fusions.attention_qkv import attention_qkv_into
 from gemma4_compile.passes.drop_unread import drop_unread
 
 
 @dataclass(frozen=True)
 class SplitPoint:
-    """An op between pieces: what mixes rows and writes pages.
+    """An op between pieces: what mixes rows, and writes pages.
 
     into    the same, written to a tensor given first
     """
@@ -40,6 +41,7 @@ class SplitPoint:
 SPLIT_POINTS = {
     "attention": SplitPoint(torch.ops.gemma4.attention.default, attention_into),
     "attention_qkv": SplitPoint(torch.ops.gemma4.attention_qkv.default, attention_qkv_into),
+    "block_attention": SplitPoint(torch.ops.gemma4.block_attention.default, block_attention_into),
 }
 _NAMES = {point.op.overloadpacket: name for name, point in SPLIT_POINTS.items()}
 _IGNORED = (torch._C._log_api_usage_once,)

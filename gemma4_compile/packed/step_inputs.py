@@ -123,6 +123,18 @@ class PromptRows(Generic[Array]):
 
 
 @dataclass(frozen=True)
+class ImageTokens(Generic[Array]):
+    """Tokens that images stand for.
+
+    rows   [M] those tokens, ascending
+    until  [T] int32, the last position that each token of the step sees in sliding layers
+    """
+
+    rows: Array
+    until: Array
+
+
+@dataclass(frozen=True)
 class StepInputs(Generic[Array]):
     """
     input_ids, positions, rows, starts, slots, tables   what the model reads, see inputs.py; slots and tables by KIND. Where
@@ -133,6 +145,7 @@ class StepInputs(Generic[Array]):
     speculation  None: nothing is drafted
     sampling     None: the likeliest tokens are wanted
     prompts      None: every wanted row is sampled from
+    images       None: all tokens are text
     """
 
     input_ids: Array
@@ -147,6 +160,7 @@ class StepInputs(Generic[Array]):
     speculation: Speculation[Array] | None = None
     sampling: Sampling[Array] | None = None
     prompts: PromptRows[Array] | None = None
+    images: ImageTokens[Array] | None = None
 
     @classmethod
     def of_model(cls, inputs: Mapping[str, Array], targets: Array | None = None) -> "StepInputs[Array]":

@@ -9,9 +9,11 @@ from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from .vision.spans import PreparedPrompt
+
 # A prompt: text, token ids, or messages as chat templates take them. Arrays and tensors of ids will do, and what a tokenizer
-# gives; {"prompt": text} and {"prompt_token_ids": ids} are what they say.
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]] | Mapping[str, Any] | np.ndarray | Tensor
+# gives; {"prompt": text} and {"prompt_token_ids": ids} are what they say, with "images" beside. Engine.prepare gives the last.
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]] | Mapping[str, Any] | np.ndarray | Tensor | PreparedPrompt
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _TEXT, _IDS = ("prompt",), ("input_ids", "prompt_token_ids")
@@ -21,8 +23,10 @@ def prompts_of(given: Any) -> list[Any]:
     """One prompt or several, as several. Token ids and messages are lists too; what a tokenizer gives may hold one or several.
 
     Raises TypeError for a mapping that is no prompt, ValueError for arrays of more than two dimensions."""
+    if isinstance(given, PreparedPrompt):
+        return [given]
     if isinstance(given, Mapping):
-        return _of_mapping(given)
+        return [given] if "images" in given else _of_mapping(given)
     if isinstance(given, (np.ndarray, Tensor)):
         if given.ndim > 2:
             raise ValueError(f"token ids must be [tokens] or [prompts, tokens], got {list(given.shape)}; flatten them")

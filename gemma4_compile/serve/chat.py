@@ -10,15 +10,17 @@ from starlette.responses import JSONResponse, Response
 
 from gemma4_compile.runtime.constraint import MakeConstraint
 from gemma4_compile.runtime.outputs import Chunk, RequestOutput, Sample
+from gemma4_compile.runtime.vision.spans import PreparedPrompt
 
 from .answers import Answer, Delta, tool_call
 from .context import Context, head, usage, usage_so_far
 from .errors import ApiError
-from .generation import chunks_of, outputs_of
+from .generation import chunks_of, outputs_of, prepared
 from .http import answered
 from .logprobs import chat_logprobs, prompt_logprobs
 from .sampling import params_of
 from .schema import ChatRequest, NamedTool, Tool, parse
+from .texts import images_of
 
 
 async def chat_completions(context: Context, request: Request) -> Response:
@@ -36,14 +38,14 @@ async def chat_completions(context: Context, request: Request) -> Response:
 class _Chat:
     """One request.
 
-    text, tokens  the prompt, through the chat template
+    text, prompt  the prompt, through the chat template, and as an engine takes it
     """
 
     def __init__(
-        self, context: Context, asked: ChatRequest, request_id: str, text: str, tokens: list[int],
+        self, context: Context, asked: ChatRequest, request_id: str, text: str, prompt: PreparedPrompt,
         constraint: MakeConstraint | None,
     ):  # fmt: skip
-        self.context, self.asked, self.text, self.tokens = context, asked, text, tokens
+        self.context, self.asked, self.text, self.prompt = context, asked, text, prompt
         self.tools = _tools(asked)
         self.model = context.config.model
         self.id = f"chatcmpl-{request_id}"
@@ -58,20 +60,24 @@ class _Chat:
         kwargs = dict(asked.chat_template_kwargs or {})
         if asked.reasoning_effort is not None:
             kwargs.setdefault("enable_thinking", asked.reasoning_effort != "none")
+        images = images_of(asked.messages)
         text, tokens = await context.texts.chat(
             asked.messages, _tools(asked), kwargs, add_generation_prompt=asked.add_generation_prompt,
             continue_final_message=asked.continue_final_message,
         )  # fmt: skip
+        prompt = PreparedPrompt(tokens)
+        if images:
+            prompt = await prepared(context.engine, {"prompt_token_ids": tokens, "images": images})
         thinks = context.template is not None and bool(kwargs.get("enable_thinking"))
         constraint = await asyncio.to_thread(context.grammars.of, asked, _needed(asked), _several(asked), thinks)
-        return cls(context, asked, request_id, text, tokens, constraint)
+        return cls(context, asked, request_id, text, prompt, constraint)
 
     def _answer(self) -> Answer:
         return Answer(self.context.template, self.text, self.tools, self.asked.parallel_tool_calls is not False)
 
     async def whole(self) -> JSONResponse:
         with self.context.gate.enter(self.params.n):
-            (output,) = await outputs_of(self.context.engine, [self.tokens], self.params)
+            (output,) = await outputs_of(self.context.engine, [self.prompt], self.params)
         choices = [self._choice(index, sample) for index, sample in enumerate(output.samples)]
         found = {**head("chat.completion", self.id, self.model), "choices": choices, "usage": usage([output])}
         if self.asked.prompt_logprobs is not None:
@@ -99,7 +105,7 @@ class _Chat:
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """Objects of a stream."""
         with self.context.gate.enter(self.params.n):
-            async with aclosing(chunks_of(self.context.engine, [self.tokens], self.params)) as chunks:
+            async with aclosing(chunks_of(self.context.engine, [self.prompt], self.params)) as chunks:
                 async for event in self._said(chunks):
                     yield event
 
@@ -110,7 +116,7 @@ class _Chat:
         async for _, chunk in chunks:
             output = chunk.output
             new += len(chunk.token_ids)
-            so_far = {"usage": usage_so_far(len(self.tokens), new)} if options.continuous_usage_stats else {}
+            so_far = {"usage": usage_so_far(len(self.prompt.tokens), new)} if options.continuous_usage_stats else {}
             if chunk.index not in answers:
                 answers[chunk.index] = self._answer()
                 first = {"index": chunk.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}

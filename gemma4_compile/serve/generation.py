@@ -8,11 +8,21 @@ from typing import Any
 from gemma4_compile.runtime.async_engine import AsyncEngine
 from gemma4_compile.runtime.outputs import Chunk, RequestOutput
 from gemma4_compile.runtime.sampling_params import SamplingParams
+from gemma4_compile.runtime.text import Prompt
+from gemma4_compile.runtime.vision.spans import PreparedPrompt
 
 from .errors import ApiError, fault
 
 
-async def outputs_of(engine: AsyncEngine, prompts: Sequence[list[int]], params: SamplingParams) -> list[RequestOutput]:
+async def prepared(engine: AsyncEngine, prompt: dict[str, Any]) -> PreparedPrompt:
+    """A prompt with images, opened on another thread than the engine's. Raises ApiError."""
+    try:
+        return await asyncio.to_thread(engine.engine.prepare, prompt)
+    except ValueError as error:
+        raise ApiError(400, str(error), "messages", "invalid_value") from error
+
+
+async def outputs_of(engine: AsyncEngine, prompts: Sequence[Prompt], params: SamplingParams) -> list[RequestOutput]:
     """All to their ends, in order. Raises ApiError; if one fails, or this is cancelled, the others are aborted."""
     tasks = [asyncio.ensure_future(engine.generate(prompt, params)) for prompt in prompts]
     try:
@@ -28,7 +38,7 @@ async def outputs_of(engine: AsyncEngine, prompts: Sequence[list[int]], params: 
 
 
 async def chunks_of(
-    engine: AsyncEngine, prompts: Sequence[list[int]], params: SamplingParams
+    engine: AsyncEngine, prompts: Sequence[Prompt], params: SamplingParams
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
     """Chunks of all of them as they come, each with the place of its prompt. Raises ApiError. What still runs when this is
     closed is aborted."""

@@ -114,6 +114,20 @@ class TextPart(_Strict):
     text: str
 
 
+class ImageUrl(_Strict):
+    """`detail` is without effect here: max_soft_tokens says how many tokens the image may become."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(_Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+    # an extension
+    max_soft_tokens: int | None = None
+
+
 class CalledFunction(_Strict):
     name: str
     arguments: str
@@ -128,7 +142,7 @@ class ToolCall(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None

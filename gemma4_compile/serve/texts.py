@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from llguidance import LLTokenizer
 
 from .errors import ApiError
-from .schema import Message, Tool
+from .schema import ImagePart, Message, TextPart, Tool
 
 _RESERVED = {"messages", "conversation", "tools", "tokenize", "return_dict", "add_generation_prompt", "continue_final_message"}
 
@@ -82,8 +82,15 @@ class Texts:
 def _message(message: Message, messages: list[Message]) -> dict[str, Any]:
     """As chat templates take it: text whole, arguments of calls as objects, results of tools with the tool's name."""
     said: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
-    content = message.content
-    said["content"] = "".join(part.text for part in content) if isinstance(content, list) else content or ""
+    content = message.content or ""
+    if isinstance(content, list) and any(isinstance(part, ImagePart) for part in content):
+        said["content"] = [
+            {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text} for part in content
+        ]
+    elif isinstance(content, list):
+        said["content"] = "".join(part.text for part in content if isinstance(part, TextPart))
+    else:
+        said["content"] = content
     if message.reasoning_content:
         said["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
@@ -112,3 +119,16 @@ def _arguments(text: str) -> dict[str, Any]:
 def _called(call_id: str | None, messages: list[Message]) -> str | None:
     calls = (call for message in messages for call in message.tool_calls or [])
     return next((call.function.name for call in calls if call_id is not None and call.id == call_id), None)
+
+
+def images_of(messages: list[Message]) -> list[dict[str, Any]]:
+    """The images of messages in order, as an engine takes them. Raises ApiError for one that names a file of the server's."""
+    found = []
+    for message in messages:
+        for part in message.content if isinstance(message.content, list) else ():
+            if not isinstance(part, ImagePart):
+                continue
+            if not part.image_url.url.startswith(("data:", "http://", "https://")):
+                raise ApiError(400, "an image must be a data URL, got another; send data:image/png;base64,...", "messages")
+            found.append({"image": part.image_url.url, "max_soft_tokens": part.max_soft_tokens})
+    return found

@@ -36,7 +36,7 @@ def test_is_small_and_bf16(name):
 
 
 def test_unknown_name_is_an_error():
-    with pytest.raises(ValueError, match="must be one of e, moe, got 'dense'"):
+    with pytest.raises(ValueError, match="must be one of e, moe, vision, got 'dense'"):
         demo_checkpoint("dense")
 
 

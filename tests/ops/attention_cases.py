@@ -38,16 +38,18 @@ class Step:
 
     def exact(self) -> Tensor:
         """Dense attention in fp64: no pages, no packing."""
-        q, window, scale, *visible = self.args[0].double(), *self.args[10:]
+        q, window, scale, *more = self.args[0].double(), *self.args[10:]
+        visible, until = (*more, None, None)[:2]
         out = torch.zeros_like(q)
         group = q.shape[2] // self.args[3].shape[2]
         for request, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             mine = [row for row, (asking, _) in enumerate(self.asked) if asking == request]
             position = torch.tensor([self.asked[row][1] for row in mine], device=q.device)[:, None]
             key = torch.arange(len(keys), device=q.device)
-            hidden = (key > position) | ((position - key >= window) if window else key < 0)
-            if visible:
-                hidden |= ~visible[0][request, : len(keys)]
+            last = position if until is None else until[mine][:, None]
+            hidden = (key > last) | ((position - key >= window) if window else key < 0)
+            if visible is not None:
+                hidden |= ~visible[request, : len(keys)]
             for head in range(q.shape[2]):
                 scores = scale * q[0, mine, head] @ keys[:, head // group].double().T
                 weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
@@ -59,10 +61,12 @@ def step(
     requests: Sequence[Request], *, heads: int = 4, kv_heads: int = 1, dim: int = 16, page: int | None = 16, window: int = 0,
     dtype: torch.dtype = torch.float32, cache_dtype: torch.dtype | None = None, device: str = "cpu", padding: int = 0,
     writes: bool = True, unwritten: float = torch.nan, scale: float | None = None, masked: bool = False,
+    ahead: int = 0,
 ) -> Step:  # fmt: skip
     """Rows of all requests, and `padding` more. page None: one page holds a request. writes False: nothing is new, k is None.
 
     masked: a third of the keys is hidden, but for those at the positions that ask.
+    ahead: each row sees up to so many keys behind its own.
 
     Pages are shuffled. What no key was written to holds `unwritten`, and so does page 0, which tables end with.
     """
@@ -108,6 +112,10 @@ def step(
         for index, position in asked:
             visible[index, position] = True
         args = (*args, visible.to(device))
+    if ahead:
+        last = [min(position + int(torch.randint(ahead + 1, ())), lengths[index] - 1) for index, position in asked]
+        until = torch.tensor(last + [0] * padding, dtype=torch.int32, device=device)
+        args = (*args, *(() if masked else (None,)), until)
     return Step(args, *history, asked, (after[0].to(device), after[1].to(device)))
 
 
@@ -124,7 +132,7 @@ def check_steps(steps: Iterable[tuple[Step, AttentionPlan | HopperPlan | None]],
             actual = attention.launch(*args)
         else:
             actual = torch.full_like(args[0], torch.nan, memory_format=torch.contiguous_format)
-            launch_planned(*(actual, *args[:9], *args[10:12], plan, *args[12:]))
+            launch_planned(*(actual, *args[:9], *args[10:12], plan, *args[12:]))  # visible and until come last in both
         results.append([result.flatten() for result in (actual, eager, wanted.exact())])
         assert not actual[0, len(wanted.asked) :].any()
         check_cache(wanted, args)

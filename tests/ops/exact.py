@@ -121,10 +121,15 @@ def verified(
     return accepted, int((left.log() + gumbel(key, place + accepted, len(left), stream)[0]).argmax())
 
 
+def rope_2d(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat([rope(*part) for part in zip(*(t.chunk(2, -1) for t in (x, cos, sin)), strict=True)], -1)
+
+
 EXACT: dict[str, Callable[..., Any]] = {
     "rms_norm": norm,
     "rms_norm_noscale": lambda x, eps: norm(x, None, eps),
     "rope": rope,
+    "rope_2d": rope_2d,
     "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
     "gate_up": lambda x, gate, up: F.gelu(x @ gate.T, approximate="tanh") * (x @ up.T),
     "linear": lambda x, weight: x @ weight.T,
@@ -147,6 +152,11 @@ EXACT: dict[str, Callable[..., Any]] = {
     "qkv_norm_rope": lambda q, k, v, qw, kw, cos, sin, eps: (
         rope(norm(q, qw, eps), cos, sin),
         rope(norm(k, kw, eps), cos, sin),
+        norm(v, None, eps),
+    ),
+    "qkv_norm_rope_2d": lambda q, k, v, qw, kw, cos, sin, eps: (
+        rope_2d(norm(q, qw, eps), cos, sin),
+        rope_2d(norm(k, kw, eps), cos, sin),
         norm(v, None, eps),
     ),
     "q_norm_rope": lambda q, w, cos, sin, eps: rope(norm(q, w, eps), cos, sin),

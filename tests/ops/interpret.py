@@ -61,7 +61,7 @@ def _numpy_type(dtype: Any) -> np.dtype:
 interpreter._patch_lang, interpreter._get_np_dtype = _patch_once, _numpy_type
 interpreter._convert_float = _rounding
 interpreter.InterpreterBuilder.create_dot = _dot
-ODD = Sizes(hidden=37, q_heads=2, kv_heads=1, head_dim=18, intermediate=19, ple=5, layers=2, vocabulary=7, experts=5, top_k=2)
+ODD = Sizes(hidden=37, q_heads=2, kv_heads=1, head_dim=20, intermediate=19, ple=5, layers=2, vocabulary=7, experts=5, top_k=2)
 
 
 def attempt(name: str, check: Callable[[], None]) -> None:

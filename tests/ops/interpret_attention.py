@@ -79,6 +79,15 @@ def masked(dtype: torch.dtype) -> Iterator[tuple[Step, AttentionPlan | None]]:
     yield step([Request(100, 1), Request(30, 1)], heads=8, dim=32, dtype=dtype, masked=True), None
 
 
+def ahead(dtype: torch.dtype) -> Iterator[tuple[Step, AttentionPlan | None]]:
+    """Rows that see keys behind their own: across blocks and pages, in a window, in several shares, with large tiles."""
+    for name, window, splits in (("several", 0, 1), ("rows left out", 5, 4)):
+        yield step(MIXES[name], window=window, dtype=dtype, padding=2, ahead=20), AttentionPlan(4, 16, splits, 4, 2)
+    made = step([Request(46, 70), Request(0, 20)], page=16, window=45, dtype=dtype, ahead=40)
+    yield made, AttentionPlan(16, 16, 1, 4, 2)
+    yield step([Request(9, 70)], heads=8, dim=32, window=8, dtype=dtype, masked=True, ahead=30), None
+
+
 def nothing() -> Iterator[tuple[Step, None]]:
     """No rows but keys to write; no requests; nothing but padding."""
     yield step([Request(4, 3, ())]), None
@@ -99,6 +108,8 @@ CASES: dict[str, Callable[[], Iterator[tuple[Step, Any]]]] = {
     "own plans, bf16": partial(own_plans, torch.bfloat16),
     "masked, fp32": partial(masked, torch.float32),
     "masked, bf16": partial(masked, torch.bfloat16),
+    "ahead, fp32": partial(ahead, torch.float32),
+    "ahead, bf16": partial(ahead, torch.bfloat16),
     "nothing": nothing,
 }
 

@@ -52,7 +52,7 @@ def strides(device: str) -> None:
         args = example(name, SMALL, 4, torch.float32, device, batch=2)
         wanted = outputs(OPS[name].launch(*args))
         views = [strided(a) if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args]
-        if name == "rope":
+        if name in ("rope", "rope_2d"):
             views[1] = args[1]  # cos and sin with different strides
         for a, w in zip(outputs(OPS[name].launch(*views)), wanted, strict=True):
             if name in PRODUCTS:  # those of strided weights are cuBLAS's, which adds in another order

@@ -40,6 +40,18 @@ def test_reference_against_fp64(mix: str, writes: bool, dtype: torch.dtype):
         check_cache(made, args)
 
 
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("window", (0, 5))
+def test_rows_that_see_keys_behind_their_own(window: int, masked: bool):
+    for mix in MIXES.values():
+        made = step(mix, kv_heads=2, window=window, padding=3, masked=masked, ahead=9)
+        args = made.fresh()
+        torch.testing.assert_close(ops.attention(*args).double(), made.exact(), rtol=0, atol=1e-5)
+        check_cache(made, args)
+        causal = ops.attention(*made.fresh()[: -1 if masked else -2])
+        assert mix is MIXES["one row"] or not torch.allclose(causal, ops.attention(*made.fresh())), "some row sees more"
+
+
 @pytest.mark.parametrize("requests", ([Request(4, 3, ())], [], [Request(4, 0)]), ids=("no rows", "no requests", "idle"))
 def test_nothing_to_attend_to(requests: list[Request]):
     """New keys are written all the same, and rows of padding are zero."""
@@ -70,6 +82,8 @@ def test_opcheck(dtype: torch.dtype, writes: bool):
     """Schema (keys and values are written, nothing else is), fake against real, tracing with symbolic shapes."""
     made = step(MIXES["several"], window=5, dtype=dtype, padding=2, writes=writes, unwritten=0.0)
     torch.library.opcheck(OP, made.fresh())
+    if writes:
+        torch.library.opcheck(OP, step(MIXES["several"], window=5, dtype=dtype, unwritten=0.0, ahead=4).fresh())
 
 
 def test_fake():
@@ -105,6 +119,14 @@ def test_wrong_shape_is_one_clear_line(message: str):
         with pytest.raises(ValueError, match=f"^attention: {message}") as raised:
             call(*args)
         assert "\n" not in str(raised.value)
+
+
+def test_wrong_until():
+    args = list(step(MIXES["several"], padding=1, ahead=3).fresh())
+    for wrong in (args[-1][:-1], args[-1].long()):
+        for call in (ops.attention, ops.attention.launch):
+            with pytest.raises(ValueError, match="^attention: until must be .N. int32"):
+                call(*args[:-1], wrong)
 
 
 def test_what_the_kernels_cannot_take():
@@ -179,7 +201,7 @@ GRID = [
 ]
 OTHERS = (
     "other shapes", "fp16 cache", "fp8 cache", "whole blocks, fp32", "whole blocks, bf16", "own plans, fp32", "own plans, bf16",
-    "masked, fp32", "masked, bf16", "nothing",
+    "masked, fp32", "masked, bf16", "ahead, fp32", "ahead, bf16", "nothing",
 )  # fmt: skip
 
 

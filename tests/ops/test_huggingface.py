@@ -66,6 +66,18 @@ def test_qkv_norm_rope(dtype: torch.dtype):
     equal(ops.q_norm_rope(q, q_norm.weight, cos, sin, EPS), wanted_q)
 
 
+@both
+def test_two_dimensions(dtype: torch.dtype):
+    q, k, v = draw(2, 5, 4, D, dtype=dtype), draw(2, 5, 2, D, dtype=dtype), draw(2, 5, 2, D, dtype=dtype)
+    cos, sin = draw(2, 5, D, dtype=dtype), draw(2, 5, D, dtype=dtype)
+    positions = torch.zeros(2, 5, 2, dtype=torch.int64)
+    q_norm, k_norm, v_norm = norm_module(D, dtype), norm_module(D, dtype), norm_module(D, dtype, with_scale=False)
+    equal(ops.rope_2d(q, cos, sin), modeling.apply_multidimensional_rope(q, cos, sin, positions))
+    wanted = [modeling.apply_multidimensional_rope(x, cos, sin, positions) for x in (q_norm(q), k_norm(k))]
+    actual = ops.qkv_norm_rope_2d(q, k, v, q_norm.weight, k_norm.weight, cos, sin, EPS)
+    equal(actual, (*wanted, v_norm(v)))
+
+
 def text_config(**changes):
     from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 

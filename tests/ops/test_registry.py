@@ -24,7 +24,7 @@ def outputs(result) -> tuple:
 # They write pages, draw, or search: example arguments of any size would not do, and each has a test file.
 WITHOUT_EXAMPLE = {
     "attention", "attention_qkv", "sample", "ordered_argmax", "ordered_scores", "local_highest", "local_draw", "drawn_token",
-    "begin_search", "digit_histogram", "next_digit", "leave_experts",
+    "block_attention", "begin_search", "digit_histogram", "next_digit", "leave_experts",
 }  # fmt: skip
 
 

@@ -56,6 +56,8 @@ def passes_only(model: Any, config: OptimizeConfig | None = None) -> Any:
     backend = state_of(model).backend
     backend.compile = lambda gm, inputs, config_patches: gm.forward
     backend.compile_piece = lambda gm, inputs, **options: gm.forward
+    if (encoder := state_of(model).encoder) is not None:
+        encoder.backend.compile = backend.compile
     return model
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.gemma4.modeling_gemma4 import apply_rotary_pos_emb
 
+from tests.models import DEVICE, tiny_multimodal
 from tests.passes.harness import (
     assert_dynamic,
     assert_equal_alone,
@@ -43,6 +44,48 @@ def test_equals_unfused(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["e", "moe"])
 def test_dynamic_shape(kind: str) -> None:
     assert_dynamic(kind, FUSION)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vision_encoder(dtype: torch.dtype) -> None:
+    """Each layer, of any number of images and patches; bit-equal to the encoder as it is."""
+    encoder = tiny_multimodal("e", dtype).requires_grad_(False).model.vision_tower.encoder
+    width = encoder.config.hidden_size
+
+    def encode(x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return encoder._call_impl(x, mask, pixel_position_ids=positions).last_hidden_state
+
+    def inputs(images: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+        places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1).view(1, -1, 2)
+        mask = torch.ones(images, side * side, dtype=torch.bool, device=DEVICE)
+        mask[0, -side:] = False
+        return rows(images, side * side, width).to(dtype), mask, places.repeat(images, 1, 1).to(DEVICE)
+
+    done = compile_passes(encode, {FUSION})
+    for images, side in ((2, 6), (3, 9)):
+        given = inputs(images, side)
+        for tensor in given:
+            torch._dynamo.mark_dynamic(tensor, [0, 1])
+        with torch.no_grad():
+            assert_same(done.call(*given), encode(*given))
+    assert len(done.graphs) == 1 and done.ops == {"qkv_norm_rope_2d": encoder.config.num_hidden_layers}
+
+
+@pytest.mark.parametrize(("parts", "reason"), [((8, 8), "rotates parts of 8 at 4"), ((4, 4), "")])
+def test_parts_that_are_no_halves(parts: tuple[int, int], reason: str) -> None:
+    """Only two halves, each at its own half, are two dimensions."""
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        pieces = zip(*(torch.split(t, list(parts), dim=-1) for t in (x[..., : sum(parts)], cos, sin)), strict=True)
+        return torch.cat([apply_rotary_pos_emb(a, b, c, unsqueeze_dim=2) for a, b, c in pieces], dim=-1)
+
+    x, angles = rows(2, 3, 4, 16), rows(2, 3, sum(parts))
+    done = compile_passes(turned, {FUSION})
+    with torch.no_grad():
+        assert_same(done.call(x, angles, angles), turned(x, angles, angles))
+    assert not done.ops
+    matched = [site.rewrite for site in done.records[0].sites]
+    assert matched == ["rope_2d"], matched
 
 
 def rotated(q: Tensor, cos: Tensor) -> Tensor:

@@ -295,3 +295,37 @@ class Serving(RuleBasedStateMachine):
 
 
 TestServing = Serving.TestCase
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize(("full", "sliding"), [(200, 100), (12, 10)])
+def test_no_chunk_ends_within_a_block(full: int, sliding: int, depth: int) -> None:
+    """Runs of image tokens that see each other are computed in one step, whatever else runs, and all requests end."""
+    chooser = random.Random(f"blocks {full} {depth}")
+    device = served(full, sliding, budget=12, depth=depth)
+    sequences = []
+    for number in range(30):
+        made = sequence(number, random_prompt(chooser, 30), chooser.randint(1, 9))
+        first = 0
+        while first + 3 < made.prompt_length and chooser.random() < 0.7:
+            begin = chooser.randint(first, made.prompt_length - 2)
+            first = min(begin + chooser.randint(2, 8), made.prompt_length)
+            made.blocks.append((begin, first))
+        sequences.append(made)
+        device.scheduler.add(made)
+    schedule, ends = device.scheduler.schedule, 0
+
+    def watched():
+        nonlocal ends
+        scheduled = schedule()
+        for w in scheduled:
+            end = w.start + w.length
+            assert not any(first < end < last for first, last in w.sequence.blocks), (w.start, end, w.sequence.blocks)
+            ends += any(end == last for _, last in w.sequence.blocks)
+        return scheduled
+
+    device.scheduler.schedule = watched  # type: ignore[method-assign]
+    run_out(device)
+    assert ends, "chunks end at blocks"
+    for s in sequences:
+        assert s.finish_reason == "length" and s.output == expected(s.tokens[: s.prompt_length], s.limit)

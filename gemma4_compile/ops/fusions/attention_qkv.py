@@ -28,24 +28,25 @@ def _check(
 def _launch_into(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, window: int, scale: float,
-    visible: Tensor | None = None,
+    visible: Tensor | None = None, until: Tensor | None = None,
 ) -> None:  # fmt: skip
     """What a trace may not compare is checked here, as everything is before the pages are written."""
-    check_lengths(q, k, slots, table, positions, starts, visible)
+    check_lengths(q, k, slots, table, positions, starts, visible, until)
     check_pages(keys, values)
     queries = fresh(q)
     launch_into_pages(queries, q, k, v, q_weight, k_weight, cos, sin, eps, keys, values, slots)
-    launch_planned(out, queries, None, None, keys, values, slots, table, positions, starts, window, scale, visible=visible)
+    step = keys, values, slots, table, positions, starts, window, scale
+    launch_planned(out, queries, None, None, *step, visible=visible, until=until)
 
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int,
-    scale: float, visible: Tensor | None = None,
+    scale: float, visible: Tensor | None = None, until: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     out = fresh(q)
     projections = q, k, v, q_weight, k_weight, cos, sin, eps
-    _launch_into(out, *projections, keys, values, slots, table, positions, starts, window, scale, visible=visible)
+    _launch_into(out, *projections, keys, values, slots, table, positions, starts, window, scale, visible, until)
     return out
 
 
@@ -53,7 +54,7 @@ def _launch(
 def attention_qkv(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int, window: int,
-    scale: float, visible: Tensor | None = None,
+    scale: float, visible: Tensor | None = None, until: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of raw projections: norm of q, k and v, rotation of q and k, then `attention` over the pages.
 
@@ -67,13 +68,14 @@ def attention_qkv(
     Raises ValueError for shapes that do not fit, in the name of the op that has the rule.
     """
     q, k, v = qkv_norm_rope.reference(q, k, v, q_weight, k_weight, cos, sin, eps)
-    return attention.reference(q, k, v, keys, values, slots, table, positions, starts, layer, window, scale, visible)
+    step = keys, values, slots, table, positions, starts, layer, window, scale
+    return attention.reference(q, k, v, *step, visible, until)
 
 
 def attention_qkv_into(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor, table: Tensor, positions: Tensor, starts: Tensor, layer: int,
-    window: int = 0, scale: float = 1.0, visible: Tensor | None = None,
+    window: int = 0, scale: float = 1.0, visible: Tensor | None = None, until: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As `attention_qkv`, written to `out`: [1, T, Hq, D], contiguous, q.dtype; see `attention_into`."""
     projections = q, k, v, q_weight, k_weight, cos, sin, eps
@@ -81,6 +83,6 @@ def attention_qkv_into(
     if takes(out, q):
         _check("attention_qkv", *projections[:-1], *step)
         with torch.cuda.device(q.device):  # Triton launches on the current device, whatever the tensors' own is
-            _launch_into(out, *projections, *step, window, scale, visible)
+            _launch_into(out, *projections, *step, window, scale, visible, until)
     else:
-        out.copy_(attention_qkv.reference(*projections, *step, layer, window, scale, visible))
+        out.copy_(attention_qkv.reference(*projections, *step, layer, window, scale, visible, until))

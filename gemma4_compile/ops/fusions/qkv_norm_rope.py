@@ -1,8 +1,8 @@
-"""qkv_norm_rope, q_norm_rope: the norms of Q, K and V, and the rotation of Q and K, in one launch.
+"""qkv_norm_rope, qkv_norm_rope_2d, q_norm_rope: the norms of Q, K and V, and the rotation of Q and K, in one launch.
 
-Source: Gemma4TextAttention.forward (transformers). q_norm and k_norm have weights, v_norm has none and v is not
-rotated. Layers that reuse another layer's keys and values have only q. q [B, T, Hq, D]; k and v [B, T, Hk, D]; v may be
-the very tensor k (attention_k_eq_v).
+Source: Gemma4TextAttention.forward, Gemma4VisionAttention.forward (transformers). q_norm and k_norm have weights, v_norm has
+none and v is not rotated. Layers that reuse another layer's keys and values have only q. q [B, T, Hq, D]; k and v
+[B, T, Hk, D]; v may be the very tensor k (attention_k_eq_v).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gemma4_compile.ops.examples import Draw
 from gemma4_compile.ops.library import UNFUSED, expect, fresh, jit, op, pinned, power_of_two, rounded, tl, unit_stride
 from gemma4_compile.ops.plans import head_plan
 from gemma4_compile.ops.rms_norm import normalize
-from gemma4_compile.ops.rope import aligned, check_rope, rotate, rotated
+from gemma4_compile.ops.rope import aligned, check_rope, check_rope_2d, first_of_pairs, rotate, rotate_2d, rotated
 
 
 def _check_q(op: str, q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -33,6 +33,13 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weig
     expect(op, "v must have k's shape", v.shape, k.shape, "pass keys and values of one layer")
 
 
+def check_qkv_2d(
+    op: str, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> None:  # fmt: skip
+    check_rope_2d(op, q, cos, sin)
+    check_qkv(op, q, k, v, q_weight, k_weight, cos, sin)
+
+
 def _check_weights(op: str, q: Tensor, *weights: Tensor) -> None:
     for weight in weights:
         expect(op, "each weight must be [D] for heads of D", weight.shape, q.shape[-1:], "pass this layer's norms")
@@ -43,7 +50,7 @@ def _norm_heads(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, slots_ptr, first, rows, tokens,
     x_batch_stride, x_token_stride, x_head_stride, cos_batch_stride, cos_token_stride,
     page_stride, page_row_stride, page_head_stride, eps,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Norm of ROWS heads from row `first` on; times weight and rotated unless weight_ptr is None.
 
@@ -51,8 +58,9 @@ def _norm_heads(
     token with a negative slot go nowhere.
     """
     row = first + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < HALF)
+    index = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (index < HALF)
+    column = first_of_pairs(index, HALF, PART)
     token = row // HEADS
     batch = (token // tokens).to(tl.int64)
     step = token % tokens
@@ -60,16 +68,16 @@ def _norm_heads(
     dtype = x_ptr.dtype.element_ty
 
     low = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
-    high = tl.load(x_ptr + HALF + column, inside, other=0.0).to(tl.float32)
+    high = tl.load(x_ptr + PART + column, inside, other=0.0).to(tl.float32)
 
     scale = tl.rsqrt((tl.sum(low * low + high * high, axis=1)[:, None]) / (2 * HALF) + eps)
     low *= scale
     high *= scale
     if weight_ptr is not None:
-        low = rounded(low * tl.load(weight_ptr + column, column < HALF, other=0.0).to(tl.float32), dtype)
-        high = rounded(high * tl.load(weight_ptr + HALF + column, column < HALF, other=0.0).to(tl.float32), dtype)
+        low = rounded(low * tl.load(weight_ptr + column, index < HALF, other=0.0).to(tl.float32), dtype)
+        high = rounded(high * tl.load(weight_ptr + PART + column, index < HALF, other=0.0).to(tl.float32), dtype)
         angle = batch * cos_batch_stride + step * cos_token_stride
-        low, high = rotated(low, high, cos_ptr + angle, sin_ptr + angle, column, inside, HALF, dtype)
+        low, high = rotated(low, high, cos_ptr + angle, sin_ptr + angle, column, inside, PART, dtype)
 
     if PAGE:
         slot = tl.load(slots_ptr + token, row < rows, other=-1).to(tl.int64)
@@ -80,7 +88,7 @@ def _norm_heads(
         out_ptr += row.to(tl.int64) * (2 * HALF)
     # Pages have a dtype of their own: rounded to x's first, as what is handed to a separate write would be.
     tl.store(out_ptr + column, low.to(dtype).to(out_ptr.dtype.element_ty), inside)
-    tl.store(out_ptr + HALF + column, high.to(dtype).to(out_ptr.dtype.element_ty), inside)
+    tl.store(out_ptr + PART + column, high.to(dtype).to(out_ptr.dtype.element_ty), inside)
 
 
 # Row counts stay specialized (multiples of 16 apart): without that, 8192 tokens took 6 to 13% longer at head size 512.
@@ -91,8 +99,8 @@ def _qkv_norm_rope_kernel(
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride, cos_batch_stride, cos_token_stride,
     key_page_stride, key_row_stride, key_head_stride, value_page_stride, value_row_stride, value_head_stride, eps,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    PAGE: tl.constexpr, DEPENDENT: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PAGE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     start(DEPENDENT)
     eps = pinned(eps)
@@ -103,19 +111,19 @@ def _qkv_norm_rope_kernel(
         _norm_heads(
             q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, slots_ptr, program * ROWS, q_rows, tokens,
             q_batch_stride, q_token_stride, q_head_stride, cos_batch_stride, cos_token_stride, 0, 0, 0, eps,
-            Q_HEADS, HALF, BLOCK, ROWS, 0,
+            Q_HEADS, HALF, PART, BLOCK, ROWS, 0,
         )  # fmt: skip
     elif program < q_programs + k_programs:
         _norm_heads(
             k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr, slots_ptr, (program - q_programs) * ROWS, k_rows, tokens,
             k_batch_stride, k_token_stride, k_head_stride, cos_batch_stride, cos_token_stride,
-            key_page_stride, key_row_stride, key_head_stride, eps, K_HEADS, HALF, BLOCK, ROWS, PAGE,
+            key_page_stride, key_row_stride, key_head_stride, eps, K_HEADS, HALF, PART, BLOCK, ROWS, PAGE,
         )  # fmt: skip
     else:
         _norm_heads(
             v_ptr, None, cos_ptr, sin_ptr, v_out_ptr, slots_ptr, (program - q_programs - k_programs) * ROWS, k_rows, tokens,
             v_batch_stride, v_token_stride, v_head_stride, cos_batch_stride, cos_token_stride,
-            value_page_stride, value_row_stride, value_head_stride, eps, K_HEADS, HALF, BLOCK, ROWS, PAGE,
+            value_page_stride, value_row_stride, value_head_stride, eps, K_HEADS, HALF, PART, BLOCK, ROWS, PAGE,
         )  # fmt: skip
 
 
@@ -130,6 +138,14 @@ def _launch_qkv(
 ) -> tuple[Tensor, ...]:
     outputs = fresh(q), fresh(k), fresh(v)
     _launch(outputs[0], q, q_weight, cos, sin, eps, _KV(k, v, k_weight, *outputs[1:]))
+    return outputs
+
+
+def _launch_qkv_2d(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    outputs = fresh(q), fresh(k), fresh(v)
+    _launch(outputs[0], q, q_weight, cos, sin, eps, _KV(k, v, k_weight, *outputs[1:]), parts=2)
     return outputs
 
 
@@ -153,7 +169,7 @@ class _KV(NamedTuple):
 
 
 def _launch(
-    q_out: Tensor, q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, kv: _KV | None = None
+    q_out: Tensor, q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, kv: _KV | None = None, parts: int = 1
 ) -> None:  # fmt: skip
     """Without k and v the kernel's second and third parts have no programs, and q stands in for their pointers."""
     if not q_out.numel():
@@ -170,7 +186,8 @@ def _launch(
     _qkv_norm_rope_kernel[(-(-q_rows // rows) + 2 * -(-k_rows // rows),)](
         q, k, v, q_weight, k_weight.contiguous(), cos, sin, q_out, k_out, v_out, slots, q_rows, k_rows, tokens,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *angle_strides, *k_out.stride()[:3], *v_out.stride()[:3], eps,
-        q_heads, k_heads, dim // 2, power_of_two(dim // 2), rows, 0 if slots is None else k_out.shape[1], dependent,
+        q_heads, k_heads, dim // 2, dim // 2 // parts, power_of_two(dim // 2), rows,
+        0 if slots is None else k_out.shape[1], dependent,
         num_warps=warps, **UNFUSED, **options,
     )  # fmt: skip
 
@@ -217,5 +234,26 @@ def qkv_norm_rope(
     return (
         rotate(normalize(q, q_weight, eps), cos, sin),
         rotate(normalize(k, k_weight, eps), cos, sin),
+        normalize(v, None, eps),
+    )
+
+
+@op(launch=_launch_qkv_2d, like=("q", "k", "v"), check=check_qkv_2d, example=_example)
+def qkv_norm_rope_2d(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As qkv_norm_rope, of image patches: each half of q and k is rotated by a position of its own, see rope_2d.
+
+    q                   [B, T, Hq, D]    fp32, fp16 or bf16, any strides, D a multiple of 4
+    k, v                [B, T, Hk, D]    q.dtype; may be one tensor
+    q_weight, k_weight  [D]
+    cos, sin            [B or 1, T, D]   q.dtype
+    returns             q, k, v in their shapes, contiguous, none aliasing another
+
+    Raises ValueError for shapes and dtypes that do not fit.
+    """
+    return (
+        rotate_2d(normalize(q, q_weight, eps), cos, sin),
+        rotate_2d(normalize(k, k_weight, eps), cos, sin),
         normalize(v, None, eps),
     )

@@ -105,11 +105,17 @@ class Scheduler:
         for sequence in prompts:
             if more := self._continue(sequence, budget, rows, scheduled):
                 budget, rows = budget - more.length, rows - more.prompt
+            elif sequence.least > budget:
+                budget = 0  # none may take the room that its image waits for
         while self.waiting and budget and self.preemptions == preempted:
             sequence = self.waiting[0]
             if sequence.wants_prompt_rows and rows < 1 or not self._admit(sequence):
                 break
-            todo = self._fit(sequence, min(sequence.todo, budget), rows, scheduled)
+            todo = sequence.whole(min(sequence.todo, budget))
+            if not todo:  # an image for which this step has no room
+                self._give_back(sequence)
+                break
+            todo = self._fit(sequence, todo, rows, scheduled)
             assert todo, "who is admitted has room for a page"
             scheduled.append(self._plan(sequence, todo, begins=True))
             budget, rows = budget - todo, rows - scheduled[-1].prompt
@@ -139,7 +145,7 @@ class Scheduler:
 
     def _continue(self, sequence: Sequence, budget: int, rows: int, scheduled: list[ScheduledChunk]) -> ScheduledChunk | None:
         """Plan what fits of a running sequence, at the end of `scheduled`; None if nothing does."""
-        todo = min(sequence.todo, budget)
+        todo = sequence.whole(min(sequence.todo, budget))
         if todo and sequence.allocation is not None:
             todo = self._fit(sequence, todo, rows, scheduled)
         if not todo or sequence.allocation is None:
@@ -152,12 +158,12 @@ class Scheduler:
         first. 0 if this step can do nothing for it."""
         allocation = sequence.allocation
         assert allocation is not None
-        if sequence.wants_prompt_rows:
-            todo = min(todo, max(rows, 0))
+        if sequence.wants_prompt_rows:  # those of an image are more at times
+            todo = min(todo, max(sequence.whole(rows), sequence.least) if rows > 0 else 0)
         reach = _reach(sequence)
         if reach + todo <= allocation.capacity:
             return todo
-        while (room := self.pages.available_tokens(allocation, sequence.computed)) < 1:
+        while (room := self.pages.available_tokens(allocation, sequence.computed)) < sequence.least:
             planned = {w.sequence for w in scheduled}
             victims = [s for s in self.running if s not in planned and s.number >= sequence.number]
             if victims[-1] is sequence and any(s.number > sequence.number for s in planned):
@@ -165,7 +171,7 @@ class Scheduler:
             self._preempt(victims[-1])
             if victims[-1] is sequence:
                 return 0
-        todo = min(todo, room - (reach - sequence.computed))
+        todo = sequence.whole(min(todo, room - (reach - sequence.computed)))
         if todo < 1:
             return 0  # what it needs for sure is there: the rest once it is known how far it has come
         self.pages.extend(allocation, reach + todo)
@@ -185,7 +191,7 @@ class Scheduler:
         sequence.pending += samples
         sequence.placed = samples and sequence.speculates
         if self.prefix_caching and count > 1:
-            self.pages.cache(allocation, sequence.tokens, end)
+            self.pages.cache(allocation, sequence.contents, end)
         return ScheduledChunk(sequence, start, count, allocation.row, samples, prompt, prompt_from, begins, 0, ahead)
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -194,14 +200,15 @@ class Scheduler:
             return False
         reused = 0
         if self.prefix_caching and not sequence.wants_prompt_rows:
-            sequence.keys = self.pages.keys(sequence.tokens[:-1], sequence.keys)  # one token must be computed
+            sequence.keys = self.pages.keys(sequence.contents[:-1], sequence.keys)  # one token must be computed
             reused = self.pages.match(sequence.keys)
         free = self.pages.free_for(sequence.keys, reused)
         size = self.pages.page_size
         for kind, window in self.pages.windows.items():
             needed = -(-(len(sequence.tokens) + 1) // size) - reused
             if window:
-                needed = min(needed, -(-window // size) + 1)
+                block = max((end - first for first, end in sequence.blocks), default=0)
+                needed = min(needed, -(-(window + block) // size) + 1)
             if needed + len(self.running) > free[kind] and (self.running or needed > free[kind]):
                 return False  # those that run need a page each before long
         sequence.allocation = self.pages.allocate(sequence.keys, reused)
@@ -213,12 +220,16 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._give_back(sequence)
+        sequence.preemptions += 1
+        self.preemptions += 1
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """It waits again, without pages."""
         assert sequence.allocation is not None
         self._steady = None
         self.pages.free(sequence.allocation)
         sequence.allocation, sequence.computed, sequence.ahead, sequence.placed = None, 0, 0, False
-        sequence.preemptions += 1
-        self.preemptions += 1
         self.running.remove(sequence)
         self.add(sequence)
 
@@ -231,7 +242,7 @@ class Scheduler:
         sequence.tokens.extend(tokens)
         allocation = sequence.allocation
         if allocation is not None and self.prefix_caching and len(sequence.tokens) // self.pages.page_size > allocation.cached:
-            self.pages.cache(allocation, sequence.tokens, sequence.computed)
+            self.pages.cache(allocation, sequence.contents, sequence.computed)
 
     def check(self) -> None:
         """Raises AssertionError if an invariant of the scheduler or of its pages is broken."""

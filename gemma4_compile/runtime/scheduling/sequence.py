@@ -8,6 +8,7 @@ import numpy as np
 
 from gemma4_compile.runtime.constraint import Constraint
 from gemma4_compile.runtime.sampling_params import SamplingParams
+from gemma4_compile.runtime.vision.spans import ImageSpan, contents
 
 from .pages import Allocation
 
@@ -29,6 +30,8 @@ class Sequence:
     placed        whether the device has its last token and the position of that
     drafted       drafts to follow it that the device has
     constraint    says which tokens may come; None: all
+    images        where they stand in the prompt
+    blocks        runs of image tokens that see each other, each (first, end): no chunk ends within one
     ahead         drafts that steps verify whose results the host does not know yet: so many tokens more may be computed
     """
 
@@ -42,6 +45,8 @@ class Sequence:
     plain: bool = False
     speculates: bool = False
     constraint: Constraint | None = None
+    images: tuple[ImageSpan, ...] = ()
+    blocks: list[tuple[int, int]] = field(default_factory=list)
     placed: bool = False
     drafted: int = 0
     ahead: int = 0
@@ -54,9 +59,30 @@ class Sequence:
     finish_reason: str | None = None
     allocation: Allocation | None = None
     keys: list[bytes] = field(default_factory=list)
+    _prompt_contents: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.prompt_length = self.prompt_length or len(self.tokens)
+        if self.images:
+            self._prompt_contents = contents(self.tokens[: self.prompt_length], self.images)
+
+    @property
+    def contents(self) -> list[int]:
+        """What prefixes are compared by: its tokens, and what its images show."""
+        return [*self._prompt_contents, *self.output] if self.images else self.tokens
+
+    def whole(self, count: int) -> int:
+        """So many of the next tokens, or fewer, that no block is cut; 0 if that leaves none."""
+        end = self.computed + count
+        for first, last in self.blocks:
+            if first < end < last:
+                end = first
+        return max(0, end - self.computed)
+
+    @property
+    def least(self) -> int:
+        """The fewest next tokens that cut no block."""
+        return next((end - self.computed for first, end in self.blocks if first <= self.computed < end), 1)
 
     @property
     def todo(self) -> int:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Gemma4AssistantForCausalLM, Gemma4ForCausalLM
 
 from gemma4_compile.geometry import Geometry, geometry
 from gemma4_compile.graphs.buckets import Buckets, fitting
 from gemma4_compile.graphs.checks import check_host, difference
 from gemma4_compile.graphs.recorder import CudaRecorder, Recorder
 from gemma4_compile.hf.assistant import load_assistant
+from gemma4_compile.hf.families import ASSISTANT, CAUSAL
 from gemma4_compile.hf.parallel import local_parts
 from gemma4_compile.ops import draw_draft, ordered_argmax, ordered_scores
 from gemma4_compile.optimized import state_of
@@ -64,12 +64,12 @@ class Drafter:
     ):  # fmt: skip
         self._agree = agree
         state = state_of(model)
-        if not isinstance(model, Gemma4ForCausalLM):
+        if not isinstance(model, CAUSAL):
             raise TypeError(f"a drafter drafts for Gemma4ForCausalLM, got {type(model).__name__}; load its text part")
         target: Any = model
         if isinstance(assistant, (str, Path)):
             assistant = load_assistant(assistant, dtype=target.dtype).to(target.device).eval().requires_grad_(False)
-        if not isinstance(assistant, Gemma4AssistantForCausalLM):
+        if not isinstance(assistant, ASSISTANT):
             raise TypeError(f"a drafter takes Gemma4AssistantForCausalLM, got {type(assistant).__name__}; load an assistant")
         if speculative_tokens < 1:
             raise ValueError(

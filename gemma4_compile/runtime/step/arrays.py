@@ -1,19 +1,50 @@
 """A planned step as arrays: what the model reads, and where the sampler finds rows and state."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from gemma4_compile.packed.inputs import KINDS
-from gemma4_compile.packed.step_inputs import Placement, PromptRows, Speculation, StepInputs
+from gemma4_compile.packed.step_inputs import ImageTokens, Placement, PromptRows, Speculation, StepInputs
 from gemma4_compile.runtime.scheduling.pages import KVPages
 from gemma4_compile.runtime.scheduling.sequence import DecodeBatch, ScheduledChunk
+from gemma4_compile.runtime.vision.spans import Patches
 
 Array = np.ndarray
 
 
-def build(scheduled: Sequence[ScheduledChunk], pages: KVPages) -> StepInputs[Array]:
-    """The arrays of a step as planned, but for its sampling; no loop over tokens."""
+class ImagePart(NamedTuple):
+    """Embeddings `first` to `end` of an image, which a step reads from its token `row` on."""
+
+    image: Patches
+    first: int
+    end: int
+    row: int
+
+
+def image_parts(scheduled: Sequence[ScheduledChunk]) -> list[ImagePart]:
+    """The images that a step computes tokens of, in order."""
+    if isinstance(scheduled, DecodeBatch) or not any(w.sequence.images for w in scheduled):
+        return []
+    return list(_image_parts(scheduled))
+
+
+def _image_parts(scheduled: Sequence[ScheduledChunk]) -> Iterator[ImagePart]:
+    row = 0
+    for w in scheduled:
+        for span in w.sequence.images:
+            first, end = max(span.start, w.start), min(span.end, w.start + w.length)
+            if first < end:
+                yield ImagePart(span.image, first - span.start, end - span.start, row + first - w.start)
+        row += w.length
+
+
+def build(scheduled: Sequence[ScheduledChunk], pages: KVPages, pad_token: int = 0) -> StepInputs[Array]:
+    """The arrays of a step as planned, but for its sampling; no loop over tokens.
+
+    pad_token   stands in the places of images
+    """
     size = pages.page_size
     if isinstance(scheduled, DecodeBatch):
         count = len(scheduled)
@@ -45,6 +76,10 @@ def build(scheduled: Sequence[ScheduledChunk], pages: KVPages) -> StepInputs[Arr
             places = np.where(np.repeat(ahead >= 0, counts), np.arange(total) - np.repeat(starts[:-1], counts), -1)
             placement = Placement(places, np.repeat(np.arange(len(scheduled)), counts), np.repeat(capacities, counts))
 
+    images = _images(scheduled, positions)
+    if images is not None:
+        ids[images.rows] = pad_token
+
     slots, tables = {}, {}
     page, offset = positions // size, positions % size
     width = max(int(positions[ends].max()), furthest) // size + 1
@@ -65,8 +100,22 @@ def build(scheduled: Sequence[ScheduledChunk], pages: KVPages) -> StepInputs[Arr
         ids[None], positions, wanted_rows, starts, slots, tables, targets=np.repeat(rows, wanted),
         sources=sources if (sources >= 0).any() else None, placement=placement,
         speculation=None if isinstance(scheduled, DecodeBatch) else _speculation(scheduled, pages, sampled, wanted),
-        prompts=prompts,
+        prompts=prompts, images=images,
     )  # fmt: skip
+
+
+def _images(scheduled: Sequence[ScheduledChunk], positions: Array) -> ImageTokens[Array] | None:
+    parts = image_parts(scheduled)
+    if not parts:
+        return None
+    until, row = positions.astype(np.int32), 0
+    for w in scheduled:
+        for first, end in w.sequence.blocks:
+            begin = max(first, w.start)
+            if begin < min(end, w.start + w.length):  # to its end: no chunk cuts it
+                until[row + begin - w.start : row + end - w.start] = end - 1
+        row += w.length
+    return ImageTokens(np.concatenate([np.arange(p.row, p.row + p.end - p.first) for p in parts]), until)
 
 
 def _last(ends: Array, counts: Array) -> Array:

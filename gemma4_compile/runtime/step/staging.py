@@ -47,7 +47,7 @@ class Staging:
 
 _DTYPES = {
     np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32, np.dtype(np.float32): torch.float32,
-    np.dtype(np.bool_): torch.bool,
+    np.dtype(np.bool_): torch.bool, np.dtype(np.uint8): torch.uint8,
 }  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """A model as the runtime calls it: one packed step of many requests in, the logits of the wanted rows out."""
 
 from torch import Tensor, nn
-from transformers.models.gemma4 import modeling_gemma4 as hf
 
 from gemma4_compile.dynamo import first_line, switched_off
 from gemma4_compile.geometry import geometry
+from gemma4_compile.hf.families import CAUSAL
 from gemma4_compile.hf.parallel import vocabulary_of
+from gemma4_compile.hf.vision import VisionPart
 from gemma4_compile.optimized import state_of
 from gemma4_compile.packed.program import Program, StepResult
 
@@ -21,7 +22,7 @@ class PackedModel:
     """
 
     def __init__(self, model: nn.Module):
-        if not isinstance(model, hf.Gemma4ForCausalLM):
+        if not isinstance(model, CAUSAL):
             raise TypeError(
                 f"a packed step takes Gemma4ForCausalLM, got {type(model).__name__}; load the checkpoint's text part"
             )
@@ -45,9 +46,21 @@ class PackedModel:
         before, self.program = self.program, self._compiled()
         return self.program is not before
 
-    def _compiled(self) -> Program:
+    def image_program(self) -> Program:
+        """The step of prompts with images, as the model is now; see packed/inputs.py. Raises ValueError if it does not
+        compile."""
+        return self._compiled(images=True)
+
+    def tower_program(self, part: VisionPart) -> Program:
+        """The vision part beside the model, as it is now. Raises ValueError if it does not compile."""
         try:
-            return self._state.packed_program(self.model)
+            return self._state.tower_program(part)
+        except Exception as error:
+            raise ValueError(f"the vision tower must compile, got {first_line(error)}") from error
+
+    def _compiled(self, images: bool = False) -> Program:
+        try:
+            return self._state.packed_program(self.model, images=images)
         except Exception as error:  # whatever Dynamo, Inductor, Triton and the C++ compiler raise, in pages
             raise ValueError(f"the model's step must compile, got {first_line(error)}") from error
 

@@ -13,6 +13,7 @@ from gemma4_compile.graphs.buckets import Buckets
 from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.graphs.recorder import CudaRecorder
 from gemma4_compile.hf.parallel import local_part
+from gemma4_compile.hf.vision import VisionPart
 from gemma4_compile.ops import verify
 from gemma4_compile.packed.inputs import KINDS
 from gemma4_compile.packed.program import StepResult
@@ -25,10 +26,12 @@ from gemma4_compile.runtime.speculative.drafter import Drafter, candidates_of
 from gemma4_compile.runtime.speculative.length import DraftLength
 from gemma4_compile.runtime.speculative.verification import Drafted, Drafts, propose, reject
 from gemma4_compile.runtime.step import invariants
-from gemma4_compile.runtime.step.arrays import build
+from gemma4_compile.runtime.step.arrays import ImagePart, build, image_parts
 from gemma4_compile.runtime.step.staging import Fetched, Staging
+from gemma4_compile.runtime.vision.spans import Patches
 
 from .capture import buckets_of, capture, capture_drafts, within
+from .image_steps import ImageSteps
 from .memory import MemoryReport, allocate, naive_token_bytes, token_bytes
 from .model import PackedModel
 from .ranks import Ranks
@@ -53,6 +56,8 @@ class PlannedStep:
     thresholds  that rows use, of top_k, top_p and min_p
     drafts      that each request gets
     draws       whether they are drawn
+    images      whose embeddings the step reads
+    new_images  that are encoded before it
     """
 
     inputs: StepInputs[np.ndarray]
@@ -62,6 +67,8 @@ class PlannedStep:
     thresholds: frozenset[str]
     drafts: int
     draws: bool
+    images: Sequence[ImagePart] = ()
+    new_images: Sequence[Patches] = ()
 
 
 class Allowed(TypedDict):
@@ -101,6 +108,7 @@ class ModelRunner:
     max_model_len  tokens of the longest request
     memory         what the memory goes to
     drafter        drafts the tokens that a round verifies; None: nothing is drafted
+    images         runs prompt steps with images, once `open_images` was called
 
     Raises ValueError if the memory does not hold a step, or not one request of the longest length.
     """
@@ -132,6 +140,7 @@ class ModelRunner:
         self.device: torch.device = model.device
         self._dtype: torch.dtype = model.dtype
         self.vocabulary = packed.vocabulary
+        self._pad_token = int(model.config.pad_token_id or 0)
         self.on_gpu = self.device.type == "cuda"
         self._launched: torch.cuda.Event | None = None
         if self.ranks.several and self.on_gpu:
@@ -167,7 +176,12 @@ class ModelRunner:
         self.kv = allocate(packed.geometry, sizes.pages, config.page_size, self.kv_dtype, self.device)
         self.sampler = Sampler(config.max_requests, self.vocabulary, self.state, stop_tokens)
         self._graphed = graphs
+        self.images: ImageSteps | None = None
         self._compile()
+
+    def open_images(self, part: VisionPart) -> None:
+        """Prepare for prompts with images; on all ranks. Raises ValueError where their step does not compile."""
+        self.images = ImageSteps(self.packed, part, self.kv, self.graphs, self.config.image_cache_bytes)
 
     def _compile(self) -> None:
         """What replays the program, and drafts, as the models are now."""
@@ -190,6 +204,8 @@ class ModelRunner:
             )  # fmt: skip
             if self.ranks.several:
                 self.drafter = _Agreed(self.drafter, self.ranks)
+        if self.images is not None:
+            self.images.compile(self.graphs)
 
     @property
     def _width(self) -> int:
@@ -207,8 +223,10 @@ class ModelRunner:
             raise ValueError(
                 f"the model must stay {self._dtype} on {self.device}, got {model.dtype} on {model.device}; make a new engine"
             )
-        if self.packed.refresh() or self._assistant is not None:
+        if self.packed.refresh() or self._assistant is not None or self.images is not None:
             self._compile()
+        if self.images is not None:
+            self.images.encoder.compile()
         self.pages.reset()
 
     def capture(self) -> Iterator[str]:
@@ -218,6 +236,12 @@ class ModelRunner:
         yield from capture(self.graphs, lambda *sizes: self._padding_step(*sizes) | self.kv, self._width, self.config.page_size)
         if (drafter := self._own_drafter()) is not None and self.draft_length is not None:
             yield from capture_drafts(drafter, within(Buckets().decode, self.config.max_requests), self.draft_length)
+        if (images := self.images) is not None and images.graphs is not None:
+            yield from capture(
+                images.graphs, lambda *sizes: images.without(self._padding_step(*sizes)) | self.kv, self._width,
+                self.config.page_size,
+            )  # fmt: skip
+            yield from images.encoder.capture()
         yield "sampling"
         self._warm_sampling()
 
@@ -263,7 +287,7 @@ class ModelRunner:
 
     def _plan(self, scheduled: Sequence[ScheduledChunk], drafts: int | None) -> PlannedStep:
         begun = () if isinstance(scheduled, DecodeBatch) else [self.sampler.begin(w) for w in scheduled if w.begins]
-        inputs = build(scheduled, self.pages)
+        inputs = build(scheduled, self.pages, self._pad_token)
         if invariants.enabled():
             invariants.check_step(scheduled, inputs, self.pages, self.vocabulary.size, self.owning)
         inputs = replace(inputs, sampling=self.sampler.sampling(scheduled, inputs))
@@ -271,12 +295,19 @@ class ModelRunner:
         if inputs.prompts is not None:
             prompt_top = max(w.sequence.params.prompt_logprobs or 0 for w in scheduled if w.prompt)
         rows, speculation = inputs.targets, inputs.speculation
+        parts, new = image_parts(scheduled), []
+        if parts:
+            assert self.images is not None, "who adds a request with images opens them"
+            # All images of whoever has one in this step: they are wanted soon, and many at a time take less time.
+            wanted = (span.image for w in scheduled for span in w.sequence.images if span.end > w.start)
+            new = self.images.encoder.missing(wanted)
         drawn = inputs.sampling is not None and inputs.sampling.shaping is not None
         return PlannedStep(
             inputs, [counted for counted in begun if counted is not None], self.sampler.top(rows), prompt_top,
             self.sampler.thresholds(rows) if self.ranks.several and drawn else frozenset(),
             self.speculative_tokens if drafts is None else drafts,
             draws=self.state.scores is not None and speculation is not None and self.sampler.draws(speculation.state_rows),
+            images=parts, new_images=new,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -288,7 +319,7 @@ class ModelRunner:
     def _run(self, plan: PlannedStep, allowed: Callable[[], Allowed] | None = None) -> dict[str, Tensor]:
         for counted in plan.counted:
             self.sampler.count(*counted)
-        (logits, hidden), step, greedy = self._forward(plan.inputs)
+        (logits, hidden), step, greedy = self._forward(plan)
         logits = logits[0]
         results: dict[str, Tensor] = {}
         if (prompts := step.prompts) is not None:
@@ -302,9 +333,13 @@ class ModelRunner:
             self._launched.record()
         return results
 
-    def _forward(self, planned: StepInputs[np.ndarray]) -> tuple[StepResult, StepInputs[Tensor], Tensor | None]:
+    def _forward(self, plan: PlannedStep) -> tuple[StepResult, StepInputs[Tensor], Tensor | None]:
         """Logits and states of the wanted rows; the step as the model saw it; and greedy tokens where a graph made them and
         they are in the state already."""
+        planned = plan.inputs
+        if plan.images and self.images is not None:
+            step = self.state.resolve(self.staging.send(planned), self.config.page_size)
+            return self.images.run(step, plan.images, plan.new_images), step, None
         if self.graphs is not None and len(planned.targets) == planned.positions.shape[0]:
             found = self.graphs.decode(planned)
             if found is not None:
