@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4VisionConfig
+from transformers import AutoModelForImageTextToText, Gemma4Config, Gemma4ForConditionalGeneration, Gemma4VisionConfig
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig, demo_checkpoint, ops, optimize
 from gemma4_compile.demo import VISION_DEMO
@@ -22,7 +22,7 @@ from gemma4_compile.optimized import state_of
 from gemma4_compile.runtime.vision.pictures import ImageLimits
 from gemma4_compile.runtime.vision.prompts import ImagePrompts, MarkTokens, Source
 from gemma4_compile.runtime.worker.encoder import ImageEncoder
-from tests.demo.test_pictures import FOLDER, answers, asked
+from tests.demo.test_pictures import FOLDER, answers, asked, prompts
 from tests.ops.attention_cases import Request, check_steps, step
 
 CONFIG = EngineConfig(memory_fraction=0.3, max_requests=32, max_batched_tokens=1024, capture_at_start=False)
@@ -63,7 +63,8 @@ def test_block_attention(dtype: torch.dtype, dim: int) -> None:
 def tower(dtype: torch.dtype) -> Any:
     """A model of E2B's width with transformers' default tower, cut to a few layers."""
     vision = Gemma4VisionConfig(num_hidden_layers=4, standardize=True)
-    config = Gemma4Config(text_config=cut(TEXT_CONFIGS["E2B"], 4), vision_config=vision, audio_config=None)
+    text = cut(TEXT_CONFIGS["E2B"], 4) | {"vocab_size": 1024, "vocab_size_per_layer_input": 1024}
+    config = Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
     model = randomize(lambda: Gemma4ForConditionalGeneration(config), "cuda", dtype, 0).requires_grad_(False)
     with torch.no_grad():
         model.model.vision_tower.std_bias.uniform_(-0.1, 0.1)
@@ -76,8 +77,8 @@ def test_packed_tower_and_its_graphs() -> None:
     from transformers import Gemma4ImageProcessorPil
 
     processor = Gemma4ImageProcessorPil()
-    prompts = ImagePrompts(lambda: processor, MarkTokens(5, 6, 7), ImageLimits())
-    images = [prompts.patches(Source(picture(n).image, most)) for n, most in ((0, 280), (1, 70), (2, 140), (3, 280), (4, 560))]
+    opened = ImagePrompts(lambda: processor, MarkTokens(5, 6, 7), ImageLimits())
+    images = [opened.patches(Source(picture(n).image, most)) for n, most in ((0, 280), (1, 70), (2, 140), (3, 280), (4, 560))]
     model = tower(torch.bfloat16)
     exact = tower(torch.bfloat16).double()
     part = vision_part(model)
@@ -152,3 +153,18 @@ def test_image_blocks_in_both_directions() -> None:
         wanted = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
         actual = torch.tensor([entry.logprob for entry in output.prompt_logprobs or []])
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.filterwarnings("ignore:gemma4_compile runs this call as one graph")
+def test_optimized_model_names_held_out_pictures(dtype: torch.dtype) -> None:
+    """Hugging Face's own calls, with the encoder compiled: SDPA with a mask, kernels for norms, RoPE and products."""
+    torch.set_float32_matmul_precision("highest")
+    model: Any = AutoModelForImageTextToText.from_pretrained(FOLDER / "target", dtype=dtype)
+    model = optimize(model.cuda().eval().requires_grad_(False))
+    for given, wanted in zip(prompts(dtype)[:10], answers(dtype), strict=False):
+        moved = {name: tensor.cuda() for name, tensor in given.items()}
+        out = model.generate(**moved, max_new_tokens=8, do_sample=False)
+        assert out[0, given["input_ids"].shape[1] :].tolist() == wanted
+    encoder = state_of(model).encoder
+    assert encoder is not None and encoder.records and not encoder.broken
