@@ -95,17 +95,8 @@ def run(options: dict[str, Any]) -> None:
         enforce_eager=options["mode"] == "eager", **options.get("options", {}),
     )  # fmt: skip
     prompts = [{"prompt_token_ids": ids} for ids in options["ids"]]
-    found = model.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2))
-    Path(options["out"]).write_text(json.dumps([_continuation(request.outputs[0]) for request in found]))
-
-
-def _continuation(output: Any) -> dict[str, Any]:
-    """The tokens, and for each place the runner-up with how far behind it was."""
-    behind = []
-    for token, logprobs in zip(output.token_ids, output.logprobs, strict=True):
-        other = max((t for t in logprobs if t != token), key=lambda t: logprobs[t].logprob)
-        behind.append((other, logprobs[token].logprob - logprobs[other].logprob))
-    return {"tokens": list(output.token_ids), "behind": behind}
+    found = model.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+    Path(options["out"]).write_text(json.dumps([list(request.outputs[0].token_ids) for request in found]))
 
 
 if __name__ == "__main__":
