@@ -302,7 +302,7 @@ def _matrix_of(pages: Tensor) -> Matrix | None:
 
 
 def hopper_takes(q: Tensor, keys: Tensor, values: Tensor, table: Tensor) -> bool:
-    """Whether the kernel can read these: bf16 on Hopper, head size 512, and blocks within pages."""
+    """Whether the kernel can read these: bf16 on Hopper, head size 256 or 512, and blocks within pages."""
     dtypes = q.dtype == keys.dtype == values.dtype == torch.bfloat16
     if not dtypes or keys.shape[3] not in STAGES or not is_hopper(q.device):
         return False
@@ -315,7 +315,7 @@ def hopper_plan(rows: int, requests: int, kv_heads: int, group: int, dim: int, m
     """By shapes alone, as attention_plan, measured with the same script. None: the other kernel, whose tiles may be smaller, is
     as fast: for few tiles, and for prompts at head size 256, whose windows have few blocks."""
     average = -(-rows // max(requests, 1))
-    tiles = requests * -(-average * power_of_two(group) // BLOCK_M) * kv_heads
+    tiles = max(requests, 1) * -(-average * power_of_two(group) // BLOCK_M) * kv_heads
     few = average <= 8
     if dim == 256:
         return HopperPlan(1) if few and tiles >= 64 and average * group >= 8 else None
