@@ -19,6 +19,7 @@ from .outputs import Chunk, RequestOutput
 from .sampling_params import SamplingParams
 from .speculative.config import SpeculativeConfig
 from .text import Prompt
+from .vision.prompts import has_images
 
 _Command = tuple[Any, ...]  # a function of the engine's thread and its arguments
 
@@ -70,6 +71,8 @@ class AsyncEngine:
         self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, stream: bool
     ) -> AsyncGenerator[Chunk, None]:  # fmt: skip
         request_id = request_id or f"async-{next(self._numbers)}"
+        if has_images(prompt):  # the engine's thread has steps to launch meanwhile
+            prompt = await asyncio.to_thread(self.engine.prepare, prompt)
         chunks: asyncio.Queue[Any] = asyncio.Queue()
         self._send(self._add, prompt, params, request_id, stream, asyncio.get_running_loop(), chunks)
         ended = False

@@ -1,11 +1,13 @@
 """Engines that are given images: Hugging Face's logits and tokens, whatever is batched, cut, reused, preempted or drafted."""
 
+import asyncio
 import base64
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gemma4_compile import Engine, SamplingParams, SpeculativeConfig
+from gemma4_compile import AsyncEngine, Engine, RequestOutput, SamplingParams, SpeculativeConfig
 from gemma4_compile.demo.pictures import held_out_pictures, picture
 from gemma4_compile.graphs.buckets import Buckets
 from gemma4_compile.graphs.dispatch import GraphRunner
@@ -239,6 +241,26 @@ def test_who_takes_no_images() -> None:
     for sound in ({"prompt_token_ids": [2], "audio": [0.0]}, [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}]):
         with pytest.raises(ValueError, match="audio is not supported"):
             pictured("e").engine().add_request(sound, params())
+
+
+def test_an_async_engine_opens_images_beside_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, (given, images) = pictured("e").engine(), prompt([5, 6], 1, [7])
+    threads, opened = list[str](), engine.prepare
+
+    def noting(given: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return opened(given)
+
+    monkeypatch.setattr(engine, "prepare", noting)
+
+    async def answered() -> RequestOutput:
+        async with AsyncEngine(engine) as served:
+            with pytest.raises(ValueError, match="an image cannot be used|must be readable"):
+                await served.generate(given | {"images": [b"no picture"]}, params())
+            return await served.generate(given, params())
+
+    pictured("e").check(asyncio.run(answered()), images)
+    assert not threads[0].startswith("gemma4_compile") and len(threads) == 3  # the engine's is given what is prepared
 
 
 def test_an_image_longer_than_a_step() -> None:
