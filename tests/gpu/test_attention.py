@@ -138,12 +138,14 @@ PAIRS = {
 }
 
 
+@pytest.mark.parametrize("page", (16, 64))
 @pytest.mark.parametrize("window", (0, 512))
 @pytest.mark.parametrize("heads", ("full E2B", "sliding 26B"))
 @pytest.mark.parametrize("pair", PAIRS)
-def test_cuda_graph_serves_other_contents_of_the_same_shapes(pair: str, heads: str, window: int):
+def test_cuda_graph_serves_other_contents_of_the_same_shapes(pair: str, heads: str, window: int, page: int):
     steps = [
-        cuda_step(heads, requests, window=window, dtype=torch.bfloat16, padding=padding) for requests, padding in PAIRS[pair]
+        cuda_step(heads, requests, window=window, page=page, dtype=torch.bfloat16, padding=padding)
+        for requests, padding in PAIRS[pair]
     ]
     wanted = [ops.attention(*made.fresh()) for made in steps]
     static: tuple[Any, ...] = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in steps[0].args)
