@@ -42,7 +42,7 @@ class Run:
     @property
     def lines(self) -> list[str]:
         """Of the plug-in."""
-        return re.findall(r"\] (gemma4-compile.*)", self.log)
+        return re.findall(r"(?m)(?:^|\] )(gemma4-compile.*)", self.log)
 
 
 @pytest.fixture(scope="session")
