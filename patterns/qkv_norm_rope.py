@@ -19,44 +19,28 @@ from .template import Match, value_of
 ops = torch.ops.gemma4
 
 
-def search_qkv(
-    x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, q_bias: Any, k_bias: Any, v_bias: Any, heads: Any,
-    q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q = ops.rope(ops.rms_norm(F.linear(x, q_proj, q_bias).view(heads), q_weight, eps), cos, sin)
-    k = ops.rope(ops.rms_norm(F.linear(x, k_proj, k_bias).view(heads), k_weight, eps), cos, sin)
-    return q, k, ops.rms_norm_noscale(F.linear(x, v_proj, v_bias).view(heads), eps)
+def own_keys(rope: Any, fused: Any) -> tuple[Any, Any]:
+    """Search and replacement for a layer with keys and values of its own, by its rotation and the op in their place."""
 
+    def search(
+        x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, q_bias: Any, k_bias: Any, v_bias: Any, heads: Any,
+        q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        q = rope(ops.rms_norm(F.linear(x, q_proj, q_bias).view(heads), q_weight, eps), cos, sin)
+        k = rope(ops.rms_norm(F.linear(x, k_proj, k_bias).view(heads), k_weight, eps), cos, sin)
+        return q, k, ops.rms_norm_noscale(F.linear(x, v_proj, v_bias).view(heads), eps)
 
-def replace_qkv(
-    x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, q_bias: Any, k_bias: Any, v_bias: Any, heads: Any,
-    q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q = F.linear(x, q_proj, q_bias).view(heads)
-    k = F.linear(x, k_proj, k_bias).view(heads)
-    v = F.linear(x, v_proj, v_bias).view(heads)
-    q, k, v = ops.qkv_norm_rope(q, k, v, q_weight, k_weight, cos, sin, eps)
-    return q, k, v
+    def replace(
+        x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, q_bias: Any, k_bias: Any, v_bias: Any, heads: Any,
+        q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        q = F.linear(x, q_proj, q_bias).view(heads)
+        k = F.linear(x, k_proj, k_bias).view(heads)
+        v = F.linear(x, v_proj, v_bias).view(heads)
+        q, k, v = fused(q, k, v, q_weight, k_weight, cos, sin, eps)
+        return q, k, v
 
-
-def search_qkv_2d(
-    x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, q_bias: Any, k_bias: Any, v_bias: Any, heads: Any,
-    q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q = ops.rope_2d(ops.rms_norm(F.linear(x, q_proj, q_bias).view(heads), q_weight, eps), cos, sin)
-    k = ops.rope_2d(ops.rms_norm(F.linear(x, k_proj, k_bias).view(heads), k_weight, eps), cos, sin)
-    return q, k, ops.rms_norm_noscale(F.linear(x, v_proj, v_bias).view(heads), eps)
-
-
-def replace_qkv_2d(
-    x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, q_bias: Any, k_bias: Any, v_bias: Any, heads: Any,
-    q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q = F.linear(x, q_proj, q_bias).view(heads)
-    k = F.linear(x, k_proj, k_bias).view(heads)
-    v = F.linear(x, v_proj, v_bias).view(heads)
-    q, k, v = ops.qkv_norm_rope_2d(q, k, v, q_weight, k_weight, cos, sin, eps)
-    return q, k, v
+    return search, replace
 
 
 def search_k_eq_v(
@@ -111,8 +95,8 @@ def rewrites() -> tuple[Rewrite, ...]:
     both = all_guards(same_dtype("x", "q_weight", "k_weight", "cos", "sin"), rotary_shapes)
     alone = all_guards(same_dtype("q", "q_weight", "cos", "sin"), vectors_of_last_dim("q", "q_weight"), rotary_shapes)
     return (
-        Rewrite("qkv_norm_rope", search_qkv, replace_qkv, lambda: inputs("qkv"), both),
-        Rewrite("qkv_norm_rope_2d", search_qkv_2d, replace_qkv_2d, lambda: inputs("qkv"), both),
+        Rewrite("qkv_norm_rope", *own_keys(ops.rope, ops.qkv_norm_rope), lambda: inputs("qkv"), both),
+        Rewrite("qkv_norm_rope_2d", *own_keys(ops.rope_2d, ops.qkv_norm_rope_2d), lambda: inputs("qkv"), both),
         Rewrite("kv_norm_rope", search_k_eq_v, replace_k_eq_v, lambda: inputs("k_eq_v"), both),
         # Last: the q of the forms above looks like this too, and so does their k.
         Rewrite("q_norm_rope", search_q, replace_q, lambda: inputs("q"), alone),

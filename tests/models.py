@@ -42,17 +42,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@torch.no_grad()
+def _draw_scales(model: torch.nn.Module) -> None:
+    """Layer scalars and norm weights apart from 1, where each would be as good as none."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.uniform_(0.5, 1.0)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.uniform_(0.8, 1.2)
+
+
 def tiny(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Gemma4ForCausalLM:
     """A tiny model of a kind in CONFIGS, in eval mode."""
     torch.manual_seed(seed)
     model = Gemma4ForCausalLM(Gemma4TextConfig(**CONFIGS[kind] | overrides)).eval()
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name.endswith("layer_scalar"):
-                buffer.uniform_(0.5, 1.0)
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.8, 1.2)
+    _draw_scales(model)
     if kind == "moe":
         grouped = DEVICE == "cpu" or dtype == torch.bfloat16  # the CUDA kernel is for bf16 only
         model.set_experts_implementation("grouped_mm" if grouped else "batched_mm")
@@ -88,12 +93,7 @@ def tiny_multimodal(
     model: Any = Gemma4ForConditionalGeneration(config).eval()
     tower = model.model.vision_tower
     with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name.endswith("layer_scalar"):
-                buffer.uniform_(0.5, 1.0)
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.8, 1.2)
+        _draw_scales(model)
         tower.patch_embedder.position_embedding_table.normal_(0, 0.5)
         tower.patch_embedder.input_proj.weight.normal_(0, 0.3)
         tower.std_bias.uniform_(-0.2, 0.2)
@@ -123,12 +123,7 @@ def tiny_unified(dtype: torch.dtype = torch.float32, seed: int = 0, **overrides:
     config = Gemma4UnifiedConfig(text_config=text, vision_config=UNIFIED_VISION, audio_config=None, **ids)
     model: Any = Gemma4UnifiedForConditionalGeneration(config).eval()
     with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name.endswith("layer_scalar"):
-                buffer.uniform_(0.5, 1.0)
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.8, 1.2)
+        _draw_scales(model)
         embedder = model.model.embed_vision
         embedder.pos_embedding.normal_(0, 0.5)
         embedder.multimodal_embedder.embedding_projection.weight.normal_(0, 0.5)
