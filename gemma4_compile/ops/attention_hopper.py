@@ -83,9 +83,19 @@ def _finish_mix(mixed):
 
 
 @gluon_jit
-def _place_weights(weights, p_buffer):
+def _weigh(
+    scores, mixed, total, top, position, first, done, p_buffer, v_empty, lowest, highest, scale, WINDOW: gl.constexpr,
+    MIXED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Between the products of a block: its weights in shared memory, and the sums of those before it scaled to them."""
+    weights, kept, top = _weights_of(scores, top, position, first, lowest, highest, scale, WINDOW)
+    total = total * kept[:, None] + weights
+    sums = _finish_mix(mixed)
+    if done > 0:
+        mbarrier.arrive(v_empty.index((done - 1) % STAGES))
     p_buffer.store(weights.to(p_buffer.dtype))
     hopper.fence_async_shared()
+    return sums * gl.convert_layout(kept, gl.SliceLayout(1, MIXED))[:, None], total, top
 
 
 @gluon_jit
@@ -138,13 +148,10 @@ def _attend(
     mbarrier.arrive(k_empty.index(0))
     for block in range(begin, end - 1):
         done = block - begin
-        weights, kept, top = _weights_of(scores, top, position, block * BLOCK_N, lowest, highest, scale, WINDOW)
-        total = total * kept[:, None] + weights
-        sums = _finish_mix(mixed)
-        if done > 0:
-            mbarrier.arrive(v_empty.index((done - 1) % STAGES))
-        _place_weights(weights, p_buffer)
-        sums = sums * gl.convert_layout(kept, gl.SliceLayout(1, MIXED))[:, None]
+        sums, total, top = _weigh(
+            scores, mixed, total, top, position, block * BLOCK_N, done, p_buffer, v_empty, lowest, highest, scale, WINDOW,
+            MIXED, STAGES,
+        )  # fmt: skip
         started = _start_scores(q_buffer, k_buffers, k_full, done + 1, SCORES, STAGES)
         mbarrier.wait(v_full.index(done % STAGES), done // STAGES & 1)
         mixed = hopper.warpgroup_mma(p_buffer, v_buffers.index(done % STAGES), sums, is_async=True)
@@ -152,13 +159,10 @@ def _attend(
         barrier()
         mbarrier.arrive(k_empty.index((done + 1) % STAGES))
     done = end - 1 - begin
-    weights, kept, top = _weights_of(scores, top, position, (end - 1) * BLOCK_N, lowest, highest, scale, WINDOW)
-    total = total * kept[:, None] + weights
-    sums = _finish_mix(mixed)
-    if done > 0:
-        mbarrier.arrive(v_empty.index((done - 1) % STAGES))
-    _place_weights(weights, p_buffer)
-    sums = sums * gl.convert_layout(kept, gl.SliceLayout(1, MIXED))[:, None]
+    sums, total, top = _weigh(
+        scores, mixed, total, top, position, (end - 1) * BLOCK_N, done, p_buffer, v_empty, lowest, highest, scale, WINDOW,
+        MIXED, STAGES,
+    )  # fmt: skip
     mbarrier.wait(v_full.index(done % STAGES), done // STAGES & 1)
     if end * BLOCK_N > stop:
         _clear(v_buffers.index(done % STAGES), (end - 1) * BLOCK_N, stop)

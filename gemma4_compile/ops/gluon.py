@@ -40,6 +40,49 @@ def gated_product(gate, up, DTYPE: gl.constexpr):
     return (gelu * up.to(DTYPE).to(gl.float32)).to(DTYPE)
 
 
+@gluon_jit
+def multiply_steps(
+    a_buffers, b_buffers, a_full, b_full, empty, done, width, WARPS: gl.constexpr, APART: gl.constexpr
+):  # fmt: skip
+    """A tile's sums in fp32 from the steps in the buffers, `done` of all tiles before it; and how many are done then.
+
+    APART: rows and weights have barriers of their own, else a_full is both's."""
+    STAGES: gl.constexpr = a_buffers.shape[0]
+    ROWS: gl.constexpr = a_buffers.shape[1]
+    BLOCK: gl.constexpr = a_buffers.shape[2]
+    OUTPUTS: gl.constexpr = b_buffers.shape[1]
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, OUTPUTS, 16])
+    sums = gl.zeros([ROWS, OUTPUTS], gl.float32, SUMS)
+    for begin in range(0, width, BLOCK):
+        stage = done % STAGES
+        mbarrier.wait(a_full.index(stage), done // STAGES & 1)
+        if APART:
+            mbarrier.wait(b_full.index(stage), done // STAGES & 1)
+        started = hopper.warpgroup_mma(a_buffers.index(stage), b_buffers.index(stage).permute((1, 0)), sums, is_async=True)
+        sums = hopper.warpgroup_mma_wait(1, [started])
+        if begin > 0:
+            barrier()
+            mbarrier.arrive(empty.index((done - 1) % STAGES))
+        done += 1
+    sums = hopper.warpgroup_mma_wait(0, [sums])
+    barrier()
+    mbarrier.arrive(empty.index((done - 1) % STAGES))
+    return sums, done
+
+
+@gluon_jit
+def results_of(sums, DTYPE: gl.constexpr, GATED: gl.constexpr):
+    """The sums rounded; if gated, of which the first half of the columns is the gate's, geglu of the halves."""
+    ROWS: gl.constexpr = sums.shape[0]
+    HALF: gl.constexpr = sums.shape[1] // 2
+    if GATED:
+        gate, up = sums.reshape([ROWS, 2, HALF]).permute([0, 2, 1]).split()
+        results = gated_product(gate, up, DTYPE)
+    else:
+        results = sums.to(DTYPE)
+    return results
+
+
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether kernels of this kind run there."""

@@ -120,6 +120,27 @@ def _pair_down_kernel(
     tl.store(out_ptr + token * ROWS + output, total, output < ROWS)
 
 
+@jit
+def _list_tiles(tiles_ptr, bound, tile, expert, first, end, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """An expert's tiles, from number `tile` on, of its sorted positions first to end."""
+    lane = tl.arange(0, BLOCK)
+    for begin in range(0, (end - first + ROWS - 1) // ROWS, BLOCK):
+        position = first + (begin + lane) * ROWS
+        tl.store(tiles_ptr + tile + begin + lane, expert, position < end)
+        tl.store(tiles_ptr + bound + tile + begin + lane, position, position < end)
+
+
+@jit
+def _fill_rest(order_ptr, tiles_ptr, known, pairs, tiles, bound, BLOCK: tl.constexpr):
+    """No tile behind the last, and a pair in the places of those that are not here: the vendor's product is given rows for
+    them too."""
+    lane = tl.arange(0, BLOCK)
+    for begin in range(tiles, bound, BLOCK):
+        tl.store(tiles_ptr + begin + lane, -1, begin + lane < bound)
+    for begin in range(known, pairs, BLOCK):
+        tl.store(order_ptr + begin + lane, 0, begin + lane < pairs)
+
+
 @jit(do_not_specialize=["pairs", "bound"])  # one compilation for all token counts
 def _sort_kernel(
     indices_ptr, order_ptr, place_ptr, ends_ptr, tiles_ptr, pairs, bound,
@@ -158,16 +179,9 @@ def _sort_kernel(
         if mine == 0:
             tl.store(place_ptr + pair, -1, (pair < pairs) & ((chosen < 0) | (chosen >= EXPERTS)))
         seen += tl.sum(ours.to(tl.int32))
-    for begin in range(0, (end - first + ROWS - 1) // ROWS, BLOCK):
-        tile = begin + lane
-        ours = first + tile * ROWS < end
-        tl.store(tiles_ptr + first_tile + tile, mine, ours)
-        tl.store(tiles_ptr + bound + first_tile + tile, first + tile * ROWS, ours)
+    _list_tiles(tiles_ptr, bound, first_tile, mine, first, end, ROWS, BLOCK)
     if mine == 0:
-        for begin in range(tl.sum(tiles), bound, BLOCK):
-            tl.store(tiles_ptr + begin + lane, -1, begin + lane < bound)
-        for begin in range(tl.sum(counts), pairs, BLOCK):  # the vendor's product is given rows for these too
-            tl.store(order_ptr + begin + lane, 0, begin + lane < pairs)
+        _fill_rest(order_ptr, tiles_ptr, tl.sum(counts), pairs, tl.sum(tiles), bound, BLOCK)
 
 
 @jit(do_not_specialize=["pairs"])
@@ -221,16 +235,9 @@ def _place_kernel(
         first = end - tl.sum(tl.where(expert == one, counts, 0))
         first_tile = tl.sum(tl.where(expert == one, end_tiles - tiles, 0))
         tl.store(ends_ptr + one, end)
-        for begin in range(0, (end - first + ROWS - 1) // ROWS, CHUNK):
-            tile = begin + lane
-            ours = first + tile * ROWS < end
-            tl.store(tiles_ptr + first_tile + tile, one, ours)
-            tl.store(tiles_ptr + bound + first_tile + tile, first + tile * ROWS, ours)
+        _list_tiles(tiles_ptr, bound, first_tile, one, first, end, ROWS, CHUNK)
     if mine == 0:
-        for begin in range(tl.sum(tiles), bound, CHUNK):
-            tl.store(tiles_ptr + begin + lane, -1, begin + lane < bound)
-        for begin in range(tl.sum(counts), pairs, CHUNK):
-            tl.store(order_ptr + begin + lane, 0, begin + lane < pairs)
+        _fill_rest(order_ptr, tiles_ptr, tl.sum(counts), pairs, tl.sum(tiles), bound, CHUNK)
 
 
 @jit(do_not_specialize=["bound"])  # one compilation for all token counts

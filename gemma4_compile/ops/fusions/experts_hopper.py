@@ -12,7 +12,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.gluon import async_copy, barrier, blocks_of, gated_product, gl, gluon_jit, hopper, is_hopper, mbarrier
+from gemma4_compile.ops.gluon import (
+    async_copy,
+    barrier,
+    blocks_of,
+    gl,
+    gluon_jit,
+    hopper,
+    is_hopper,
+    mbarrier,
+    multiply_steps,
+    results_of,
+)
 from gemma4_compile.ops.plans import PROCESSORS
 
 ROWS = 128  # pairs of a tile
@@ -80,42 +91,20 @@ def _load_tiles(
 @gluon_jit
 def _multiply_tiles(
     a_buffers, b_buffers, a_full, b_full, empty, out_ptr, ends_ptr, tiles_ptr, bound,
-    COUNT: gl.constexpr, WIDTH: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr,
+    COUNT: gl.constexpr, WIDTH: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = a_buffers.shape[1]
-    BLOCK: gl.constexpr = a_buffers.shape[2]
     OUTPUTS: gl.constexpr = b_buffers.shape[1]
     N: gl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
     PARTS: gl.constexpr = (COUNT + N - 1) // N
     DTYPE: gl.constexpr = out_ptr.dtype.element_ty
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, OUTPUTS, 16])
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     done = 0
     for item in range(gl.program_id(0), bound * PARTS, gl.num_programs(0)):
         expert = gl.load(tiles_ptr + item // PARTS)
         if expert >= 0:
-            sums = gl.zeros([ROWS, OUTPUTS], gl.float32, SUMS)
-            for begin in range(0, WIDTH, BLOCK):
-                stage = done % STAGES
-                mbarrier.wait(a_full.index(stage), done // STAGES & 1)
-                mbarrier.wait(b_full.index(stage), done // STAGES & 1)
-                started = hopper.warpgroup_mma(
-                    a_buffers.index(stage), b_buffers.index(stage).permute((1, 0)), sums, is_async=True
-                )
-                sums = hopper.warpgroup_mma_wait(1, [started])
-                if begin > 0:
-                    barrier()
-                    mbarrier.arrive(empty.index((done - 1) % STAGES))
-                done += 1
-            sums = hopper.warpgroup_mma_wait(0, [sums])
-            barrier()
-            mbarrier.arrive(empty.index((done - 1) % STAGES))
-
-            if GATED:
-                gate, up = sums.reshape([ROWS, 2, N]).permute([0, 2, 1]).split()
-                result = gated_product(gate, up, DTYPE)
-            else:
-                result = sums.to(DTYPE)
+            sums, done = multiply_steps(a_buffers, b_buffers, a_full, b_full, empty, done, WIDTH, 8, True)
+            result = results_of(sums, DTYPE, GATED)
             place = gl.load(tiles_ptr + bound + item // PARTS) + gl.arange(0, ROWS, gl.SliceLayout(1, STORED))
             column = item % PARTS * N + gl.arange(0, N, gl.SliceLayout(0, STORED))
             inside = (place < gl.load(ends_ptr + expert))[:, None] & (column < COUNT)[None, :]
@@ -146,7 +135,7 @@ def _hopper_tiles_kernel(
     gl.warp_specialize(
         [
             (_multiply_tiles, (
-                a_buffers, b_buffers, a_full, b_full, empty, out_ptr, ends_ptr, tiles_ptr, bound, COUNT, WIDTH, GATED, STAGES,
+                a_buffers, b_buffers, a_full, b_full, empty, out_ptr, ends_ptr, tiles_ptr, bound, COUNT, WIDTH, GATED,
             )),
             (_load_tiles, (
                 x_ptr, weights, a_buffers, b_buffers, a_full, b_full, empty, order_ptr, ends_ptr, tiles_ptr, bound, x_stride,

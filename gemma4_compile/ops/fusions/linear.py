@@ -190,7 +190,8 @@ def _products(x: Tensor, weights: tuple[Tensor, ...], gated: bool = False) -> li
     """x times each weight, or gelu(x * first) * (x * second), in one launch; None: cuBLAS is as fast, or has to do it."""
     if not (x.numel() and all(weight.numel() and weight.is_contiguous() for weight in weights)):
         return None
-    outputs, (rows, width) = sum(weight.shape[0] for weight in weights), as_rows(x).shape
+    outputs, width = sum(weight.shape[0] for weight in weights), x.shape[-1]
+    rows = x.numel() // width
     hopper = 32 < rows <= 128 and hopper_takes(as_rows(x), weights)
     plan = product_plan(rows, len(weights), outputs, width, gated, x.element_size(), hopper)
     return None if plan is None else launch_products(x, weights, gated, plan)

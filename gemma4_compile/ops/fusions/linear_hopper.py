@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.gluon import barrier, blocks_of, gated_product, gl, gluon_jit, hopper, is_hopper, mbarrier
+from gemma4_compile.ops.gluon import blocks_of, gl, gluon_jit, hopper, is_hopper, mbarrier, multiply_steps, results_of
 from gemma4_compile.ops.plans import PROCESSORS, HopperProductsPlan
 
 BLOCK = 64  # columns of a step
@@ -55,39 +55,21 @@ def _load_tiles(
 @gluon_jit
 def _multiply_tiles(
     x_buffers, w_buffers, full, empty, first_out_ptr, second_out_ptr, third_out_ptr, first_rows, second_rows, third_rows,
-    first_tiles, second_tiles, tiles, width, tokens, GATED: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    first_tiles, second_tiles, tiles, width, tokens, GATED: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     TOKENS: gl.constexpr = x_buffers.shape[1]
-    BLOCK: gl.constexpr = x_buffers.shape[2]
     OUTPUTS: gl.constexpr = w_buffers.shape[1]
     N: gl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
     DTYPE: gl.constexpr = first_out_ptr.dtype.element_ty
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, OUTPUTS, 16])
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [WARPS, 1], [1, 0])
     done = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        sums = gl.zeros([TOKENS, OUTPUTS], gl.float32, SUMS)
-        for begin in range(0, width, BLOCK):
-            stage = done % STAGES
-            mbarrier.wait(full.index(stage), done // STAGES & 1)
-            started = hopper.warpgroup_mma(x_buffers.index(stage), w_buffers.index(stage).permute((1, 0)), sums, is_async=True)
-            sums = hopper.warpgroup_mma_wait(1, [started])
-            if begin > 0:
-                barrier()
-                mbarrier.arrive(empty.index((done - 1) % STAGES))
-            done += 1
-        sums = hopper.warpgroup_mma_wait(0, [sums])
-        barrier()
-        mbarrier.arrive(empty.index((done - 1) % STAGES))
-
+        sums, done = multiply_steps(x_buffers, w_buffers, full, full, empty, done, width, WARPS, False)
+        result = results_of(sums, DTYPE, GATED)
         out_ptr = first_out_ptr
         count = first_rows
         local = tile
-        if GATED:
-            gate, up = sums.reshape([TOKENS, 2, N]).permute([0, 2, 1]).split()
-            result = gated_product(gate, up, DTYPE)
-        else:
-            result = sums.to(DTYPE)
+        if not GATED:
             if tile >= first_tiles + second_tiles:
                 out_ptr = third_out_ptr
                 count = third_rows
@@ -131,7 +113,7 @@ def _hopper_products_kernel(
         [
             (_multiply_tiles, (
                 x_buffers, w_buffers, full, empty, first_out_ptr, second_out_ptr, third_out_ptr, first_rows, second_rows,
-                third_rows, first_tiles, second_tiles, tiles, width, tokens, GATED, STAGES, WARPS,
+                third_rows, first_tiles, second_tiles, tiles, width, tokens, GATED, WARPS,
             )),
             (_load_tiles, (
                 x, first, second, third, x_buffers, w_buffers, full, empty, first_tiles, second_tiles, tiles, width,
