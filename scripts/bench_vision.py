@@ -1,13 +1,15 @@
 """Images: the encoder alone, whole requests, and the first token, against plain Hugging Face and the FLOP floor.
 
-    python scripts/bench_vision.py [--model E2B] [--out FILE]
+    python scripts/bench_vision.py [--model E2B] [--parts encoder,requests,first] [--out FILE]
     python scripts/bench_vision.py --quick --device cpu          # few layers, few small images: does it run?
 
 Random weights (norms 1, matrices N(0, 0.02)) at real size, random pictures of --side pixels. The vision tower is that of
 --config, a checkpoint's config.json, or of transformers' Gemma4VisionConfig: 16 layers of 768. Reported:
 
     encoder   images a second: Hugging Face one by one, and as padded batches of --batch; ours, packed; and the floor, the
-              products' FLOP at the device's measured rate. Pixels are ready: preprocessing is timed by itself
+              products' FLOP at the device's measured rate. Pixels are ready: preprocessing is timed by itself. And how far
+              features are apart, of their rms: bf16 of random weights is far from fp32 for Hugging Face itself, since each
+              head's softmax has nearly one winner
     requests  seconds of --prompts prompts of --images images and --new new tokens: the engine, and the same engine with
               Hugging Face's tower one image at a time. Prompts are prepared before
     first     ms to the first token of one prompt with one image: the engine, and Hugging Face's generate() with its forward
@@ -17,11 +19,14 @@ Random weights (norms 1, matrices N(0, 0.02)) at real size, random pictures of -
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +46,7 @@ from gemma4_compile.hf.loading import cut, randomize
 from gemma4_compile.runtime.vision.spans import Patches, PreparedPrompt
 
 ROUNDS = 5
+PARTS = ("encoder", "requests", "first")
 SMALL_RATE = 1e10  # FLOP/s that stand for the device's where it is no GPU
 
 
@@ -53,10 +59,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=480, help="pixels")
     parser.add_argument("--new", type=int, default=100, help="tokens of an answer")
     parser.add_argument("--batch", type=int, default=32, help="images of Hugging Face's batches")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=PARTS, help="comma-separated")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="few layers and images")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"--parts takes {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     if args.quick:
         args.prompts, args.images, args.side, args.new, args.batch = 3, 2, 96, 4, 4
     return args
@@ -76,16 +85,18 @@ def model_of(args: argparse.Namespace) -> Any:
     return randomize(lambda: Gemma4ForConditionalGeneration(config), args.device, dtype, 0).requires_grad_(False)
 
 
-def seconds(run: Callable[[], Any], device: str, rounds: int = ROUNDS) -> float:
+def seconds(run: Callable[[], Any], device: str, rounds: int = ROUNDS, warm_up: bool = True) -> float:
     """Median, behind one that nobody counts."""
+    if warm_up:
+        run()
     found = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         synchronize(device)
         start = time.perf_counter()
         run()
         synchronize(device)
         found.append(time.perf_counter() - start)
-    return statistics.median(found[1:])
+    return statistics.median(found)
 
 
 def synchronize(device: str) -> None:
@@ -124,86 +135,119 @@ def flop(model: Any, images: Sequence[Patches]) -> float:
     return float(sum(2 * n * weights + 4 * n * n * inner for n in counts))
 
 
-def main() -> None:
-    args = parse()
-    model, processor, device = model_of(args), Gemma4ImageProcessorPil(), args.device
-    chooser = np.random.default_rng(0)
-    count = args.prompts * args.images
-    pictures = [chooser.integers(0, 256, (args.side, args.side, 3), dtype=np.uint8) for _ in range(count)]
-    config = EngineConfig(text_only=False, max_model_len=8192 if device == "cuda" else 2048, image_cache_bytes=1 << 33)
-    if args.quick:
-        config = EngineConfig(text_only=False, max_model_len=1024, kv_bytes=1 << 26, max_requests=8, max_batched_tokens=1024)
-    engine = Engine(model, config, processor=processor)
-    assert engine.runner.images is not None
-    encoder, marks = engine.runner.images.encoder, model.config.image_token_id
-    start = time.perf_counter()
-    prompts = []
-    for index in range(args.prompts):
-        mine = pictures[index * args.images : (index + 1) * args.images]
-        before, after = chooser.integers(100, 10_000, (2, 20)).tolist()
-        ids = [2, *before, *[marks] * args.images, *after]
-        prompts.append(engine.prepare({"prompt_token_ids": ids, "images": mine}))
-    preparing = time.perf_counter() - start
-    images = [span.image for prompt in prompts for span in prompt.images]
-    plain = HuggingFace(model, device)
-    few = images[: min(count, 64)]
+class Bench:
+    """One model, its engine, and all prompts prepared."""
 
-    rate = product_rate() if device == "cuda" else SMALL_RATE
-    report: dict[str, Any] = {
-        "model": args.model, "vision": args.config.name if args.config else "Gemma4VisionConfig()", "prompts": args.prompts,
-        "images": args.images, "side": args.side, "new": args.new, "soft tokens": images[0].tokens,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
-        "transformers": transformers.__version__, "images prepared a second, one thread": round(count / preparing, 1),
-    }  # fmt: skip
-    took = {
-        "one by one": seconds(partial(plain.encode, few), device, 2) / len(few),
-        "batched": seconds(partial(plain.encode, few, args.batch), device, 2) / len(few),
-        "ours": seconds(partial(encoder.encode, images), device, 2) / count,
-        "ours, one image": seconds(partial(encoder.encode, images[:1]), device),
-        "one image": seconds(partial(plain.encode, images[:1]), device),
-        "floor": flop(model, images) / rate / count,
-    }
-    report["encoder, images a second"] = {name: round(1 / each, 1) for name, each in took.items()}
-    packed_one, other = encoder.encode(images[:1])[0].float(), plain.encode(images[:1])[0].float()
-    report["encoder, rms difference of rms"] = float((packed_one - other).square().mean().sqrt() / other.square().mean().sqrt())
-    print(json.dumps(report, indent=1), flush=True)
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, args.device
+        self.model, chooser = model_of(args), np.random.default_rng(0)
+        shape = (args.images, args.side, args.side, 3)
+        asked = []
+        for _ in range(args.prompts):
+            before, after = chooser.integers(100, 10_000, (2, 20)).tolist()
+            ids = [2, *before, *[self.model.config.image_token_id] * args.images, *after]
+            asked.append({"prompt_token_ids": ids, "images": list(chooser.integers(0, 256, shape, dtype=np.uint8))})
+        config = EngineConfig(text_only=False, max_model_len=8192, image_cache_bytes=1 << 33, memory_fraction=0.6)
+        if args.quick:
+            config = EngineConfig(
+                text_only=False, max_model_len=1024, kv_bytes=1 << 26, max_requests=8, max_batched_tokens=1024
+            )
+        self.engine = Engine(self.model, config, processor=Gemma4ImageProcessorPil())
+        assert self.engine.runner.images is not None
+        self.encoder, self.plain = self.engine.runner.images.encoder, HuggingFace(self.model, self.device)
+        threads = min(8, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads) as pool:
+            start = time.perf_counter()
+            self.prompts = list(pool.map(self.engine.prepare, asked))
+            preparing = time.perf_counter() - start
+        self.images = [span.image for prompt in self.prompts for span in prompt.images]
+        self.about = {
+            "model": args.model, "vision": args.config.name if args.config else "Gemma4VisionConfig()",
+            "prompts": args.prompts, "images": args.images, "side": args.side, "new": args.new,
+            "soft tokens": self.images[0].tokens,
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            f"images prepared a second, {threads} threads": round(len(self.images) / preparing, 1),
+        }  # fmt: skip
 
-    params = SamplingParams(max_tokens=args.new, ignore_eos=True)
+    def encoder_alone(self) -> dict[str, Any]:
+        rate = product_rate() if self.device == "cuda" else SMALL_RATE
+        plain, encoder, images = self.plain, self.encoder, self.images
+        few, one, count = images[:64], images[:1], len(images)
+        took = {
+            "one by one": seconds(partial(plain.encode, few), self.device, 2) / len(few),
+            "batched": seconds(partial(plain.encode, few, self.args.batch), self.device, 2) / len(few),
+            "ours": seconds(partial(encoder.encode, images), self.device, 2) / count,
+            "ours, one image": seconds(partial(encoder.encode, one), self.device),
+            "one image": seconds(partial(plain.encode, one), self.device),
+            "floor": flop(self.model, images) / rate / count,
+        }
+        ours, theirs = encoder.encode(one)[0], plain.encode(one)[0]
+        exact = HuggingFace(copy.deepcopy(self.model).float(), self.device).encode(one)[0]
+        return {
+            "encoder, images a second": {name: round(1 / each, 1) for name, each in took.items()},
+            "encoder, rms difference of rms": {
+                "ours to fp32": apart(ours, exact),
+                "Hugging Face to fp32": apart(theirs, exact),
+                "ours to Hugging Face": apart(ours, theirs),
+            },
+        }
 
-    def serve(asked: list[PreparedPrompt], sampling: SamplingParams = params) -> None:
-        encoder.forget()
-        engine.runner.pages.reset()
-        outputs = engine.generate(asked, sampling)
+    def whole_requests(self) -> dict[str, Any]:
+        params = SamplingParams(max_tokens=self.args.new, ignore_eos=True)
+        found, packed = {}, self.encoder.encode
+        for name, encode in (("engine", packed), ("engine, one image at a time", self.plain.encode)):
+            self.encoder.encode = encode  # type: ignore[method-assign]
+            self.serve(self.prompts[:8], params)
+            found[name] = round(seconds(partial(self.serve, self.prompts, params), self.device, 1, warm_up=False), 3)
+        self.encoder.encode = packed  # type: ignore[method-assign]
+        return {"requests, s": found}
+
+    def serve(self, asked: list[PreparedPrompt], sampling: SamplingParams) -> None:
+        """With no image encoded before, and no key or value."""
+        self.encoder.forget()
+        self.engine.runner.pages.reset()
+        outputs = self.engine.generate(asked, sampling)
         assert not any(output.error for output in outputs), outputs[0].error
 
-    whole = {"engine": seconds(partial(serve, prompts), device, 2)}
-    packed = encoder.encode
-    encoder.encode = plain.encode  # type: ignore[method-assign]
-    whole["engine, one image at a time"] = seconds(partial(serve, prompts), device, 2)
-    encoder.encode = packed  # type: ignore[method-assign]
-    report["requests, s"] = {name: round(each, 3) for name, each in whole.items()}
+    def first_token(self) -> dict[str, Any]:
+        prompt = self.prompts[0]
+        alone = PreparedPrompt(prompt.tokens[: prompt.images[0].end + 1], prompt.images[:1])
+        first = {"engine": seconds(partial(self.serve, [alone], SamplingParams(max_tokens=1)), self.device)}
+        span = alone.images[0].image
+        given = {
+            "input_ids": torch.tensor([alone.tokens], device=self.device),
+            "pixel_values": torch.from_numpy(span.numbers()).flatten(0, 1)[None].to(self.device),
+            "image_position_ids": torch.from_numpy(span.positions).flatten(0, 1)[None].to(self.device),
+        }
 
-    (alone,) = (PreparedPrompt(p.tokens[: p.images[0].end + 1], p.images[:1]) for p in prompts[:1])
-    one = SamplingParams(max_tokens=1)
-    first = {"engine": seconds(partial(serve, [alone], one), device)}
-    compiled = torch.compile(model.forward)
-    row = torch.tensor([alone.tokens], device=device)
-    span = alone.images[0].image
-    given = {
-        "pixel_values": torch.from_numpy(span.numbers()).flatten(0, 1)[None].to(device),
-        "image_position_ids": torch.from_numpy(span.positions).flatten(0, 1)[None].to(device),
-    }
+        @torch.no_grad()
+        def plainly(forward: Callable[..., Any]) -> int:
+            return int(forward(**given, logits_to_keep=1).logits[0, -1].argmax())
 
-    @torch.no_grad()
-    def plainly(forward: Callable[..., Any]) -> int:
-        return int(forward(input_ids=row, **given, logits_to_keep=1).logits[0, -1].argmax())
+        first["Hugging Face"] = seconds(partial(plainly, self.model.forward), self.device)
+        print(first, flush=True)  # compiling takes minutes
+        first["Hugging Face, compiled"] = seconds(partial(plainly, torch.compile(self.model.forward)), self.device)
+        return {"first token, ms": {name: round(1000 * each, 2) for name, each in first.items()}}
 
-    first["Hugging Face"] = seconds(partial(plainly, model.forward), device)
-    first["Hugging Face, compiled"] = seconds(partial(plainly, compiled), device)
-    report["first token, ms"] = {name: round(1000 * each, 2) for name, each in first.items()}
+
+def apart(one: Tensor, other: Tensor) -> float:
+    difference, size = (one.float() - other.float()).square().mean().sqrt(), other.float().square().mean().sqrt()
+    return round(float(difference / size), 4)
+
+
+def main() -> None:
+    args = parse()
+    bench = Bench(args)
+    run = {"encoder": bench.encoder_alone, "requests": bench.whole_requests, "first": bench.first_token}
+    report = dict(bench.about)
+    for part in args.parts:
+        found = run[part]()
+        print(json.dumps(found, indent=1), flush=True)
+        report |= found
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

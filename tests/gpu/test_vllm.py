@@ -21,7 +21,7 @@ from tests.vllm.test_graphs import outputs, passed
 @pytest.mark.parametrize("path", sorted(GRAPHS.glob("*-e.json")), ids=lambda path: path.stem)
 def test_fused_graph_computes_the_same(path: Path, tokens: int) -> None:
     trace_patterns(pipeline(FUSIONS, {}, (RaiseNorms(), LowerNorms())))
-    recorded = load(path.stem, torch.float32)
+    recorded = load(path.stem, torch.float32, "cuda")
     inputs = [i.cuda() if isinstance(i, Tensor) else i for i in recorded.inputs(tokens, torch.float32)]
     expected = outputs(copy.deepcopy(recorded.module), inputs)
     passed(recorded)

@@ -113,8 +113,8 @@ class Recorded:
         return [_drawn(node, tokens, dtype, generator) for node in self.graph.find_nodes(op="placeholder")]
 
 
-def load(name: str, dtype: torch.dtype = torch.bfloat16) -> Recorded:
-    """A graph of GRAPHS; its bf16 tensors become those of `dtype`."""
+def load(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Recorded:
+    """A graph of GRAPHS; its bf16 tensors become those of `dtype`, and what it makes itself lies on `device`."""
     first, *lines = (GRAPHS / f"{name}.json").read_text().splitlines()
     header = json.loads(first)
     for op, schema in header["schemas"].items():
@@ -124,12 +124,14 @@ def load(name: str, dtype: torch.dtype = torch.bfloat16) -> Recorded:
     graph, nodes, sizes = Graph(), dict[str, Node](), dict[str, Any]()
     for line in lines:
         name, op, target, args, kwargs, value, path = json.loads(line)
-        node = graph.create_node(op, _found(op, target), _made(args, nodes, dtype), _made(kwargs, nodes, dtype), name)
+        node = graph.create_node(
+            op, _found(op, target), _made(args, nodes, dtype, device), _made(kwargs, nodes, dtype, device), name
+        )
         nodes[name] = node
         if path:
             node.meta["nn_module_stack"] = {path: (path, object)}
         with fake_mode:
-            node.meta["example_value"] = _faked(value, sizes, shape_env, dtype)
+            node.meta["example_value"] = _faked(value, sizes, shape_env, dtype, device)
     return Recorded(header["versions"], GraphModule({}, graph))
 
 
@@ -207,29 +209,29 @@ def _found(op: str, target: str) -> Any:
     return found
 
 
-def _made(value: Any, nodes: dict[str, Node], dtype: torch.dtype) -> Any:
+def _made(value: Any, nodes: dict[str, Node], dtype: torch.dtype, device: str) -> Any:
     if isinstance(value, list):
-        return [_made(v, nodes, dtype) for v in value]
+        return [_made(v, nodes, dtype, device) for v in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "node":
         return nodes[content]
     if kind == "dict":
-        return {k: _made(v, nodes, dtype) for k, v in content.items()}
+        return {k: _made(v, nodes, dtype, device) for k, v in content.items()}
     if kind in ("tuple", "slice"):
-        items = [_made(v, nodes, dtype) for v in content]
+        items = [_made(v, nodes, dtype, device) for v in content]
         return tuple(items) if kind == "tuple" else slice(*items)
     if kind == "dtype":
         return _dtype(content, dtype)
-    return {"ellipsis": ..., "device": torch.device("cpu"), "object": content}[kind]
+    return {"ellipsis": ..., "device": torch.device(device), "object": content}[kind]
 
 
 def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype if name == "bfloat16" else getattr(torch, name)
 
 
-def _faked(value: Any, sizes: dict[str, Any], shape_env: ShapeEnv, dtype: torch.dtype) -> Any:
+def _faked(value: Any, sizes: dict[str, Any], shape_env: ShapeEnv, dtype: torch.dtype, device: str) -> Any:
     def size(text: Any) -> Any:
         if isinstance(text, int):
             return text
@@ -242,7 +244,7 @@ def _faked(value: Any, sizes: dict[str, Any], shape_env: ShapeEnv, dtype: torch.
 
     if isinstance(value, str):
         return size(value)
-    return None if value is None else torch.empty([size(s) for s in value[1]], dtype=_dtype(value[0], dtype))
+    return None if value is None else torch.empty([size(s) for s in value[1]], dtype=_dtype(value[0], dtype), device=device)
 
 
 def _drawn(node: Node, tokens: int, dtype: torch.dtype, generator: torch.Generator) -> Any:
