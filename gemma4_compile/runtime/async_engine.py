@@ -24,6 +24,30 @@ from .vision.prompts import has_images
 _Command = tuple[Any, ...]  # a function of the engine's thread and its arguments
 
 
+class _Unread:
+    """What came for a request and was not read yet; of one event loop. Chunks of a sample that wait are joined: a reader who
+    falls behind gets fewer, and they take no more room than its tokens."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int | None, Chunk | BaseException] = {}  # by sample, an error under None; the last put is the last
+        self._came = asyncio.Event()
+
+    def put(self, part: Chunk | BaseException) -> None:
+        if isinstance(part, Chunk):
+            waiting = self._parts.pop(part.index, None)
+            self._parts[part.index] = waiting.joined(part) if isinstance(waiting, Chunk) else part
+        else:
+            self._parts[None] = part
+        self._came.set()
+
+    async def get(self) -> Chunk | BaseException:
+        await self._came.wait()
+        part = self._parts.pop(next(iter(self._parts)))
+        if not self._parts:
+            self._came.clear()
+        return part
+
+
 class AsyncEngine:
     """An Engine that many coroutines share; arguments as Engine's, or an Engine that nobody else drives.
 
@@ -48,7 +72,7 @@ class AsyncEngine:
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._numbers = itertools.count()
         self._closed, self._lock = False, threading.Lock()
-        self._waiting: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Any]]] = {}
+        self._waiting: dict[str, tuple[asyncio.AbstractEventLoop, _Unread]] = {}
         self._thread = threading.Thread(target=self._run, name="gemma4_compile engine", daemon=True)
         self._thread.start()
 
@@ -73,7 +97,7 @@ class AsyncEngine:
         request_id = request_id or f"async-{next(self._numbers)}"
         if has_images(prompt):  # the engine's thread has steps to launch meanwhile
             prompt = await asyncio.to_thread(self.engine.prepare, prompt)
-        chunks: asyncio.Queue[Any] = asyncio.Queue()
+        chunks = _Unread()
         self._send(self._add, prompt, params, request_id, stream, asyncio.get_running_loop(), chunks)
         ended = False
         try:
@@ -146,7 +170,7 @@ class AsyncEngine:
 
     def _add(
         self, prompt: Prompt, params: SamplingParams | None, request_id: str, stream: bool,
-        loop: asyncio.AbstractEventLoop, chunks: "asyncio.Queue[Any]",
+        loop: asyncio.AbstractEventLoop, chunks: _Unread,
     ) -> None:  # fmt: skip
         try:
             self.engine.add_request(prompt, params, request_id, stream=stream)
@@ -155,14 +179,14 @@ class AsyncEngine:
         else:
             self._waiting[request_id] = loop, chunks
 
-    def _abort(self, request_id: str, chunks: "asyncio.Queue[Any]") -> None:
+    def _abort(self, request_id: str, chunks: _Unread) -> None:
         if request_id in self._waiting and self._waiting[request_id][1] is chunks:  # not another's, who has this id now
             self.engine.abort(request_id)
             del self._waiting[request_id]
 
     def _give(self, parts: list[tuple[str, Any]]) -> None:
         """Chunks and errors to those who wait for them; one call for each event loop."""
-        calls: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Any], Any]]] = {}
+        calls: dict[asyncio.AbstractEventLoop, list[tuple[_Unread, Any]]] = {}
         for request_id, part in parts:
             if request_id not in self._waiting:
                 continue
@@ -174,10 +198,10 @@ class AsyncEngine:
             _put(loop, puts)
 
 
-def _put(loop: asyncio.AbstractEventLoop, puts: list[tuple["asyncio.Queue[Any]", Any]]) -> None:
+def _put(loop: asyncio.AbstractEventLoop, puts: list[tuple[_Unread, Any]]) -> None:
     def put_all() -> None:
         for chunks, part in puts:
-            chunks.put_nowait(part)
+            chunks.put(part)
 
     with suppress(RuntimeError):  # the loop is closed: nobody waits any more
         loop.call_soon_threadsafe(put_all)

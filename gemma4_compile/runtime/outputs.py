@@ -1,7 +1,7 @@
 """What an engine gives back: chunks while a request runs, its output when it has ended."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .metrics import RequestMetrics
 
@@ -84,3 +84,8 @@ class Chunk:
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] | None = None
     output: RequestOutput | None = None
+
+    def joined(self, later: "Chunk") -> "Chunk":
+        """This and the next of its sample as one."""
+        logprobs = None if self.logprobs is None else self.logprobs + (later.logprobs or [])
+        return replace(later, token_ids=self.token_ids + later.token_ids, text=self.text + later.text, logprobs=logprobs)

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions: messages are answered."""
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -69,7 +68,7 @@ class _Chat:
         if images:
             prompt = await prepared(context.engine, {"prompt_token_ids": tokens, "images": images})
         thinks = context.template is not None and bool(kwargs.get("enable_thinking"))
-        constraint = await asyncio.to_thread(context.grammars.of, asked, _needed(asked), _several(asked), thinks)
+        constraint = await context.grammars.of(asked, _needed(asked), _several(asked), thinks)
         return cls(context, asked, request_id, text, prompt, constraint)
 
     def _answer(self) -> Answer:

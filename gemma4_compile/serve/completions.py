@@ -1,6 +1,5 @@
 """POST /v1/completions: texts or token ids are continued."""
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -61,7 +60,7 @@ class _Completion:
         echoes = [""] * len(prompts)
         if asked.echo:
             echoes = [one if isinstance(one, str) else await texts.decode(one, True) for one in given]
-        constraint = await asyncio.to_thread(context.grammars.of, asked)
+        constraint = await context.grammars.of(asked)
         return cls(context, asked, request_id, prompts, echoes, constraint)
 
     async def whole(self) -> JSONResponse:

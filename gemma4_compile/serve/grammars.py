@@ -1,5 +1,6 @@
 """Structured output: what a request asks for as a grammar in llguidance's Lark, and a grammar as a Constraint."""
 
+import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -30,20 +31,27 @@ class Grammars:
         self._tokenizer, self._tokens = tokenizer, tokens
         self._matcher = lru_cache(_CACHED)(self._compiled)
 
-    def of(
+    async def of(
         self,
         asked: ChatRequest | CompletionRequest,
         tools: list[Tool] | None = None,
         several: bool = False,
         thinks: bool = False,
     ) -> MakeConstraint | None:
-        """What a request asks for, or None. Takes up to seconds: not for the event loop.
+        """What a request asks for, or None. Compiling takes up to seconds, on another thread.
 
         tools    of which one must be called; None: none need be
         several  more calls may follow
         thinks   the answer may begin with a channel of thought, which no grammar holds for
 
         Raises ApiError for a grammar that cannot be, or two of them."""
+        if asked.response_format is None and asked.structured_outputs is None and not tools:
+            return None  # most requests: none waits for a thread
+        return await asyncio.to_thread(self._of, asked, tools, several, thinks)
+
+    def _of(
+        self, asked: ChatRequest | CompletionRequest, tools: list[Tool] | None, several: bool, thinks: bool
+    ) -> MakeConstraint | None:  # fmt: skip
         found = [grammar for grammar in (_of_format(asked), _of_structured(asked.structured_outputs)) if grammar]
         if tools:
             found.append(self._of_calls(tools, several))

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,29 @@ def test_streams_give_what_the_engine_gives(engine: Engine, served: AsyncEngine)
         assert (last.token_ids, last.text) == (output.token_ids, output.text)
         assert [token for chunk in chunks for token in chunk.token_ids] == output.token_ids
         assert "".join(chunk.text for chunk in chunks) == output.text
+
+
+def test_a_reader_who_falls_behind_gets_fewer_chunks_of_the_same_tokens(engine: Engine, served: AsyncEngine) -> None:
+    params = replace(PARAMS, n=2, seed=3, temperature=1.0, logprobs=1)
+
+    async def late() -> list[Chunk]:
+        found = []
+        async for chunk in served.stream(prompts(1)[0], params):
+            found.append(chunk)
+            if len(found) == 1:
+                while engine.has_work:
+                    await asyncio.sleep(0.01)
+        return found
+
+    chunks = run(late())
+    served.close()
+    assert len(chunks) <= 4 and chunks[-1].output is not None
+    for index, sample in enumerate(chunks[-1].output.samples):
+        mine = [chunk for chunk in chunks if chunk.index == index]
+        assert [token for chunk in mine for token in chunk.token_ids] == sample.token_ids
+        assert "".join(chunk.text for chunk in mine) == sample.text
+        assert [found for chunk in mine for found in chunk.logprobs or []] == sample.logprobs
+        assert [chunk.finish_reason for chunk in mine][-1] == sample.finish_reason
 
 
 def test_generate_and_metrics(engine: Engine, served: AsyncEngine) -> None:
