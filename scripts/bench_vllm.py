@@ -89,7 +89,11 @@ def serve(options: dict[str, Any]) -> None:
     )  # fmt: skip
     best = max(entry.logprob for entry in found[0].outputs[0].logprobs[0].values())
     assert best > -math.log(vocabulary) + 1e-3, f"logits must differ, got {best} for the best of {vocabulary}"  # NaN fails too
-    print(json.dumps({"at": started, "machine": device, "vllm": vllm.__version__, "torch": torch.__version__}), file=answers)
+    attention = getattr(
+        engine.llm_engine.vllm_config.attention_config.backend, "name", None
+    )  # None: vLLM's choice for each layer
+    versions = {"vllm": vllm.__version__, "torch": torch.__version__}
+    print(json.dumps({"at": started, "machine": device, "attention": attention} | versions), file=answers)
     for line in sys.stdin:
         asked = json.loads(line)
         load = workload(asked["workload"])
