@@ -8,9 +8,10 @@ A workload is IN/OUTxREQUESTS in tokens, all submitted at once, greedy, each to 
 median of --repeats others is told, with prompts that are new in each repeat and the same in all settings. A setting is a
 process of its own: `off` is vLLM as it is, `on` has all fusions, `norms` all but the products (gate_up, linear). Everything
 else is vLLM's default, or what --options says. Models have their real size, no vision, and random weights (norms 1, matrices
-N(0, 0.02)): they are written over vLLM's dummy weights, with which a Gemma 4 computes zeros. Caches of compiled code are new,
-so that start-up is a first one. TTFT and TPOT are vLLM's own counts, medians over requests. `equal` is the share of tokens that
-are those of `off`, up to the first that is not; in bf16 one last bit can turn a token, and all behind it.
+N(0, 0.02)): they are written over vLLM's dummy weights, whose norms and layer scalars are a thousandth at most. Caches of
+compiled code are new, so that start-up is a first one. TTFT and TPOT are vLLM's own counts, medians over requests. `equal` is
+the share of tokens that are those of the first setting, up to the first that is not; in bf16 one last bit can turn a token, and
+all behind it.
 """
 
 from __future__ import annotations
