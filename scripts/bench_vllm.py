@@ -128,6 +128,8 @@ class Served:
         environment |= SETTINGS[setting] | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # for apply_model
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment |= {"VLLM_CACHE_ROOT": str(self._cache), "TRITON_CACHE_DIR": str(self._cache / "triton")}
+        # What is imported here before vLLM asks whether there is a GPU; without this CUDA could not start in vLLM's fork.
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         self._began = time.time()
         with self._log.open("w") as output:
             self._process = subprocess.Popen(
