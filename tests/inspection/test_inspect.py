@@ -260,24 +260,21 @@ def test_other_steps(step: str, static_cache: bool) -> None:
     assert attention.outputs[0].shape[:1] == (2,) and attention.outputs[0].shape[2] == rows
 
 
-@pytest.mark.parametrize("clipped", [False, pytest.param(True, marks=slow)])
-def test_images_in_the_vision_tower(clipped: bool) -> None:
-    model = tiny_multimodal("dense", vision={"use_clipped_linears": clipped})
-    found = inspect(model, step="images", batch=2, context=6, name="dense")
+def test_images_in_the_vision_tower() -> None:
+    found = inspect(tiny_multimodal("dense"), step="images", batch=2, context=6, name="dense")
     assert found.step == "images, batch 2, 6 soft tokens of 9 patches each, float32"
     layers = VISION["num_hidden_layers"]
     assert [layer.label for layer in found.layers] == ["vision"] * layers
     rows = {row.name: (row.expected, row.matched) for row in found.passes}
     fused = {name: counts for name, counts in rows.items() if name in passes.FUSIONS and counts[1] and name != "geglu"}
-    assert fused == ({} if clipped else {
+    assert fused == {
         "qkv_norm_rope": (layers, layers), "post_attention_norms": (layers, 2 * layers - 1), "feed_forward_tail": (1, 1),
         "gate_up": (layers, layers), "linear": (layers, 3 * layers),
-    })  # fmt: skip
+    }  # fmt: skip
     assert not any(row.unmatched for row in found.passes)
-    assert any("its linears are clipped" in note for note in found.notes) == clipped
     for layer in range(layers):
         counts = Counter(kernel.kind for kernel in found.ours.of_layer(layer))
-        assert counts["attention"] == 1 and counts["ours"] == (0 if clipped else 7)
+        assert counts["attention"] == 1 and counts["ours"] == 7
     assert "gemma4-compile, layer 1, vision" in tables.summary(found, layer=1)
 
 
