@@ -49,7 +49,7 @@ class Engine:
                  that is not optimized yet is, in place
     config       EngineConfig
     tokenizer    of text prompts; None: the checkpoint's, if there is one
-    processor    image processor; None: the checkpoint's
+    processor    image processor, or a whole Gemma4Processor; None: the checkpoint's
     speculative  SpeculativeConfig: an assistant drafts tokens for it; None: nothing is drafted
 
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
@@ -159,7 +159,7 @@ class Engine:
         prompts  texts, lists, arrays or tensors of token ids, what a tokenizer gives, {"prompt": text}, {"prompt_token_ids":
                  ids}, or lists of messages; one alone gives a list of one. Images are parts of messages, as in
                  {"type": "image", "image": a PIL image, path, bytes or data URL}, or beside a prompt: {"prompt": text,
-                 "images": [...]}
+                 "images": [...]}; so are videos, {"type": "video", "video": [frames], "fps": 2.0}
         params   for all of them, or one for each; None is greedy
 
         A prompt that cannot be served gives an output with finish_reason "error", and a warning. Raises ValueError if prompts

@@ -26,7 +26,7 @@ from gemma4_compile.runtime.step import invariants
 from gemma4_compile.runtime.vision.pictures import ImageLimits, open_picture
 from gemma4_compile.runtime.vision.spans import ImageSpan, Patches, blocks_of, contents
 from gemma4_compile.runtime.worker import encoder as encoders
-from tests.models import BEGIN, END, IMAGE, image_processor, tiny
+from tests.models import BEGIN, END, IMAGE, VIDEO, image_processor, tiny
 from tests.runtime import images_worker
 from tests.runtime.host_recorder import HostRecorder
 from tests.runtime.pictured import BANNED, CONFIG, assistant_for, params, pictured, prompt
@@ -274,17 +274,17 @@ def test_an_image_longer_than_a_step() -> None:
     models.check(output, images)
 
 
-def test_video_frames_are_images_in_order() -> None:
-    models = pictured("e")
+@pytest.mark.parametrize("kind", ("e", "moe", TWELVE))
+def test_frames_of_a_video(kind: str) -> None:
+    """As Hugging Face takes pixel_values_videos; ids have a placeholder for each frame, or all tokens of all."""
+    models = pictured(kind)
     frames = [picture(n).image for n in range(3)]
-    from gemma4_compile.runtime.vision.prompts import split_images
-
-    messages, sources = split_images([{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text"}]}])
-    assert [part["type"] for part in messages[0]["content"]] == ["image"] * 3 + ["text"]
-    assert [source.image for source in sources] == frames and all(source.tokens == 70 for source in sources)
-    with pytest.raises(ValueError, match="a video must be a list of its frames, got str"):
-        split_images([{"role": "user", "content": [{"type": "video", "video": "film.mp4"}]}])
-    assert models is not None
+    given: dict[str, Any] = {"prompt_token_ids": [2, 5, VIDEO, 9, VIDEO, 9, VIDEO, 8], "videos": [frames]}
+    engine = models.engine()
+    (output,) = engine.generate([given], params(prompt_logprobs=0))
+    models.check(output, [(frame, 70) for frame in frames])
+    (again,) = engine.generate([given | {"prompt_token_ids": output.prompt_token_ids}], params())
+    assert (again.prompt_token_ids, again.token_ids) == (output.prompt_token_ids, output.token_ids)
 
 
 def test_what_prefixes_are_compared_by() -> None:

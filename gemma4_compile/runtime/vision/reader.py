@@ -32,7 +32,7 @@ class PromptReader:
             self._why_not = "a model of text alone" if source is None else "text_only=True"
         else:
             limits = ImageLimits(config.image_bytes, config.image_pixels, http=config.image_urls)
-            self._images = ImagePrompts(lambda: source.processor, MarkTokens.of(source.config), limits)
+            self._images = ImagePrompts(lambda: source.processor, MarkTokens.of(source.config), limits, lambda: source.frames)
 
     def read(self, prompt: Prompt) -> PreparedPrompt:
         """Raises ValueError for a prompt, or an image, that can never be served."""

@@ -9,7 +9,15 @@ from torch import nn
 from transformers import AutoConfig
 
 from gemma4_compile.hf.loading import checkpoint
-from gemma4_compile.hf.vision import VisionPart, has_vision, image_processor_of, load_vision, vision_part
+from gemma4_compile.hf.vision import (
+    FrameOptions,
+    VisionPart,
+    frame_options_of,
+    has_vision,
+    image_processor_of,
+    load_vision,
+    vision_part,
+)
 
 
 @dataclass
@@ -17,7 +25,7 @@ class VisionSource:
     """Where an engine's vision part comes from, when it is wanted.
 
     config     of the multimodal model
-    given      the user's image processor; None: the checkpoint's
+    given      the user's image processor, or a whole one; None: the checkpoint's
     part       the part of a model that is there
     folder     of the checkpoint; None: it is not known
     """
@@ -30,12 +38,20 @@ class VisionSource:
     @cached_property
     def processor(self) -> Any:
         """The image processor. Raises ValueError where there is none, ImportError without Pillow."""
-        found = self.given
+        found = getattr(self.given, "image_processor", self.given)
         if found is None and self.folder is not None:
             found = image_processor_of(self.folder)
         if found is None:
             raise ValueError("an image needs an image processor, got a checkpoint without; pass processor= to Engine")
         return found
+
+    @cached_property
+    def frames(self) -> FrameOptions:
+        """How frames of videos are taken."""
+        video_processor = getattr(self.given, "video_processor", None)
+        if video_processor is not None:
+            return FrameOptions.of(vars(video_processor))
+        return FrameOptions() if self.folder is None else frame_options_of(self.folder)
 
     def open(self, model: Any) -> VisionPart:
         """The part, for a text model. Raises ValueError where its weights cannot be read."""
