@@ -127,7 +127,6 @@ def assistant_for(kind: str) -> Any:
     torch.manual_seed(3)
     options: dict[str, Any] = {"backbone_hidden_size": target["hidden_size"], "use_ordered_embeddings": False}
     if kind == "12B":
-        assert UNIFIED is not None
         dropped = ("hidden_size_per_layer_input", "vocab_size_per_layer_input", "model_type")
         config = UNIFIED.assistant_config(text_config={k: v for k, v in text.items() if k not in dropped}, **options)
         return UNIFIED.assistant(config).float().eval().requires_grad_(False)

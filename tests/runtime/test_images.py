@@ -21,7 +21,6 @@ from gemma4_compile import AsyncEngine, Engine, RequestOutput, SamplingParams, S
 from gemma4_compile.demo.pictures import held_out_pictures, picture
 from gemma4_compile.graphs.buckets import Buckets
 from gemma4_compile.graphs.dispatch import GraphRunner
-from gemma4_compile.hf.families import UNIFIED
 from gemma4_compile.runtime.step import invariants
 from gemma4_compile.runtime.vision.pictures import ImageLimits, open_picture
 from gemma4_compile.runtime.vision.spans import ImageSpan, Patches, blocks_of, contents
@@ -31,10 +30,8 @@ from tests.runtime import images_worker
 from tests.runtime.host_recorder import HostRecorder
 from tests.runtime.pictured import BANNED, CONFIG, assistant_for, params, pictured, prompt
 
-unified = pytest.mark.skipif(UNIFIED is None, reason="this transformers has no gemma4_unified")
-TWELVE = pytest.param("12B", marks=unified)
 DENSE = pytest.param("dense", marks=pytest.mark.slow)  # as 12B, with a tower
-each_kind = pytest.mark.parametrize("kind", ("e", "moe", DENSE, TWELVE))
+each_kind = pytest.mark.parametrize("kind", ("e", "moe", DENSE, "12B"))
 MIXED = [
     prompt([5, 6, 7], 0, [8, 9]),
     prompt([11, 12, 13, 14]),
@@ -274,7 +271,7 @@ def test_an_image_longer_than_a_step() -> None:
     models.check(output, images)
 
 
-@pytest.mark.parametrize("kind", ("e", "moe", TWELVE))
+@pytest.mark.parametrize("kind", ("e", "moe", "12B"))
 def test_frames_of_a_video(kind: str) -> None:
     """As Hugging Face takes pixel_values_videos; ids have a placeholder for each frame, or all tokens of all."""
     models = pictured(kind)
@@ -311,7 +308,7 @@ def test_values_that_are_no_bytes_travel_as_they_are() -> None:
     assert (kept.values == values).all() and kept.numbers() is kept.values
 
 
-@pytest.mark.parametrize("kind", ("e", DENSE, TWELVE))
+@pytest.mark.parametrize("kind", ("e", DENSE, "12B"))
 def test_with_drafts(kind: str) -> None:
     """A random assistant drafts what is hardly ever accepted; the tokens are the same."""
 
