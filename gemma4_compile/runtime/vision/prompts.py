@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from .videos import Video, with_times
 
 _IMAGE = ("image", "url", "path", "base64", "image_url")
 _VIDEO = ("video", "frames")
+_REASON = 200  # characters of the processor's own
 _SOUNDS = ("audio", "input_audio")
 
 
@@ -151,7 +153,7 @@ class ImagePrompts:
         try:
             found = processor([picture], return_tensors="pt", **options)  # what each kind of processor gives
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = shorten(str(error), _REASON, placeholder="...") or type(error).__name__  # on one line
             raise ValueError(f"an image cannot be used: {reason}") from error
         positions = np.asarray(found["image_position_ids"][0])
         real = (positions >= 0).all(-1)
@@ -183,15 +185,15 @@ class ImagePrompts:
         if marks.audio in ids:
             raise ValueError("audio is not supported, got a placeholder of it; leave it out")
         given = {marks.image: deque(images), marks.video: deque(frames)}
-        there: Counter[int | None] = Counter(token for token in ids if token in given)
+        there = {mark: 0 if mark is None else ids.count(mark) for mark in given}
         if all(there[mark] == len(several) for mark, several in given.items()):
             return self._expanded(ids, given)
         if all(there[mark] == sum(image.tokens for image in several) for mark, several in given.items()):
             return ids, tuple(_spans(ids, given))
-        several = [image for each in given.values() for image in each]
+        wanted = [image.tokens for several in given.values() for image in several]
         raise ValueError(
-            f"a prompt must have a placeholder for each image, got {there.total()} tokens of images for {len(several)} images "
-            f"of {sum(image.tokens for image in several)} tokens; add or leave out images"
+            f"a prompt must have a placeholder for each image, got {sum(there.values())} tokens of images for {len(wanted)} "
+            f"images of {sum(wanted)} tokens; add or leave out images"
         )
 
     def _expanded(self, ids: list[int], given: Mapping[int | None, deque[Patches]]) -> tuple[list[int], tuple[ImageSpan, ...]]:

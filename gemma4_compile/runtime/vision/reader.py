@@ -37,6 +37,8 @@ class PromptReader:
     def read(self, prompt: Prompt) -> PreparedPrompt:
         """Raises ValueError for a prompt, or an image, that can never be served."""
         if isinstance(prompt, PreparedPrompt):
+            if not prompt.images and not self._why_not:
+                self._images.placed(prompt.tokens, ())  # text may hold a placeholder
             return prompt
         if not self._why_not:
             return PreparedPrompt(*self._images.encode(prompt, self._tokenizer, self._chat))
