@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from transformers import Gemma4TextConfig
+from transformers import Gemma4TextConfig, Gemma4VisionConfig
 
 WHOLE_MODEL = "model"
 
@@ -12,7 +12,7 @@ class LayerGeometry:
     """One decoder layer. `kv_from` is the layer whose K and V it reads: its own index, or an earlier layer's."""
 
     index: int
-    kind: str  # "sliding_attention" | "full_attention"
+    kind: str  # "sliding_attention" | "full_attention" | "vision"
     heads: int
     kv_heads: int
     head_dim: int
@@ -31,9 +31,11 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """A text model: its layers and what they have in common. Sizes in elements; heads are those of one rank.
+    """A text model, or the encoder of a vision tower: its layers and what they have in common. Sizes in elements; heads are
+    those of one rank.
 
-    ranks    that the model is divided between (tensor parallel)"""
+    ranks    that the model is divided between (tensor parallel)
+    scaled   whether each layer ends in a product with its scalar"""
 
     layers: tuple[LayerGeometry, ...]
     hidden: int
@@ -41,6 +43,7 @@ class Geometry:
     experts: int  # 0 without experts
     top_k: int
     ranks: int = 1
+    scaled: bool = True
 
     def kv_owners(self, kind: str) -> list[LayerGeometry]:
         """Layers of a kind that have keys and values of their own."""
@@ -81,6 +84,24 @@ def geometry(config: Gemma4TextConfig, ranks: int = 1) -> Geometry:
         top_k=(config.top_k_experts or 0) if moe else 0,
         ranks=ranks,
     )
+
+
+def vision_geometry(config: Gemma4VisionConfig) -> Geometry:
+    """The geometry of a vision tower's encoder; it is whole on each rank."""
+    layers = tuple(
+        LayerGeometry(
+            index=index,
+            kind="vision",
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            kv_from=index,
+            k_eq_v=False,
+            intermediate=config.intermediate_size,
+        )
+        for index in range(config.num_hidden_layers)
+    )
+    return Geometry(layers, config.hidden_size, per_layer_input=0, experts=0, top_k=0, scaled=False)
 
 
 def _heads(config: Gemma4TextConfig, index: int, full: bool, k_eq_v: bool) -> tuple[int, int]:

@@ -54,8 +54,8 @@ class Report:
                       piece more than layers, any other graph is one piece
     packed_steps      of the model; `loaded` of them were not compiled
     calls             which way calls went -> how many; `reasons` says why not all went as packed steps
-    vision            sites that were fused in the vision tower, by fusion, in its graph compiled last. Each of `vision_layers`
-                      has one, but for tails, which end a layer where another begins; `vision_note` says why there are fewer
+    vision            sites that were fused in the vision tower, by fusion, in its graph compiled last, of `vision_layers`. A
+                      tail with the next layer's norm counts as post_attention_norms; `vision_note` says why there are fewer
     """
 
     fusions: dict[str, FusionReport]
@@ -147,10 +147,10 @@ def _vision(state: CompiledModel) -> tuple[dict[str, int], int, str]:
     if encoder is not None:
         records += encoder.records
     if not records:
-        return {}, 0, "" if encoder is None else encoder.broken
-    found = Counter(site.fusion for site in records[-1].sites if site.fusion in SWITCHES and not site.left)
+        return {}, 0, "" if encoder is None else encoder.eager_reason
+    found = Counter(site.fusion for site in records[-1].sites if site.fusion in state.backend.enabled and not site.left)
     layers = len({site_of(site.path) for site in records[-1].sites} - {WHOLE_MODEL})
-    note = "" if encoder is None else encoder.broken or encoder.note
+    note = "" if encoder is None else encoder.eager_reason or encoder.note
     return dict(sorted(found.items())), layers, note
 
 

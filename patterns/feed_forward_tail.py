@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma4_compile.geometry import Geometry
+
 from .fusion import Fusion, every_layer
 from .rewrite import Rewrite, all_guards, one_element, same_dtype, same_shape, vectors_of_last_dim
 from .template import Match
@@ -115,7 +117,12 @@ def rewrites() -> tuple[Rewrite, ...]:
     )
 
 
+def _sites(geometry: Geometry) -> tuple[str, ...]:
+    """Without a scalar, a tail with the next layer's norm is what post_attention_norms looks for; the last layer's has none."""
+    return every_layer(geometry) if geometry.scaled else every_layer(geometry)[-1:]
+
+
 FUSION = Fusion(
-    "feed_forward_tail", "post-FF norms + residual [* scalar] [+ the next layer's norm]", every_layer, rewrites,
+    "feed_forward_tail", "post-FF norms + residual [* scalar] [+ the next layer's norm]", _sites, rewrites,
     ops=("feed_forward_tail", "feed_forward_tail_norm", "moe_feed_forward_tail", "moe_feed_forward_tail_norm"),
 )  # fmt: skip

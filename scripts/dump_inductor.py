@@ -17,9 +17,10 @@ from torch._dynamo.exc import Unsupported
 from gemma4_compile.cli.common import add_common, add_model, config_of, load_model
 from gemma4_compile.inspection.capture import Recorder
 from gemma4_compile.inspection.files import check_folder, whole_or_nothing
-from gemma4_compile.inspection.step import STEPS, default_step
-from gemma4_compile.optimized import CompiledModel, compiled_part
+from gemma4_compile.inspection.run import compile_part
+from gemma4_compile.inspection.step import STEPS, default_step, inspected_part
 from gemma4_compile.passes import pipeline, prepare
+from gemma4_compile.vision.encoder import fusions_in
 
 
 def main() -> int:
@@ -28,8 +29,8 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new or empty folder")
     parser.add_argument("--plain", action="store_true", help="without our passes")
     parser.add_argument("--step", choices=STEPS, default="decode", help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=1024, help="tokens: cached, or of the prefill (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences, or images (default: %(default)s)")
+    parser.add_argument("--context", type=int, help="tokens: cached, of the prefill (default: 1024), or of an image (280)")
     parser.add_argument("--force", action="store_true", help="replace an earlier dump in DIR")
     add_common(parser)
     options = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> int:
         check_folder(options.out, options.force)
         model, _ = load_model(options)
         with whole_or_nothing(options.out, ("torchinductor",)) as draft:
-            dump(compiled_part(model), draft, options)
+            dump(inspected_part(model, options.step), draft, options)
     except (ValueError, TypeError, OSError, Unsupported) as error:
         print(f"dump_inductor: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
@@ -47,13 +48,14 @@ def main() -> int:
 
 
 def dump(target: torch.nn.Module, folder: Path, options: argparse.Namespace) -> None:
-    """One step of the model with Inductor's trace on, into folder/torchinductor."""
+    """One step of a part of the model with Inductor's trace on, into folder/torchinductor."""
     config = config_of(options)
     prepare()
-    passes = () if options.plain else pipeline(config.enabled())
+    enabled = fusions_in(target.config, config.enabled())
+    passes = () if options.plain else pipeline(enabled)
     tracing = {"trace.enabled": True, "trace.debug_dir": str(folder)}
-    recorder = Recorder(config, config.enabled(), steps=passes, options=tracing)
-    compiled = CompiledModel(target, recorder)
+    recorder = Recorder(config, enabled, steps=passes, options=tracing)
+    compiled = compile_part(target, recorder)
     step = default_step(target, compiled.geometry, options.step, options.batch, options.context)
     with torch.inference_mode():
         compiled(**step.inputs())

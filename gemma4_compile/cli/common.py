@@ -13,7 +13,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The arguments that `load_model` reads, but for those that all commands share."""
     parser.add_argument(
         "model",
-        help='"e", "moe", a checkpoint folder or hub id; with random weights: a config.json, E2B, E4B, 12B, 26B-A4B or 31B',
+        help='"e", "moe", "vision", a checkpoint folder or hub id; with random weights a config.json, E2B, E4B, 12B, ...',
     )
     parser.add_argument("--layers", type=int, metavar="K", help="cut a bare config to so many layers")
     parser.add_argument(

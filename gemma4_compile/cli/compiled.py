@@ -34,9 +34,9 @@ def add_compiled(commands: Any) -> None:
     inspect.add_argument("--out", required=True, metavar="DIR", help="new or empty folder for the page and the dumps")
     inspect.add_argument("--compare", choices=("plain",), help="compile and measure the step without our passes beside it")
     inspect.add_argument("--layer", type=int, metavar="N", help="list the kernels of this layer (default: one of each kind)")
-    inspect.add_argument("--step", choices=("decode", "prefill"), default="decode", help="default: %(default)s")
-    inspect.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
-    inspect.add_argument("--context", type=int, default=1024, help="tokens: cached, or of the prefill (default: %(default)s)")
+    inspect.add_argument("--step", choices=("decode", "prefill", "images"), default="decode", help="default: %(default)s")
+    inspect.add_argument("--batch", type=int, default=1, help="sequences, or images (default: %(default)s)")
+    inspect.add_argument("--context", type=int, help="tokens: cached, of the prefill (default: 1024), or of an image (280)")
     inspect.add_argument("--cache", choices=("static", "dynamic"), default="static", help="of a decode (default: %(default)s)")
     inspect.add_argument("--force", action="store_true", help="replace what an earlier inspection left in DIR")
     add_common(inspect)
@@ -132,11 +132,12 @@ def _inspect(options: argparse.Namespace) -> int:
 
     from gemma4_compile import inspect
     from gemma4_compile.inspection.files import check_folder
+    from gemma4_compile.inspection.step import inspected_part
     from gemma4_compile.inspection.tables import check_layer, only_layer, summary
 
     check_folder(Path(options.out), options.force)  # before the model is loaded
     model, _ = load_model(options)
-    check_layer(options.layer, model.config.get_text_config().num_hidden_layers)
+    check_layer(options.layer, inspected_part(model, options.step).config.num_hidden_layers)
     name = options.model + (f" cut to {options.layers} layers" if options.layers else "")
     found = inspect(
         model,

@@ -56,8 +56,8 @@ TEXT_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 # Those of gemma4_unified; figures of the 12B as SGLang's tests have them from its config.json,
-# https://github.com/sgl-project/sglang (test of srt/configs/gemma4_unified.py). Its assistant's were not to be had: it is as
-# large as the 26B-A4B's.
+# https://github.com/sgl-project/sglang (test of srt/configs/gemma4_unified.py). Its assistant's as another engine checks
+# them in its config.json, https://github.com/Danmoreng/gem16; they give the 423 million numbers that are published.
 UNIFIED_NAMES = ("12B",)
 
 

@@ -1,5 +1,5 @@
 """The two families of transformers' Gemma-4 classes: `gemma4`, and `gemma4_unified` of the 12B, whose modules are the same
-under other names. transformers before 5.24 has the first alone."""
+under other names."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import transformers
 from transformers.models.gemma4 import modeling_gemma4 as gemma4
-
-UNIFIED_SINCE = "5.24"
+from transformers.models.gemma4_unified import modeling_gemma4_unified as unified
 
 
 class Family(NamedTuple):
@@ -37,36 +36,19 @@ GEMMA4 = Family(
     gemma4.Gemma4TextAttention, transformers.Gemma4TextConfig, transformers.Gemma4AssistantForCausalLM,
     transformers.Gemma4AssistantConfig,
 )  # fmt: skip
-
-
-def _unified() -> Family | None:
-    try:
-        from transformers.models.gemma4_unified import modeling_gemma4_unified as unified
-    except ImportError:
-        return None
-    return Family(
-        "gemma4_unified", unified.Gemma4UnifiedForCausalLM, unified.Gemma4UnifiedTextModel,
-        unified.Gemma4UnifiedForConditionalGeneration, unified.Gemma4UnifiedTextAttention,
-        transformers.Gemma4UnifiedTextConfig, transformers.Gemma4UnifiedAssistantForCausalLM,
-        transformers.Gemma4UnifiedAssistantConfig,
-    )  # fmt: skip
-
-
-UNIFIED = _unified()
-FAMILIES = (GEMMA4,) if UNIFIED is None else (GEMMA4, UNIFIED)
+UNIFIED = Family(
+    "gemma4_unified", unified.Gemma4UnifiedForCausalLM, unified.Gemma4UnifiedTextModel,
+    unified.Gemma4UnifiedForConditionalGeneration, unified.Gemma4UnifiedTextAttention, transformers.Gemma4UnifiedTextConfig,
+    transformers.Gemma4UnifiedAssistantForCausalLM, transformers.Gemma4UnifiedAssistantConfig,
+)  # fmt: skip
+FAMILIES = (GEMMA4, UNIFIED)
 CAUSAL, TEXT, MULTIMODAL, ATTENTION, ASSISTANT = (
     tuple(getattr(family, name) for family in FAMILIES) for name in ("causal", "text", "multimodal", "attention", "assistant")
 )
 
 
 def family_of(model_type: str) -> Family | None:
-    """The family of a checkpoint; None for one of neither.
-
-    Raises ValueError for one of gemma4_unified that the installed transformers does not have."""
-    if UNIFIED is None and model_type.startswith("gemma4_unified"):
-        raise ValueError(
-            f"{model_type} needs transformers {UNIFIED_SINCE}, got {transformers.__version__}; pip install -U transformers"
-        )
+    """The family of a checkpoint; None for one of neither."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -116,6 +117,41 @@ def image_processor_of(folder: str | Path) -> Any:
         found = Gemma4ImageProcessorPil.from_pretrained(folder, local_files_only=True)
         merged = AutoConfig.from_pretrained(folder, local_files_only=True).model_type != GEMMA4.model_type
         return without_merging(found) if merged else found
+
+
+# Of transformers' Gemma4VideoProcessor, where a checkpoint says nothing else.
+_FRAMES = 32
+_NUMBERS: dict[str, Any] = {"max_soft_tokens": 70, "do_normalize": True, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+
+
+class FrameOptions(NamedTuple):
+    """How a checkpoint takes videos.
+
+    frames   that are taken of a video at most; None: all
+    numbers  arguments with which the image processor makes of a frame what the video processor would
+    """
+
+    frames: int | None = _FRAMES
+    numbers: dict[str, Any] = _NUMBERS
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> FrameOptions:
+        """settings   of a video processor"""
+        names = (*_NUMBERS, "do_rescale", "rescale_factor")
+        given = {name: settings[name] for name in names if settings.get(name) is not None}
+        frames = settings.get("num_frames", _FRAMES) if settings.get("do_sample_frames", True) else None
+        return cls(frames, _NUMBERS | given)
+
+
+def frame_options_of(folder: str | Path) -> FrameOptions:
+    """Those of a checkpoint's folder, from the files in which transformers looks for a video processor."""
+    for name in ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json"):
+        path = Path(folder) / name
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        settings = settings.get("video_processor") if name == "processor_config.json" else settings
+        if settings:
+            return FrameOptions.of(settings)
+    return FrameOptions()
 
 
 def without_merging(processor: Any) -> Any:

@@ -19,6 +19,7 @@ from gemma4_compile.config import OptimizeConfig
 from gemma4_compile.optimized import check_model, compiled_part, existing_state
 from gemma4_compile.passes import FUSIONS, SWITCHES, Record, Site, pipeline, prepare
 from gemma4_compile.reporting import unmatched_sites
+from gemma4_compile.vision.encoder import fusions_in
 
 from .capture import CompiledGraph
 from .catalogue import layers_of
@@ -26,6 +27,7 @@ from .compare import fusions
 from .data import Inspection, PassRow, Unmatched
 from .files import changed_lines, check_folder, whole_or_nothing, write
 from .run import run_variant
+from .step import IMAGES, inspected_part, vision_tower
 
 __all__ = ["Inspection", "inspect"]
 
@@ -39,7 +41,7 @@ def inspect(
     *,
     step: str = "decode",
     batch: int = 1,
-    context: int = 1024,
+    context: int | None = None,
     static_cache: bool = True,
     compare: str | None = None,
     config: OptimizeConfig | None = None,
@@ -48,11 +50,13 @@ def inspect(
 ) -> Inspection:
     """Compile one step of a Gemma-4 with the caches off and say what became of it.
 
-    model            plain or optimized, and left as it is; an optimized one is inspected with its own config, of a multimodal
-                     one the text part
-    example_inputs   token ids [batch, tokens] int64, or the keyword arguments of a call; None: the step that `step` ("decode",
-                     "prefill"), `batch`, `context` and `static_cache` describe, on random tokens and random keys and values.
-                     Each call gets a copy of the cache
+    model            plain or optimized, and left as it is; an optimized one is inspected with its own config
+    example_inputs   token ids [batch, tokens] int64, or the keyword arguments of a call of the text part; None: the step that
+                     `step`, `batch`, `context` and `static_cache` describe, on random tokens and random keys and values. Each
+                     call gets a copy of the cache
+    step             "decode", "prefill", or "images": the encoder of the vision tower in Hugging Face's own calls
+    batch            sequences, or images
+    context          tokens that are cached, of the prefill, or that each image becomes; None: 1024, of an image 280
     out              folder for report.html, inspection.json, catalogue.txt, graphs/, inductor/, depyf/ and, from a GPU, the
                      traces for Perfetto; None writes nothing
     compare          "plain" compiles and measures the same step without our passes too
@@ -60,19 +64,23 @@ def inspect(
     force            replace what an earlier inspection left in `out`; other files there stay
     name             what the report calls the model
 
-    Raises TypeError for another model; ValueError for what optimize() refuses, a folder that is not empty or not writable, a
-    value out of range, a step that did not compile, or one that is no single graph. Nothing is left in `out` then.
+    Raises TypeError for another model; ValueError for what optimize() refuses, images without a vision tower, a folder that is
+    not empty or not writable, a value out of range, a step that did not compile, or one that is no single graph. Nothing is
+    left in `out` then.
     """
     if compare not in (None, PLAIN):
         raise ValueError(f'compare must be "plain" or None, got {compare!r}; leave it out')
-    target = compiled_part(model)
-    state = existing_state(target)
+    target = inspected_part(model, step)
+    if step == IMAGES and example_inputs is not None:
+        raise ValueError(f"step={IMAGES!r} makes its own images, got example_inputs; give batch and context instead")
+    text = compiled_part(model)
+    state = existing_state(text)
     if state is not None and config not in (None, state.backend.config):
         raise ValueError("an optimized model is inspected with its own config, got another; leave it out, or restore(model)")
     config = state.backend.config if state else config or OptimizeConfig()
-    enabled = state.backend.enabled if state else config.enabled()
+    enabled = fusions_in(target.config, state.backend.enabled if state else config.enabled())
     config = dataclasses.replace(config, cuda_graphs=False)  # a replayed graph is one launch: nothing to tell its kernels by
-    check_model(target, config)
+    check_model(text, config)
     device = next(target.parameters()).device
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
@@ -104,7 +112,7 @@ def inspect(
             fusions=fusions(ours.graph.record, _in_order(enabled), plain.variant.kernels, ours.variant.kernels)
             if plain
             else (),
-            notes=tuple(_notes(on_gpu, plain is not None, ours.notes)),
+            notes=tuple(_notes(on_gpu, plain is not None, step != IMAGES and vision_tower(model) is not None, ours.notes)),
         )
         if draft is not None:
             write(draft, found, {variant: run.graph for variant, run in runs.items()}, ours.decompiled)
@@ -145,10 +153,12 @@ def _unmatched(record: Record, name: str, sites: tuple[str, ...] | None) -> tupl
     return tuple(Unmatched(miss.path, miss.reason, miss.source) for miss in refused)
 
 
-def _notes(on_gpu: bool, compared: bool, own: tuple[str, ...]) -> list[str]:
+def _notes(on_gpu: bool, compared: bool, more: bool, own: tuple[str, ...]) -> list[str]:
     notes = list(own)
     if not on_gpu:
         notes.append("Without a GPU each call counts as one kernel, and our ops run as CPU references: no times are given.")
+    if more:
+        notes.append(f"The vision tower has a graph of its own: step={IMAGES!r} (--step {IMAGES}) shows it.")
     if compared:
         notes.append(
             "Plain is the same step, with the same cache handling, through Inductor without our passes. A kernel counts for a "

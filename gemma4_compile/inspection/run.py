@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch._dynamo.exc import Unsupported
 
+from gemma4_compile.backend import Backend
 from gemma4_compile.config import OptimizeConfig
 from gemma4_compile.geometry import Geometry
+from gemma4_compile.hf.families import CAUSAL, TEXT
 from gemma4_compile.optimized import CompiledModel
 from gemma4_compile.passes import Pass
+from gemma4_compile.vision.encoder import EncoderCalls
 
 from . import timing
 from .capture import CompiledGraph, Recorder, short_path
@@ -39,6 +42,19 @@ class Run:
     notes: tuple[str, ...]
 
 
+def compile_part(part: Any, backend: Backend) -> CompiledModel | EncoderCalls:
+    """A part of a model as optimize() compiles it, but that what does not compile is an error.
+
+    part   that of inspected_part"""
+    if not isinstance(part, (*CAUSAL, *TEXT)):
+        encoder = EncoderCalls(part, backend)
+        encoder.falls_back = False
+        return encoder
+    compiled = CompiledModel(part, backend)
+    compiled.whole.falls_back = False
+    return compiled
+
+
 def run_variant(
     name: str,
     target: Any,
@@ -51,14 +67,14 @@ def run_variant(
 ) -> Run:
     """Compile and measure the step with these passes.
 
+    target       that of inspected_part
     described    arguments of default_step, used where example_inputs is None
     draft        folder for the trace; None: no trace
 
     Raises ValueError for a step that did not compile or is no single graph.
     """
     recorder = Recorder(config, enabled, steps=passes)
-    compiled = CompiledModel(target, recorder)
-    compiled.whole.falls_back = False
+    compiled = compile_part(target, recorder)
     step = default_step(target, compiled.geometry, **described) if example_inputs is None else given_step(example_inputs)
 
     def call(inputs: dict[str, Any]) -> Any:
@@ -96,6 +112,8 @@ def run_variant(
         measured.busy_microseconds if measured else None,
         measured.wall_microseconds if measured else None,
     )
+    if isinstance(compiled, EncoderCalls) and compiled.note:
+        notes.append(f"Of the vision tower: {compiled.note}.")
     return Run(variant, graph, compiled.geometry, step.description, decompiled, tuple(notes))
 
 

@@ -1,18 +1,22 @@
-"""The step that is inspected: a decode step on a filled cache, a prefill, or the caller's own inputs."""
+"""The step that is inspected: a decode step on a filled cache, a prefill, images in the tower, or the caller's own inputs."""
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 
 from gemma4_compile.geometry import Geometry
 from gemma4_compile.hf.step_cache import CACHE
+from gemma4_compile.optimized import compiled_part
 
-STEPS = ("decode", "prefill")
+IMAGES = "images"
+STEPS = ("decode", "prefill", IMAGES)
+_CONTEXT, _SOFT_TOKENS = 1024, 280  # of a step, and of an image, unless given
 _ROOM = 64  # further tokens in a static cache
 _NOT_TEXT = ("pixel_values", "input_features", "mm_token_type_ids", "image_", "video_", "audio_")
 
@@ -29,23 +33,63 @@ class InspectedStep:
         return {name: copy.deepcopy(v) if isinstance(v, Cache) else v for name, v in self.arguments.items()}
 
 
+def vision_tower(model: nn.Module) -> Any:
+    """That of a multimodal model, or None."""
+    return getattr(getattr(model, "model", None), "vision_tower", None)
+
+
+def inspected_part(model: nn.Module, kind: str) -> Any:
+    """The module whose step it is: the text model, or the encoder of the vision tower for "images".
+
+    Raises TypeError for no Gemma 4, ValueError for another kind of step, or a model without such a tower."""
+    if kind not in STEPS:
+        raise ValueError(f"step must be one of {', '.join(STEPS)}, got {kind!r}; use decode")
+    text = compiled_part(model)
+    if kind != IMAGES:
+        return text
+    tower = vision_tower(model)
+    if tower is None:
+        raise ValueError(f"step={IMAGES!r} needs a model with a vision tower, got {type(model).__name__} without; use decode")
+    return tower.encoder
+
+
 def default_step(
-    model: Any, geometry: Geometry, kind: str = "decode", batch: int = 1, context: int = 1024, static_cache: bool = True
+    module: Any,
+    geometry: Geometry,
+    kind: str = "decode",
+    batch: int = 1,
+    context: int | None = None,
+    static_cache: bool = True,
 ) -> InspectedStep:
     """A step on random tokens and, for a decode, random keys and values: what is in them changes no kernel.
 
-    kind           "decode": one new token after `context` cached ones; "prefill": `context` tokens and an empty cache
+    module         that of inspected_part
+    kind           "decode": one new token after `context` cached ones; "prefill": `context` tokens and an empty cache;
+                   "images": `batch` images of `context` soft tokens, as patches that are embedded already
+    context        None: 1024 tokens, or 280 of an image
     static_cache   decode on transformers' StaticCache, as generate(cache_implementation="static") does, or on a DynamicCache
 
     Raises ValueError for a value out of range.
     """
-    if kind not in STEPS:
-        raise ValueError(f"step must be one of {', '.join(STEPS)}, got {kind!r}; use decode")
+    if context is None:
+        context = _SOFT_TOKENS if kind == IMAGES else _CONTEXT
     if batch < 1 or context < 1:
-        raise ValueError(f"batch and context must be at least 1, got {batch} and {context}; use 1 and 1024")
-    config, device = model.config.get_text_config(), next(model.parameters()).device
-    dtype = next(model.parameters()).dtype
+        raise ValueError(f"batch and context must be at least 1, got {batch} and {context}; use 1 and {_CONTEXT}")
+    config, device = module.config.get_text_config(), next(module.parameters()).device
+    dtype = next(module.parameters()).dtype
     generator = torch.Generator(device).manual_seed(0)
+    if kind == IMAGES:
+        patches = context * config.pooling_kernel_size**2
+        side = math.isqrt(patches - 1) + 1
+        places = torch.arange(patches, device=device).expand(batch, -1)
+        embedded = torch.randn((batch, patches, config.hidden_size), device=device, dtype=dtype, generator=generator)
+        arguments = {
+            "inputs_embeds": embedded,
+            "attention_mask": torch.ones((batch, patches), dtype=torch.bool, device=device),
+            "pixel_position_ids": torch.stack([places % side, places // side], dim=-1),
+        }
+        described = f"images, batch {batch}, {context} soft tokens of {patches // context} patches each"
+        return InspectedStep(f"{described}, {str(dtype).removeprefix('torch.')}", arguments)
 
     length = 1 if kind == "decode" else context
     tokens = torch.randint(0, config.vocab_size, (batch, length), device=device, generator=generator)
@@ -74,6 +118,9 @@ def given_step(example_inputs: Any) -> InspectedStep:
             "pass tokenizer(text, return_tensors='pt')"
         )
     if others := sorted(name for name in example_inputs if name.startswith(_NOT_TEXT)):
-        raise ValueError(f"a step of the text part takes tokens or embeddings, got {', '.join(others)}; pass inputs_embeds")
+        raise ValueError(
+            f"a step of the text part takes tokens or embeddings, got {', '.join(others)}; pass inputs_embeds, or "
+            f"step={IMAGES!r} for the vision tower"
+        )
     shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in example_inputs.items() if isinstance(v, Tensor))
     return InspectedStep(f"the given inputs: {shapes}", dict(example_inputs))

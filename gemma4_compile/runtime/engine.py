@@ -1,7 +1,6 @@
 """Engine(model): requests in, tokens out. Continuous batching over paged KV, on the compiled step."""
 
 import itertools
-import os
 import random
 import time
 import warnings
@@ -9,9 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from gemma4_compile.packed.inputs import bidirectional
 from gemma4_compile.torchrun import RanksError
 
 from .metrics import EngineMetrics, RequestMetrics
-from .opening import assistant_of, model_of, stop_tokens, vision_of
+from .opening import assistant_of, model_of, stop_tokens
 from .output_processor import OnChunk, OutputProcessor, Request
 from .outputs import Chunk, RequestOutput, Sample
 from .sampling_params import SamplingParams
@@ -35,10 +32,11 @@ from .scheduling.scheduler import Scheduler
 from .scheduling.sequence import DecodeBatch, ScheduledChunk, Sequence
 from .speculative.config import SpeculativeConfig
 from .step import invariants
-from .text import Prompt, TextStream, encode, prompts_of
-from .vision.pictures import ImageLimits
-from .vision.prompts import ImagePrompts, MarkTokens, has_images
-from .vision.spans import ImageSpan, PreparedPrompt, blocks_of
+from .text import Prompt, TextStream, prompts_of
+from .vision.blocks import whole_blocks
+from .vision.reader import PromptReader
+from .vision.source import vision_of
+from .vision.spans import PreparedPrompt
 from .worker.memory import MemoryReport
 from .worker.model import PackedModel
 from .worker.model_runner import Allowed, Launched, ModelRunner
@@ -51,7 +49,7 @@ class Engine:
                  that is not optimized yet is, in place
     config       EngineConfig
     tokenizer    of text prompts; None: the checkpoint's, if there is one
-    processor    image processor; None: the checkpoint's
+    processor    image processor, or a whole Gemma4Processor; None: the checkpoint's
     speculative  SpeculativeConfig: an assistant drafts tokens for it; None: nothing is drafted
 
     Requests that cannot be served end with an error and leave all others as they are. One thread at a time may call it.
@@ -93,11 +91,7 @@ class Engine:
         self._metrics = EngineMetrics()
         self.outputs = OutputProcessor(self.scheduler, self.tokenizer, self._metrics, adaptive)
         self._ranks = self.runner.ranks
-        self._images: ImagePrompts | None = None
-        if self._vision is not None:
-            limits = ImageLimits(config.image_bytes, config.image_pixels, http=config.image_urls)
-            source = self._vision
-            self._images = ImagePrompts(lambda: source.processor, MarkTokens.of(source.config), limits)
+        self._reader = PromptReader(self.tokenizer, config, self._vision)
         if config.text_only is False:
             self._open_images()
         self._watch = self._watched()
@@ -113,33 +107,6 @@ class Engine:
     def stop_tokens(self) -> frozenset[int]:
         """The model's own end tokens."""
         return self._stop_tokens
-
-    # Images
-
-    def prepare(self, prompt: Prompt) -> PreparedPrompt:
-        """A prompt with images as tokens and patches, which `add_request` takes too. Opening pictures takes time: any thread
-        may do it.
-
-        Raises ValueError for a prompt, or an image, that can never be served."""
-        if isinstance(prompt, PreparedPrompt):
-            return prompt
-        if self._images is None or self.config.text_only:
-            if has_images(prompt):
-                what = "text_only=True" if self._images is not None else "a model of text alone"
-                raise ValueError(f"an image needs a model with its vision part, got {what}; load the multimodal checkpoint")
-            return PreparedPrompt(encode(prompt, self.tokenizer, self.config.chat))
-        return PreparedPrompt(*self._images.encode(prompt, self.tokenizer, self.config.chat))
-
-    def _open_images(self) -> None:
-        """Read and compile what images take, unless that was done."""
-        if self.runner.images is not None:
-            return
-        if self._ranks.several and self.config.text_only is not False:
-            raise ValueError("images on several ranks need text_only=False on all of them, got an engine without; make it so")
-        if self._vision is None:
-            raise ValueError("text_only=False needs a model with a vision part, got a model of text alone; leave it out")
-        self.runner.open_images(self._vision.open(self.model))
-        self._watch = self._watched()
 
     # Several ranks
 
@@ -192,7 +159,7 @@ class Engine:
         prompts  texts, lists, arrays or tensors of token ids, what a tokenizer gives, {"prompt": text}, {"prompt_token_ids":
                  ids}, or lists of messages; one alone gives a list of one. Images are parts of messages, as in
                  {"type": "image", "image": a PIL image, path, bytes or data URL}, or beside a prompt: {"prompt": text,
-                 "images": [...]}
+                 "images": [...]}; so are videos, {"type": "video", "video": [frames], "fps": 2.0}
         params   for all of them, or one for each; None is greedy
 
         A prompt that cannot be served gives an output with finish_reason "error", and a warning. Raises ValueError if prompts
@@ -227,7 +194,7 @@ class Engine:
         outputs: dict[str, RequestOutput] = {}
         ids = [self._new_id() for _ in several]
         try:
-            prepared = self._prepared(several)
+            prepared = self._reader.read_ahead(several)
             for index, (request_id, prompt, param) in enumerate(zip(ids, several, chosen, strict=True)):
                 try:
                     self.add_request(next(prepared)(), param, request_id, stream=False)
@@ -245,23 +212,19 @@ class Engine:
             raise
         return [outputs[request_id] for request_id in ids]
 
-    def _prepared(self, prompts: list[Any]) -> Iterator[Callable[[], Any]]:
-        """For each prompt what gives it, or raises; with images, in threads that work ahead."""
-        with_images = [has_images(prompt) for prompt in prompts]
-        if not any(with_images):
-            yield from (partial(self.prepare, prompt) for prompt in prompts)
-            return
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-            futures = [threads.submit(self.prepare, p) if has else None for p, has in zip(prompts, with_images, strict=True)]
-            for prompt, future in zip(prompts, futures, strict=True):
-                yield partial(self.prepare, prompt) if future is None else future.result
-
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> "ChunkStream":
         """One prompt's chunks as they come; what is no longer read is aborted. Raises ValueError as `add_request`."""
         chunks: deque[Chunk] = deque()
         return ChunkStream(self, self.add_request(prompt, params, on_chunk=chunks.append), chunks)
 
     # To drive it yourself
+
+    def prepare(self, prompt: Prompt) -> PreparedPrompt:
+        """A prompt with images as tokens and patches, which `add_request` takes too. Opening pictures takes time: any thread
+        may do it.
+
+        Raises ValueError for a prompt, or an image, that can never be served."""
+        return self._reader.read(prompt)
 
     def add_request(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None,
@@ -289,7 +252,10 @@ class Engine:
         self._check(ids, params)
         if not self.has_work:
             self._look_at_model()
-        blocks = self._blocks(images)
+        if images:
+            self._open_images()
+        ahead = bool(images) and bidirectional(self.model.config)
+        blocks = whole_blocks(images, self.config.max_batched_tokens, self.runner.pages) if ahead else []
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
         metrics = RequestMetrics(arrived=time.perf_counter(), prompt_tokens=len(ids))
         request = Request(request_id, ids, params, metrics, on_chunk, stream)
@@ -321,30 +287,6 @@ class Engine:
             self.scheduler.add(sequence)
         return request_id
 
-    def _blocks(self, images: tuple[ImageSpan, ...]) -> list[tuple[int, int]]:
-        """Runs of image tokens that no step may cut. Raises ValueError for one that no step holds."""
-        if not images:
-            return []
-        self._open_images()
-        if not bidirectional(self.model.config):
-            return []
-        found, config = blocks_of(images), self.config
-        longest = max(end - first for first, end in found)
-        if longest > config.max_batched_tokens:
-            raise ValueError(
-                f"an image's tokens must fit into a step of max_batched_tokens={config.max_batched_tokens}, got {longest}; "
-                "raise it, or give the image fewer (max_soft_tokens)"
-            )
-        pages = self.runner.pages
-        room = {kind: pages.pools[kind].pages * config.page_size for kind, window in pages.windows.items() if window}
-        window = max(pages.windows.values())
-        if room and longest + window + config.page_size > min(room.values()):
-            raise ValueError(
-                f"an image's tokens and the window before them must fit into the sliding pool of {min(room.values())} tokens, "
-                f"got {longest} and {window}; raise kv_bytes, or give the image fewer (max_soft_tokens)"
-            )
-        return found
-
     def refresh(self) -> None:
         """Take in all changes of the model and the assistant, and reset the prefix cache.
 
@@ -359,17 +301,13 @@ class Engine:
         self._watch = self._watched()
 
     def _watched(self) -> Watch:
-        images = self.runner.images
-        more = [self.assistant, None if images is None else images.encoder.part]
-        return Watch(self.model, *(each for each in more if each is not None))
+        return Watch(self.model, *self.runner.beside)
 
     def _look_at_model(self) -> None:
         if not self._watch.is_unchanged():
             self.refresh()
         elif self._watch.was_written():
-            self.runner.pages.reset()
-            if self.runner.images is not None:
-                self.runner.images.encoder.forget()
+            self.runner.forget()
 
     def step(self) -> list[Chunk]:
         """Compute one step; returns what requests have got from it, or, where steps overlap, from the one before."""
@@ -483,6 +421,17 @@ class Engine:
 
     def _new_id(self) -> str:
         return next(name for number in self._numbers if (name := f"request-{number}") not in self.outputs.requests)
+
+    def _open_images(self) -> None:
+        """Read and compile what images take, unless that was done."""
+        if self.runner.images is not None:
+            return
+        if self._ranks.several and self.config.text_only is not False:
+            raise ValueError("images on several ranks need text_only=False on all of them, got an engine without; make it so")
+        if self._vision is None:
+            raise ValueError("text_only=False needs a model with a vision part, got a model of text alone; leave it out")
+        self.runner.open_images(self._vision.open(self.model))
+        self._watch = self._watched()
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:
         vocabulary = self.runner.vocabulary.size

@@ -1,69 +1,17 @@
 """What an Engine is given, as what it runs: a name loaded, whole or divided between ranks, and optimized."""
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from gemma4_compile.config import EngineConfig
 from gemma4_compile.hf import parallel
 from gemma4_compile.hf.assistant import load_assistant
 from gemma4_compile.hf.loading import checkpoint, load, text_part, tokenizer_of
-from gemma4_compile.hf.vision import VisionPart, has_vision, image_processor_of, load_vision, vision_part
 from gemma4_compile.optimized import existing_state, optimize, state_of
 from gemma4_compile.torchrun import launched_ranks
-
-
-@dataclass
-class VisionSource:
-    """Where an engine's vision part comes from, when it is wanted.
-
-    config     of the multimodal model
-    given      the user's image processor; None: the checkpoint's
-    part       the part of a model that is there
-    folder     of the checkpoint; None: it is not known
-    """
-
-    config: Any
-    given: Any
-    part: VisionPart | None = None
-    folder: Path | None = None
-
-    @cached_property
-    def processor(self) -> Any:
-        """The image processor. Raises ValueError where there is none, ImportError without Pillow."""
-        found = self.given
-        if found is None and self.folder is not None:
-            found = image_processor_of(self.folder)
-        if found is None:
-            raise ValueError("an image needs an image processor, got a checkpoint without; pass processor= to Engine")
-        return found
-
-    def open(self, model: Any) -> VisionPart:
-        """The part, for a text model. Raises ValueError where its weights cannot be read."""
-        part = self.part
-        if part is None:
-            assert self.folder is not None, "a part is there, or its checkpoint"
-            part = load_vision(self.folder, model.dtype, model.device)
-        assert part is not None, "its config has one"
-        return part
-
-
-def vision_of(model: nn.Module | str | Path, processor: Any) -> VisionSource | None:
-    """Of what an Engine is given; None where images are none of its business.
-
-    processor   the user's; None: the checkpoint's"""
-    if isinstance(model, (str, Path)):
-        folder, _ = checkpoint(model)
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return VisionSource(config, processor, folder=folder) if has_vision(config) else None
-    part = vision_part(model)
-    name: Any = getattr(model, "name_or_path", "")
-    return None if part is None else VisionSource(model.config, processor, part, Path(name) if name else None)
 
 
 def model_of(model: nn.Module | str | Path, config: EngineConfig, tokenizer: Any) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """Prompts to token ids, and token ids to text as they come, with stop strings."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from torch import Tensor
 from .vision.spans import PreparedPrompt
 
 # A prompt: text, token ids, or messages as chat templates take them. Arrays and tensors of ids will do, and what a tokenizer
-# gives; {"prompt": text} and {"prompt_token_ids": ids} are what they say, with "images" beside. Engine.prepare gives the last.
+# gives; {"prompt": text} and {"prompt_token_ids": ids} are what they say, with "images" and "videos" beside. Engine.prepare
+# gives the last.
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]] | Mapping[str, Any] | np.ndarray | Tensor | PreparedPrompt
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -26,7 +27,7 @@ def prompts_of(given: Any) -> list[Any]:
     if isinstance(given, PreparedPrompt):
         return [given]
     if isinstance(given, Mapping):
-        return [given] if "images" in given else _of_mapping(given)
+        return [given] if "images" in given or "videos" in given else _of_mapping(given)
     if isinstance(given, (np.ndarray, Tensor)):
         if given.ndim > 2:
             raise ValueError(f"token ids must be [tokens] or [prompts, tokens], got {list(given.shape)}; flatten them")
@@ -62,8 +63,10 @@ def _listed(ids: Any) -> list[Any]:
     return ids.tolist() if isinstance(ids, (np.ndarray, Tensor)) else list(ids)
 
 
-def encode(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
+def encode(prompt: Prompt, tokenizer: Any, chat: bool, expand: Callable[[str], str] = str) -> list[int]:
     """Token ids of a prompt. Text goes through the chat template if there is one and `chat` is set, as one user's message.
+
+    expand   makes what becomes tokens of the text that a template gives
 
     Raises ValueError for what is none of these, text without a tokenizer, messages without a chat template or against it;
     TypeError for a mapping that is no prompt."""
@@ -71,7 +74,7 @@ def encode(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
         prompts = _of_mapping(prompt)
         if len(prompts) != 1:
             raise ValueError(f"one prompt must be given here, got {len(prompts)} in a mapping; pass them to generate()")
-        return encode(prompts[0], tokenizer, chat)
+        return encode(prompts[0], tokenizer, chat, expand)
     if isinstance(prompt, (np.ndarray, Tensor)):
         if prompt.ndim == 2 and prompt.shape[0] == 1:
             prompt = prompt[0]
@@ -97,10 +100,11 @@ def encode(prompt: Prompt, tokenizer: Any, chat: bool) -> list[int]:
     if is_chat or (template and chat):
         messages = [{"role": "user", "content": prompt}] if is_text else list(prompt)
         try:
-            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise ValueError(f"messages must suit the chat template, got {error}; see the model's card") from error
-    return list(tokenizer(prompt).input_ids)
+        return list(tokenizer(expand(text), add_special_tokens=False).input_ids)
+    return list(tokenizer(expand(str(prompt))).input_ids)
 
 
 class TextStream:

@@ -17,9 +17,16 @@ from torch._dynamo.exc import TorchDynamoException
 
 from gemma4_compile.backend import Backend
 from gemma4_compile.dynamo import first_line, own_code, switched_off
+from gemma4_compile.geometry import vision_geometry
 
 # Inputs whose number of images and patches varies.
 _VARYING = ("inputs_embeds", "attention_mask", "pixel_position_ids")
+
+
+def fusions_in(config: Any, enabled: frozenset[str]) -> frozenset[str]:
+    """Of the enabled fusions, those of a tower, by its config: none where its linears are clipped. The bounds stand between
+    products and norms; Inductor computes them in its kernel of the norm, which a fused one would part into three."""
+    return frozenset() if getattr(config, "use_clipped_linears", False) else enabled
 
 
 class EncoderCalls:
@@ -27,14 +34,17 @@ class EncoderCalls:
 
     backend   says which fusions are enabled; `records` has those of the encoder
 
-    `broken` says why calls run uncompiled, empty if they do not; `note` what is left alone in a graph, and why."""
+    `falls_back` is whether what does not compile runs plain from then on; else the error comes out. `eager_reason` says why
+    calls run uncompiled, empty if they do not; `note` what is left alone in a graph, and why."""
 
     def __init__(self, encoder: Any, backend: Backend):
-        self._encoder, self.backend = encoder, replace(backend, records=[])
+        self._encoder = encoder
+        self.backend = replace(backend, records=[], enabled=fusions_in(encoder.config, backend.enabled))
         self._signature = inspect.signature(encoder.forward)
-        self.broken = ""
+        self.geometry = vision_geometry(encoder.config)
+        self.falls_back, self.eager_reason = True, ""
         clipped = getattr(encoder.config, "use_clipped_linears", False)
-        self.note = "products with clipped inputs and outputs stay with Inductor (use_clipped_linears)" if clipped else ""
+        self.note = "its linears are clipped (use_clipped_linears), and all is left to Inductor" if clipped else ""
 
         def step(inputs: dict[str, Any]) -> Any:
             return encoder._call_impl(**inputs)
@@ -53,7 +63,7 @@ class EncoderCalls:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         encoder = self._encoder
-        if torch.compiler.is_compiling() or switched_off() or self.broken or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or switched_off() or self.eager_reason or torch.is_grad_enabled():
             return encoder._call_impl(*args, **kwargs)
         bound = self._signature.bind(*args, **kwargs).arguments
         inputs = dict(bound) | bound.get("kwargs", {})
@@ -66,7 +76,9 @@ class EncoderCalls:
         try:
             return self._step(inputs)
         except TorchDynamoException as error:
+            if not self.falls_back:
+                raise
             found = encoder._call_impl(*args, **kwargs)  # a call that was wrong raises Hugging Face's own error here
-            self.broken = first_line(error)
-            warnings.warn(f"gemma4_compile leaves the vision encoder plain: {self.broken}", stacklevel=2)
+            self.eager_reason = first_line(error)
+            warnings.warn(f"gemma4_compile leaves the vision encoder plain: {self.eager_reason}", stacklevel=2)
             return found

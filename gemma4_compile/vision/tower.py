@@ -13,6 +13,7 @@ A model without a tower embeds tokens one by one: pixels are [T, 1, P], and noth
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from gemma4_compile.hf.vision import VisionPart
 from gemma4_compile.packed.compile import compile_step, open_step, program_folder
 from gemma4_compile.packed.inputs import require
 from gemma4_compile.packed.program import Program
+
+from .encoder import fusions_in
 
 NAME = "gemma4_compile_vision"
 INPUTS = ("pixels", "positions", "starts", "reach")
@@ -56,6 +59,7 @@ def patches_of_token(part: VisionPart) -> int:
 def open_tower(part: VisionPart, backend: Backend) -> Program:
     """The packed program of a vision part, compiled or loaded; its result is [1, T, H], embeddings for the text model."""
     device = next(part.parameters()).device
+    backend = replace(backend, enabled=fusions_in(part.config.vision_config, backend.enabled))
     folder = program_folder(part, backend, Division(), device)
     return open_step(part, backend, folder, lambda: _compile(part, backend, device), check)
 

@@ -168,4 +168,4 @@ def test_optimized_model_names_held_out_pictures(dtype: torch.dtype) -> None:
         out = model.generate(**moved, max_new_tokens=8, do_sample=False)
         assert out[0, given["input_ids"].shape[1] :].tolist() == wanted
     encoder = state_of(model).encoder
-    assert encoder is not None and encoder.records and not encoder.broken
+    assert encoder is not None and encoder.records and not encoder.eager_reason

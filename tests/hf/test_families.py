@@ -1,4 +1,4 @@
-"""gemma4_unified, the 12B's classes: sites, geometry and tokens as of gemma4; a clear line where transformers lacks them."""
+"""gemma4_unified, the 12B's classes: sites, geometry and tokens as of gemma4."""
 
 from pathlib import Path
 from typing import Any
@@ -6,25 +6,20 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_compile import Engine, optimize, report
+from gemma4_compile import optimize, report
 from gemma4_compile.geometry import geometry
-from gemma4_compile.hf import families
+from gemma4_compile.hf.assistant import assistant_class
 from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
 from gemma4_compile.hf.families import GEMMA4, UNIFIED, family_of
-from gemma4_compile.hf.loading import assistant_config, checkpoint, load, random_model, text_part
+from gemma4_compile.hf.loading import assistant_config, checkpoint, load, text_part
 from gemma4_compile.hf.parallel import plan
 from gemma4_compile.hf.vision import load_vision, vision_part
-from tests.models import prompt
+from tests.models import prompt, tiny_multimodal, tiny_unified
 from tests.passes.harness import passes_only
 
-unified = pytest.mark.skipif(UNIFIED is None, reason="this transformers has no gemma4_unified")
 
-
-@unified
 def test_sites_of_each_layer() -> None:
     """The patterns are captured from gemma4's modules, and find gemma4_unified's."""
-    from tests.models import tiny_unified
-
     plain, model = (text_part(tiny_unified().requires_grad_(False)) for _ in range(2))
     model = passes_only(model)
     ids = prompt(2, 9)
@@ -39,9 +34,7 @@ def test_sites_of_each_layer() -> None:
     assert found.calls == {"packed steps": found.calls["packed steps"]}
 
 
-@unified
 def test_geometry_at_real_size() -> None:
-    assert UNIFIED is not None
     found = geometry(UNIFIED.text_config(**TEXT_CONFIGS["12B"]))
     assert len(found.layers) == 48 and not found.per_layer_input and not found.experts
     kinds = {(layer.kind, layer.kv_heads, layer.head_dim, layer.k_eq_v) for layer in found.layers}
@@ -52,27 +45,27 @@ def test_geometry_at_real_size() -> None:
         model = UNIFIED.causal(UNIFIED.text_config(**TEXT_CONFIGS["12B"]))
     text = sum(p.numel() for p in model.parameters())
     assert 11.8e9 < text < 11_959_730_224
-    assert type(assistant_config("12B")) is UNIFIED.assistant_config
+    config = assistant_config("12B")
+    assert type(config) is UNIFIED.assistant_config
+    with torch.device("meta"):
+        assistant = assistant_class(UNIFIED)(config)
+    assistant.tie_weights()
+    assert round(sum(p.numel() for p in assistant.parameters()) / 1e6) == 423  # as published
 
 
-@unified
 @pytest.mark.parametrize("ranks", (1, 2, 4))
 def test_its_heads_can_be_divided(ranks: int) -> None:
     """One KV head of full layers is the same on all ranks; all else is divided."""
-    assert UNIFIED is not None
     found = plan(UNIFIED.text_config(**TEXT_CONFIGS["12B"]), ranks)
     assert found == "auto" if ranks == 1 else found["model.layers.*.self_attn.k_proj"]
 
 
-@unified
 def test_checkpoints_are_read_whole_and_in_parts(tmp_path: Path) -> None:
-    from tests.models import tiny_unified
-
     model = tiny_unified()
     model.save_pretrained(tmp_path)
     assert checkpoint(tmp_path) == (tmp_path, "gemma4_unified")
     text, _ = load(tmp_path, text_only=True)
-    assert UNIFIED is not None and type(text) is UNIFIED.causal
+    assert type(text) is UNIFIED.causal
     part, wanted = load_vision(tmp_path, torch.float32, torch.device("cpu")), vision_part(model)
     assert part is not None and wanted is not None
     for name, tensor in wanted.state_dict().items():
@@ -80,8 +73,6 @@ def test_checkpoints_are_read_whole_and_in_parts(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_a_tower_is_read_in_parts(tmp_path: Path) -> None:
-    from tests.models import tiny_multimodal
-
     model = tiny_multimodal("e")
     model.save_pretrained(tmp_path)
     part, wanted = load_vision(tmp_path, torch.bfloat16, torch.device("cpu")), vision_part(model)
@@ -97,14 +88,8 @@ def test_a_checkpoint_of_a_tower_is_read_in_parts(tmp_path: Path) -> None:
         load_vision(tmp_path, torch.float32, torch.device("cpu"))
 
 
-def test_transformers_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(families, "UNIFIED", None)
-    monkeypatch.setattr(families, "FAMILIES", (GEMMA4,))
-    (tmp_path / "config.json").write_text('{"model_type": "gemma4_unified"}')
-    for ask in (lambda: Engine(tmp_path), lambda: random_model("12B"), lambda: family_of("gemma4_unified_text")):
-        with pytest.raises(ValueError, match="gemma4_unified.* needs transformers 5.24, got .*; pip install -U transformers"):
-            ask()
-    assert family_of("gemma4") is GEMMA4 and family_of("llama") is None
+def test_families_by_type() -> None:
+    assert family_of("gemma4") is GEMMA4 and family_of("gemma4_unified_text") is UNIFIED and family_of("llama") is None
 
 
 def test_other_models_are_refused() -> None:

@@ -25,7 +25,7 @@ from gemma4_compile.inspection.files import ENTRIES, whole_or_nothing
 from gemma4_compile.patterns import post_attention_norms
 from gemma4_compile.patterns.rewrite import Rewrite
 from scripts import dump_inductor
-from tests.models import CONFIGS, prompt, tiny
+from tests.models import CONFIGS, VISION, prompt, tiny, tiny_multimodal
 
 ops = torch.ops.gemma4
 
@@ -260,6 +260,24 @@ def test_other_steps(step: str, static_cache: bool) -> None:
     assert attention.outputs[0].shape[:1] == (2,) and attention.outputs[0].shape[2] == rows
 
 
+def test_images_in_the_vision_tower() -> None:
+    found = inspect(tiny_multimodal("dense"), step="images", batch=2, context=6, name="dense")
+    assert found.step == "images, batch 2, 6 soft tokens of 9 patches each, float32"
+    layers = VISION["num_hidden_layers"]
+    assert [layer.label for layer in found.layers] == ["vision"] * layers
+    rows = {row.name: (row.expected, row.matched) for row in found.passes}
+    fused = {name: counts for name, counts in rows.items() if name in passes.FUSIONS and counts[1] and name != "geglu"}
+    assert fused == {
+        "qkv_norm_rope": (layers, layers), "post_attention_norms": (layers, 2 * layers - 1), "feed_forward_tail": (1, 1),
+        "gate_up": (layers, layers), "linear": (layers, 3 * layers),
+    }  # fmt: skip
+    assert not any(row.unmatched for row in found.passes)
+    for layer in range(layers):
+        counts = Counter(kernel.kind for kernel in found.ours.of_layer(layer))
+        assert counts["attention"] == 1 and counts["ours"] == 7
+    assert "gemma4-compile, layer 1, vision" in tables.summary(found, layer=1)
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------------
 
 
@@ -323,10 +341,11 @@ def test_an_error_is_not_hidden_by_another_writer(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"example_inputs": {"input_ids": torch.ones(1, 2), "pixel_values": torch.ones(1)}}, "takes tokens or embeddings"),
-        ({"step": "verify"}, "step must be one of decode, prefill, got 'verify'"),
+        ({"step": "verify"}, "step must be one of decode, prefill, images, got 'verify'"),
         ({"batch": 0}, "batch and context must be at least 1, got 0"),
         ({"compare": "eager"}, 'compare must be "plain" or None'),
         ({"example_inputs": "text"}, "example_inputs must be token ids or a mapping"),
+        ({"step": "images"}, "needs a model with a vision tower, got Gemma4ForCausalLM without"),
     ],
 )
 def test_arguments(arguments: dict[str, Any], message: str) -> None:

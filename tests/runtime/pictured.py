@@ -1,5 +1,6 @@
 """Tiny multimodal models twice, as Hugging Face has them and served; prompts with drawn pictures; what must come of them."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -50,11 +51,20 @@ class Pictured:
                 for e, n in zip(found, pad, strict=True)
             ]
             options = {"pixel_values": torch.cat(values), "image_position_ids": torch.cat(places)}
-        kinds = (given == IMAGE).long()
+        if VIDEO in ids:
+            options = self._of_video(options["pixel_values"], options["image_position_ids"])
+        kinds = (given == IMAGE).long() + 2 * (given == VIDEO).long()
         if self.processor is not image_processor:
             options["attention_mask"] = self._masks(given, kinds)
         with torch.no_grad():
             return self.plain(input_ids=given, mm_token_type_ids=kinds, **options).logits[0]
+
+    def _of_video(self, values: Tensor, places: Tensor) -> dict[str, Tensor]:
+        """One video's frames as forward() takes them."""
+        if "num_frames_per_video" in inspect.signature(self.plain.model.get_video_features).parameters:
+            count = torch.tensor([len(values)])
+            return {"pixel_values_videos": values, "video_position_ids": places, "num_frames_per_video": count}
+        return {"pixel_values_videos": values[None], "video_position_ids": places[None]}  # up to transformers 5.23
 
     def _masks(self, ids: Tensor, kinds: Tensor) -> Any:
         """Those of generate(): a call of forward() alone lets a Gemma4Unified's image tokens see each other in full layers
@@ -117,7 +127,6 @@ def assistant_for(kind: str) -> Any:
     torch.manual_seed(3)
     options: dict[str, Any] = {"backbone_hidden_size": target["hidden_size"], "use_ordered_embeddings": False}
     if kind == "12B":
-        assert UNIFIED is not None
         dropped = ("hidden_size_per_layer_input", "vocab_size_per_layer_input", "model_type")
         config = UNIFIED.assistant_config(text_config={k: v for k, v in text.items() if k not in dropped}, **options)
         return UNIFIED.assistant(config).float().eval().requires_grad_(False)

@@ -69,6 +69,21 @@ def test_what_is_refused(served: Running, url: str, message: str) -> None:
     assert served.post(CHAT, messages=asked(url_of(2)), max_tokens=12).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "video_url", "video_url": {"url": "data:,"}}, "Input tag 'video_url' found using 'type' does not match"),
+        (
+            {"type": "text", "text": "<|image|>"},
+            "a placeholder for each image, got 1 tokens of images for 0",
+        ),
+    ],
+)
+def test_parts_that_are_no_images(served: Running, part: dict[str, Any], message: str) -> None:
+    answer = served.post(CHAT, messages=[{"role": "user", "content": [part]}], max_tokens=4)
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+
+
 def test_a_model_of_text_alone() -> None:
     with running(demo_engine()) as text:
         answer = text.post(CHAT, messages=asked(url_of(0)), max_tokens=4)

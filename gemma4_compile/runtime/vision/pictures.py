@@ -42,22 +42,30 @@ def open_picture(source: Any, limits: ImageLimits) -> Image:
 
     Raises ValueError for all else, for what is broken or beyond the limits; ImportError without Pillow."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ModuleNotFoundError as error:
         raise ImportError("images take Pillow, got none; pip install 'gemma4-compile[vision]'") from error
     try:
         if isinstance(source, Image.Image):
             picture = source
         elif isinstance(source, np.ndarray):
-            if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
                 raise ValueError(f"an array must be [height, width, 3] uint8, got {list(source.shape)} {source.dtype}")
             picture = Image.fromarray(source)
         else:
             picture = Image.open(io.BytesIO(_bytes_of(source, limits)))
         width, height = picture.size
+        if not width or not height:
+            raise ValueError(f"it must have a width and a height, got {width} x {height}; see where it comes from")
         if width * height > limits.pixels:
             raise ValueError(f"it must have at most {limits.pixels} pixels, got {width} x {height}; make it smaller")
         return ImageOps.exif_transpose(picture).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError("an image must be readable, got bytes of no known format; see that the file is whole") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"an image cannot be used: it must have at most {limits.pixels} pixels, got {_line(error)}; make it smaller"
+        ) from error
     except ValueError as error:
         raise ValueError(f"an image cannot be used: {_line(error)}") from error
     except Exception as error:  # of the many decoders, in classes of their own
@@ -75,8 +83,11 @@ def _bytes_of(source: Any, limits: ImageLimits) -> bytes:
         if not limits.files:
             raise ValueError("it must be a data URL here, got a name; send its bytes as data:image/png;base64,...")
         path = Path(source)
-        if path.stat().st_size > limits.bytes:
-            raise ValueError(f"its file must have at most {limits.bytes} bytes, got {path.stat().st_size}; make it smaller")
+        size = path.stat().st_size
+        if not path.is_file():  # a device has no end, a pipe waits
+            raise ValueError("a path must be a file's, got another's; see that it leads to the image")
+        if size > limits.bytes:
+            raise ValueError(f"its file must have at most {limits.bytes} bytes, got {size}; make it smaller")
         found = path.read_bytes()
     else:
         raise ValueError(f"it must be a PIL image, bytes, a path or a data URL, got {type(source).__name__}")

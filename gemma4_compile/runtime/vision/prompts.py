@@ -1,20 +1,25 @@
-"""Prompts with images: messages and token ids in, token ids with each image's place out."""
+"""Prompts with images and videos: messages and token ids in, token ids with each image's place out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemma4_compile.hf.vision import FrameOptions
 from gemma4_compile.runtime.text import encode
 
 from .pictures import ImageLimits, open_picture
 from .spans import ImageSpan, Patches
+from .videos import Video, with_times
 
-_FRAME_TOKENS = 70  # of a video's frame at most, as transformers' video processor has it
 _IMAGE = ("image", "url", "path", "base64", "image_url")
+_VIDEO = ("video", "frames")
+_REASON = 200  # characters of the processor's own
 _SOUNDS = ("audio", "input_audio")
 
 
@@ -42,57 +47,58 @@ class MarkTokens:
         return cls(*(getattr(config, name, None) for name in names))  # type: ignore[arg-type]
 
 
-def split_images(prompt: Any) -> tuple[Any, list[Source]]:
-    """A prompt with places for its images, as chat templates take them, and the images in order. A prompt without is itself.
+class Parts(NamedTuple):
+    """A prompt with places for its images and videos, as chat templates take them; and these, each kind in order."""
+
+    prompt: Any
+    images: list[Source]
+    videos: list[Video]
+
+
+def split_images(prompt: Any) -> Parts:
+    """A prompt without images or videos is itself.
 
     Raises ValueError for sounds, for parts without their image, for images in places where none can be."""
     if isinstance(prompt, Mapping):
-        given = prompt.get("images")
-        rest = {key: value for key, value in prompt.items() if key != "images"}
+        rest = {key: value for key, value in prompt.items() if key not in ("images", "videos")}
         if "audio" in rest or "audios" in rest:
             raise ValueError("audio is not supported, got some; give text and images")
-        if given is None:
-            return rest, []
-        several = given if isinstance(given, (list, tuple)) else [given]
-        return rest, [_of_mapping(each) for each in several]
+        images, videos = prompt.get("images"), prompt.get("videos")
+        images = images if isinstance(images, (list, tuple)) else [] if images is None else [images]
+        videos = videos if isinstance(videos, (list, tuple)) else [] if videos is None else [videos]
+        return Parts(rest, [_of_mapping(each) for each in images], [_video(each) for each in videos])
     if not isinstance(prompt, (list, tuple)) or not all(isinstance(message, Mapping) for message in prompt):
-        return prompt, []
-    found: list[Source] = []
-    messages = []
+        return Parts(prompt, [], [])
+    found = Parts([], [], [])
     for message in prompt:
         content = message.get("content")
         if isinstance(content, (list, tuple)):
-            content = [part for given in content for part in _parts(given, found)]
-            message = {**message, "content": content}
-        messages.append(message)
-    return messages, found
+            message = {**message, "content": [_part(given, found) for given in content]}
+        found.prompt.append(message)
+    return found
 
 
 def has_images(prompt: Any) -> bool:
     """Whether it takes pictures to be opened, which is work worth a thread of its own."""
     try:
-        return bool(split_images(prompt)[1])
+        _, images, videos = split_images(prompt)
+        return bool(images or videos)
     except ValueError:
         return False
 
 
-def _parts(part: Any, found: list[Source]) -> list[Any]:
-    """One part of a message as the template takes it; images are noted."""
+def _part(part: Any, found: Parts) -> Any:
+    """One part of a message as the template takes it; images and videos are noted."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in _SOUNDS:
         raise ValueError("audio is not supported, got some in a message; give text and images")
     if kind in ("image", "image_url"):
-        found.append(_source(_given(part, kind, _IMAGE), part))
-        return [{"type": "image"}]
+        found.images.append(_source(_given(part, kind, _IMAGE), part))
+        return {"type": "image"}
     if kind == "video":
-        frames = _given(part, kind, ("video", "frames"))
-        if not isinstance(frames, (list, tuple)) or not frames:
-            raise ValueError(
-                f"a video must be a list of its frames, got {type(frames).__name__}; read them from the file first"
-            )
-        found += [_source(frame, {"max_soft_tokens": part.get("max_soft_tokens", _FRAME_TOKENS)}) for frame in frames]
-        return [{"type": "image"}] * len(frames)
-    return [part]
+        found.videos.append(_video(part))
+        return {"type": "video"}
+    return part
 
 
 def _of_mapping(image: Any) -> Source:
@@ -100,6 +106,13 @@ def _of_mapping(image: Any) -> Source:
     if not isinstance(image, Mapping):
         return _source(image, {})
     return _source(_given(image, "image", _IMAGE), image)
+
+
+def _video(video: Any) -> Video:
+    """One beside its prompt, or as a part of a message has it."""
+    if not isinstance(video, Mapping):
+        return Video.of(video, {})
+    return Video.of(_given(video, "video", _VIDEO), video)
 
 
 def _given(part: Mapping[str, Any], kind: str, names: Sequence[str]) -> Any:
@@ -122,58 +135,91 @@ class ImagePrompts:
     processor   gives the checkpoint's image processor, once there is an image
     marks       of the checkpoint
     limits      of images
+    frames      gives how frames of videos are taken
     """
 
-    def __init__(self, processor: Callable[[], Any], marks: MarkTokens, limits: ImageLimits):
-        self._processor, self.marks, self.limits = processor, marks, limits
+    def __init__(
+        self, processor: Callable[[], Any], marks: MarkTokens, limits: ImageLimits,
+        frames: Callable[[], FrameOptions] = FrameOptions,
+    ):  # fmt: skip
+        self._processor, self.marks, self.limits, self._frames = processor, marks, limits, frames
 
-    def patches(self, source: Source) -> Patches:
-        """One image as the tower reads it. Raises ValueError for one that cannot be used."""
+    def patches(self, source: Source, **numbers: Any) -> Patches:
+        """One image as the tower reads it. Raises ValueError for one that cannot be used.
+
+        numbers   arguments of the image processor"""
         picture, processor = open_picture(source.image, self.limits), self._processor()
-        options = {} if source.tokens is None else {"max_soft_tokens": source.tokens}
+        options = numbers if source.tokens is None else numbers | {"max_soft_tokens": source.tokens}
         try:
             found = processor([picture], return_tensors="pt", **options)  # what each kind of processor gives
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = shorten(str(error), _REASON, placeholder="...") or type(error).__name__  # on one line
             raise ValueError(f"an image cannot be used: {reason}") from error
         positions = np.asarray(found["image_position_ids"][0])
         real = (positions >= 0).all(-1)
         values = np.asarray(found["pixel_values"][0], np.float32)[real]
-        scale = float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 0.0
+        scaled = options.get("do_rescale", getattr(processor, "do_rescale", False))
+        scale = float(options.get("rescale_factor", processor.rescale_factor)) if scaled else 0.0
         return Patches.of(values, positions[real].astype(np.int64), int(found["num_soft_tokens_per_image"][0]), scale)
 
     def encode(self, prompt: Any, tokenizer: Any, chat: bool) -> tuple[list[int], tuple[ImageSpan, ...]]:
         """Token ids, and the images among them. Raises ValueError for a prompt or an image that cannot be used."""
-        prompt, sources = split_images(prompt)
-        return self.placed(encode(prompt, tokenizer, chat), [self.patches(source) for source in sources])
+        prompt, sources, videos = split_images(prompt)
+        if not videos:
+            return self.placed(encode(prompt, tokenizer, chat), map(self.patches, sources))
+        options = self._frames()
+        videos = [video.sampled(options.frames) for video in videos]
 
-    def placed(self, ids: list[int], images: Sequence[Patches]) -> tuple[list[int], tuple[ImageSpan, ...]]:
-        """Put each image's tokens in the place of its one token, marked as transformers' processor does; ids that a processor
-        has given have them all already."""
-        marks, lengths = self.marks, [image.tokens for image in images]
-        if marks.audio in ids or marks.video in ids:
-            raise ValueError("audio and whole videos are not supported, got a placeholder of one; give frames as images")
-        if not images and marks.image not in ids:
-            return ids, ()
-        places = [index for index, token in enumerate(ids) if token == marks.image]
-        if len(places) == len(images):
-            found: list[int] = []
-            spans = []
-            before = 0
-            for place, image in zip(places, images, strict=True):
-                bare = place == 0 or ids[place - 1] != marks.begin  # a tokenizer may have marked it itself
-                found += [*ids[before:place], *([marks.begin] if bare else [])]
-                spans.append(ImageSpan(len(found), image))
-                found += [marks.image] * image.tokens + ([marks.end] if bare else [])
-                before = place + 1
-            return found + ids[before:], tuple(spans)
-        if images and len(places) == sum(lengths):
-            starts = np.cumsum([0, *lengths[:-1]])
-            firsts = [places[start] for start in starts]
-            whole = all(places[s + n - 1] == f + n - 1 for s, f, n in zip(starts, firsts, lengths, strict=True))
-            if whole:
-                return ids, tuple(ImageSpan(first, image) for first, image in zip(firsts, images, strict=True))
+        def expand(text: str) -> str:
+            return with_times(text, videos, tokenizer.convert_ids_to_tokens(self.marks.video))
+
+        frames = (self.patches(Source(f, v.tokens), **options.numbers) for v in videos for f in v.frames)
+        return self.placed(encode(prompt, tokenizer, chat, expand), map(self.patches, sources), frames)
+
+    def placed(
+        self, ids: list[int], images: Iterable[Patches], frames: Iterable[Patches] = ()
+    ) -> tuple[list[int], tuple[ImageSpan, ...]]:
+        """Put the tokens of each image, and of each frame of a video, in the place of its one token, marked as transformers'
+        processor does; ids that a processor has given have them all already."""
+        marks = self.marks
+        if marks.audio in ids:
+            raise ValueError("audio is not supported, got a placeholder of it; leave it out")
+        given = {marks.image: deque(images), marks.video: deque(frames)}
+        there = {mark: 0 if mark is None else ids.count(mark) for mark in given}
+        if all(there[mark] == len(several) for mark, several in given.items()):
+            return self._expanded(ids, given)
+        if all(there[mark] == sum(image.tokens for image in several) for mark, several in given.items()):
+            return ids, tuple(_spans(ids, given))
+        wanted = [image.tokens for several in given.values() for image in several]
         raise ValueError(
-            f"a prompt must have a placeholder for each image, got {len(places)} tokens of images for {len(images)} images "
-            f"of {sum(lengths)} tokens; add or leave out images"
+            f"a prompt must have a placeholder for each image, got {sum(there.values())} tokens of images for {len(wanted)} "
+            f"images of {sum(wanted)} tokens; add or leave out images"
         )
+
+    def _expanded(self, ids: list[int], given: Mapping[int | None, deque[Patches]]) -> tuple[list[int], tuple[ImageSpan, ...]]:
+        marks, found, spans = self.marks, list[int](), list[ImageSpan]()
+        for place, token in enumerate(ids):
+            if token not in given:
+                found.append(token)
+                continue
+            image = given[token].popleft()
+            bare = place == 0 or ids[place - 1] != marks.begin  # a tokenizer may have marked it itself
+            found += [marks.begin] if bare else []
+            spans.append(ImageSpan(len(found), image))
+            found += [token] * image.tokens + ([marks.end] if bare else [])
+        return found, tuple(spans)
+
+
+def _spans(ids: list[int], given: Mapping[int | None, deque[Patches]]) -> Iterator[ImageSpan]:
+    """Where images stand whose tokens are all there. Raises ValueError for one whose tokens do not stand together."""
+    place = 0
+    while place < len(ids):
+        token = ids[place]
+        if token not in given:
+            place += 1
+            continue
+        image = given[token].popleft()
+        if ids[place : place + image.tokens] != [token] * image.tokens:
+            raise ValueError(f"an image's {image.tokens} tokens must stand together, got others among them; see that all fit")
+        yield ImageSpan(place, image)
+        place += image.tokens

@@ -13,7 +13,8 @@ from gemma4_compile.packed.compile import no_images
 from gemma4_compile.packed.inputs import bidirectional
 from gemma4_compile.packed.program import StepResult
 from gemma4_compile.packed.step_inputs import StepInputs
-from gemma4_compile.runtime.step.arrays import ImagePart
+from gemma4_compile.runtime.scheduling.sequence import ScheduledChunk
+from gemma4_compile.runtime.step.arrays import ImagePart, image_parts
 from gemma4_compile.runtime.vision.spans import Patches
 
 from .encoder import ImageEncoder
@@ -48,13 +49,21 @@ class ImageSteps:
         """A step of text as one of these that has no image."""
         return step | no_images(self._packed.model, step)
 
+    def plan(self, scheduled: Sequence[ScheduledChunk]) -> tuple[list[ImagePart], list[Patches]]:
+        """The images of a step, in order, and those to be encoded for it; on rank 0."""
+        parts = image_parts(scheduled)
+        if not parts:
+            return [], []
+        # All images of whoever has one in this step: they are wanted soon, and many at a time take less time.
+        wanted = (span.image for w in scheduled for span in w.sequence.images if span.end > w.start)
+        return parts, self.encoder.missing(wanted)
+
     def run(
         self, step: StepInputs[Tensor], parts: Sequence[ImagePart], new: Sequence[Patches]
     ) -> StepResult:  # fmt: skip
         """Logits and states of the wanted rows.
 
-        parts   the images of the step, in order
-        new     those to be encoded for it"""
+        parts, new   as `plan` gives them"""
         given = step.images
         assert given is not None, "a step with images says where they are"
         embeddings = self.encoder.embeddings([part.image for part in parts], new)

@@ -26,7 +26,7 @@ from gemma4_compile.runtime.speculative.drafter import Drafter, candidates_of
 from gemma4_compile.runtime.speculative.length import DraftLength
 from gemma4_compile.runtime.speculative.verification import Drafted, Drafts, propose, reject
 from gemma4_compile.runtime.step import invariants
-from gemma4_compile.runtime.step.arrays import ImagePart, build, image_parts
+from gemma4_compile.runtime.step.arrays import ImagePart, build
 from gemma4_compile.runtime.step.staging import Fetched, Staging
 from gemma4_compile.runtime.vision.spans import Patches
 
@@ -229,6 +229,17 @@ class ModelRunner:
             self.images.encoder.compile()
         self.pages.reset()
 
+    @property
+    def beside(self) -> list[Any]:
+        """The models that run beside the text model: an assistant, a vision part."""
+        return [m for m in (self._assistant, None if self.images is None else self.images.encoder.part) if m is not None]
+
+    def forget(self) -> None:
+        """Weights were written: what was computed with the old ones is not to be reused."""
+        self.pages.reset()
+        if self.images is not None:
+            self.images.encoder.forget()
+
     def capture(self) -> Iterator[str]:
         """Capture all graphs; yields the name of each before it begins. Nothing to do without graphs."""
         if self.graphs is None:
@@ -295,12 +306,7 @@ class ModelRunner:
         if inputs.prompts is not None:
             prompt_top = max(w.sequence.params.prompt_logprobs or 0 for w in scheduled if w.prompt)
         rows, speculation = inputs.targets, inputs.speculation
-        parts, new = image_parts(scheduled), []
-        if parts:
-            assert self.images is not None, "who adds a request with images opens them"
-            # All images of whoever has one in this step: they are wanted soon, and many at a time take less time.
-            wanted = (span.image for w in scheduled for span in w.sequence.images if span.end > w.start)
-            new = self.images.encoder.missing(wanted)
+        parts, new = ([], []) if self.images is None else self.images.plan(scheduled)
         drawn = inputs.sampling is not None and inputs.sampling.shaping is not None
         return PlannedStep(
             inputs, [counted for counted in begun if counted is not None], self.sampler.top(rows), prompt_top,
