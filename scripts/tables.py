@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,25 +64,42 @@ def attention_qkv() -> str:
 
 ENGINE = (
     "engine-e2b-h200", "engine-e2b-later-h200", "engine-26b-h200", "engine-dependent-h200",
-    "engine-e2b-hopper-h200", "engine-26b-hopper-h200",
+    "engine-e2b-hopper-h200", "engine-26b-hopper-h200", "bench-12b-h200",
 )  # fmt: skip
 
 
-def rows_of_engine(*names: str) -> list[dict[str, Any]]:
-    """Rows of bench_engine.py with their model; of one workload in several files the last counts, in the place of the first."""
+def rows_of_engine(*names: str, mtp: bool = False) -> list[dict[str, Any]]:
+    """Rows with vLLM's times beside them; of one workload in several files the last counts, in the place of the first."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
+    theirs = records("vllm-h200")
     for name in names:
-        for model in records(name)["models"]:
-            for row in model["rows"]:
-                found[model["model"], row["workload"]] = row | {"model": model["model"]}
+        for row in _engine_rows(records(name)):
+            if (row["mtp"] != "off") == mtp:
+                beside = theirs["mtp" if mtp else "alone"].get(row["model"], {}).get(row["workload"], ())
+                found[row["model"], row["workload"]] = row | {"vllm": dict(zip(theirs["columns"], beside, strict=False))}
     return list(found.values())
 
 
-def workloads(*names: str, vllm: str = "vLLM s") -> str:
-    """Workloads beside vLLM's times, which bench_engine.py keeps in each row."""
+def _engine_rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of `gemma4-compile bench --json`, or as bench_engine.py wrote them before that."""
+    for model in record.get("models", []):
+        drafted = "2.8" if "--mtp" in record["command"] else "off"
+        for row in model["rows"]:
+            yield row | {"model": model["model"], "mtp": drafted}
+    for row in record.get("rows", []):
+        found = row["summary"]
+        yield {
+            "model": row["model"], "mtp": row["mtp"], "workload": row["workload"], "seconds": found["seconds"],
+            "ttft_ms": found["ttft"]["median"], "tpot_ms": found["tpot"]["median"],
+            "host_ms_a_step": row.get("host_ms"), "floor_ratio": row["floor_ratio"],
+        }  # fmt: skip
+
+
+def workloads(*names: str, vllm: str = "vLLM s", mtp: bool = False) -> str:
+    """Workloads beside vLLM's times."""
 
     def cells(row: dict[str, Any]) -> list[str]:
-        theirs = row.get("vllm") or {}
+        theirs = row["vllm"]
         ratio = ""
         if theirs.get("seconds"):
             ratio = f"{row['seconds'] / theirs['seconds']:.2f}"
@@ -94,7 +111,7 @@ def workloads(*names: str, vllm: str = "vLLM s") -> str:
         return [f"{row['model']} {row['workload']}", *ours, *others, ratio, number(row["host_ms_a_step"], 2)]
 
     head = ["workload", "s", "TTFT", "TPOT", vllm, "TTFT", "TPOT", "ratio", "host ms"]
-    return markdown(head, map(cells, rows_of_engine(*names)))
+    return markdown(head, map(cells, rows_of_engine(*names, mtp=mtp)))
 
 
 def acceptance() -> str:
@@ -237,12 +254,13 @@ def steps(*names: str, graphed: bool = False) -> str:
 def served() -> str:
     """Some of the rows of docs/engine.md."""
     alone, drafted = (
-        {(row["model"], row["workload"]): row for row in rows_of_engine(*names)}
-        for names in (ENGINE, ("engine-e2b-mtp-h100", "engine-e2b-mtp-dependent-h200"))
+        {(row["model"], row["workload"]): row for row in rows_of_engine(*names, mtp=mtp)}
+        for names, mtp in ((ENGINE, False), (("engine-e2b-mtp-h100", "engine-e2b-mtp-dependent-h200", "bench-12b-h200"), True))
     )
     chosen = [
         (alone, "E2B", "1024/1024x80"), (alone, "E2B", "8000/1000x80"), (alone, "E2B", "7000/10x30"),
         (alone, "E2B", "128/256x1"), (drafted, "E2B", "128/256x1"), (drafted, "E2B", "8000/1000x80"),
+        (alone, "12B", "128/256x1"), (drafted, "12B", "128/256x1"), (alone, "12B", "1024/1024x80"),
         (alone, "26B-A4B", "128/256x1"), (alone, "26B-A4B", "1024/1024x80"), (alone, "26B-A4B", "3000/100x30"),
     ]  # fmt: skip
     cells = []
@@ -254,7 +272,8 @@ def served() -> str:
         what = "one request" if one else f"{tokens} tokens in/out, {requests} requests"
         cells.append([
             f"{model}, {what}" + (", MTP, 2.8 tokens a round" if mtp else ""),
-            f"{row[key]:.{digits}f}{unit}" + (", on an H100" if mtp and not one else ""), f"{row['vllm'][key]:g}{unit}",
+            f"{row[key]:.{digits}f}{unit}" + (", on an H100" if mtp and not one else ""),
+            f"{row['vllm'][key]:g}{unit}" if row["vllm"] else "",
         ])  # fmt: skip
     return markdown(["one H200, bf16, random weights", "ours", "vLLM 0.26, another day"], cells)
 
@@ -273,7 +292,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": lambda: bench_linear.markdown(records("linear-h200")["rows"]),
     "alone": partial(ops, "geglu", "rms_norm", "rms_norm_noscale", "rope"),
     "engine": partial(workloads, *ENGINE),
-    "mtp": partial(workloads, "engine-e2b-mtp-h100", "engine-26b-mtp-h100", vllm="vLLM s (H200)"),
+    "mtp": partial(workloads, "engine-e2b-mtp-h100", "engine-26b-mtp-h100", "bench-12b-h200", vllm="vLLM s (H200)", mtp=True),
     "acceptance": acceptance,
     "parallel": parallel,
     "all-reduce": all_reduce_of_two,

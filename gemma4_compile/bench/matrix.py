@@ -156,43 +156,51 @@ def _on_engine(subject: Subject, plan: Plan, mtp: str) -> Iterator[tuple[Row, li
     most = max(plan.at_a_time(*case) for case in plan.cases)
     config = replace(plan.config, max_model_len=plan.longest + 1, expected_tokens=plan.longest, max_requests=most)
     with forcing, Engine(subject.model, config, speculative=speculative) as engine:
+        if not engine.is_driver:
+            engine.run_worker()
+            return
         rates = Rates.measured(subject.model.dtype) if engine.runner.on_gpu else None
-        last: list[tuple[list[list[int]], list[Timing], _Drafts]] = []
+        last: list[tuple[list[list[int]], list[Timing], _Counts]] = []
 
         def run(load: Workload, arrivals: Arrivals, wanted: int, seed: int) -> list[Timing]:
-            prompts, before = subject.prompts(load, seed), _Drafts.of(engine)
+            prompts, before = subject.prompts(load, seed), _Counts.of(engine)
             timings = in_process.run(engine, prompts, wanted, arrivals, seed)
-            last[:] = [(prompts[: plan.agreement], timings[: plan.agreement], _Drafts.of(engine).since(before))]
+            last[:] = [(prompts[: plan.agreement], timings[: plan.agreement], _Counts.of(engine).since(before))]
             return timings
 
         def row(load: Workload, arrivals: Arrivals) -> Row:
             least = None  # a small model lies in a CPU's caches: no floor of its memory
             if rates is not None and arrivals.rate is None and mtp == "off":
                 least = floor(subject.model, load, plan.at_a_time(load, arrivals), rates, engine.runner.kv_dtype.itemsize).total
-            drafts = last[0][2]
+            counts = last[0][2]
             return Row(
-                "ours", subject.name, mtp, str(load), str(arrivals), _NOTHING, least, drafts.tokens_a_round, drafts.acceptance,
-                memory=_memory(engine),
+                "ours", subject.name, mtp, str(load), str(arrivals), _NOTHING, least, counts.tokens_a_round,
+                counts.acceptance, memory=_memory(engine), host_ms=1e3 * counts.host_seconds / max(counts.steps, 1),
             )  # fmt: skip
 
         for found in _rows(plan, run, row):
             yield found, *last[0][:2]
 
 
-class _Drafts(NamedTuple):
-    """Counts of an engine's rounds and drafts."""
+class _Counts(NamedTuple):
+    """An engine's rounds and drafts, its steps and what the host worked on them."""
 
-    rounds: int
-    drafted: int
-    accepted: int
+    rounds: float
+    drafted: float
+    accepted: float
+    steps: float
+    host_seconds: float
 
     @classmethod
-    def of(cls, engine: Engine) -> "_Drafts":
+    def of(cls, engine: Engine) -> "_Counts":
         metrics = engine.metrics
-        return cls(metrics.draft_tokens_at.get(1, 0), metrics.draft_tokens, metrics.accepted_draft_tokens)
+        return cls(
+            metrics.draft_tokens_at.get(1, 0), metrics.draft_tokens, metrics.accepted_draft_tokens, metrics.steps,
+            metrics.host_seconds,
+        )  # fmt: skip
 
-    def since(self, before: "_Drafts") -> "_Drafts":
-        return _Drafts(*(now - then for now, then in zip(self, before, strict=True)))
+    def since(self, before: "_Counts") -> "_Counts":
+        return _Counts(*(now - then for now, then in zip(self, before, strict=True)))
 
     @property
     def tokens_a_round(self) -> float | None:

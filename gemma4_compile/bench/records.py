@@ -19,6 +19,7 @@ class Row:
     tokens_a_round  new tokens of a round on average, and the share of drafts accepted; None without drafts
     agreement       share of new tokens that plain Hugging Face's greedy choice at their place is; None: not asked
     memory          bytes by what they are for
+    host_ms         what the host works on a step, on average, without waiting for the device; None: another process
     """
 
     system: str
@@ -32,6 +33,7 @@ class Row:
     acceptance: float | None = None
     agreement: float | None = None
     memory: dict[str, int] = field(default_factory=dict)
+    host_ms: float | None = None
 
     @property
     def floor_ratio(self) -> float | None:
@@ -41,7 +43,7 @@ class Row:
 
 _COLUMNS = (
     "system", "model", "MTP", "workload", "arrivals", "s", "tok/s", "TTFT", "p99", "TPOT", "p99", "ITL", "p99", "E2E", "p99",
-    "floor", "tok/round", "agree", "GiB", "failed",
+    "host", "floor", "tok/round", "agree", "GiB", "failed",
 )  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.system, row.model, row.mtp, row.workload, row.arrivals, number(found.seconds, ".2f"),
         number(found.output_tokens_per_s, ".0f"), *both(found.ttft, ".0f"), *both(found.tpot, ".2f"), *both(found.itl, ".2f"),
-        *both(found.e2e, ".0f"), "-" if row.floor_ratio is None else f"x{row.floor_ratio:.2f}",
+        *both(found.e2e, ".0f"), number(row.host_ms, ".2f"), "-" if row.floor_ratio is None else f"x{row.floor_ratio:.2f}",
         number(row.tokens_a_round, ".2f"), "-" if row.agreement is None else f"{row.agreement:.1%}",
         number(sum(row.memory.values()) / 2**30 if row.memory else None, ".2f"), str(found.failed),
     )  # fmt: skip
