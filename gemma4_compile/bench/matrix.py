@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gemma4_compile.config import EngineConfig
-from gemma4_compile.optimized import restore
+from gemma4_compile.optimized import optimize, restore
 from gemma4_compile.runtime.engine import Engine
 from gemma4_compile.runtime.speculative.config import SpeculativeConfig
 
@@ -23,7 +23,7 @@ from .records import Row
 from .timings import Timing, summary
 from .workloads import Arrivals, Workload, cut_prompts, random_prompts
 
-PEERS = ("hf-eager", "hf-compile", "vllm")
+PEERS = ("hf-eager", "hf-compile", "optimize", "vllm")
 _WARM_UP = 128  # new tokens: by then each graph that the workload uses is captured
 
 
@@ -122,6 +122,9 @@ def _rows(plan: Plan, run: _Run, row: Callable[[Workload, Arrivals], Row]) -> It
 
 def _peer(subject: Subject, plan: Plan, peer: str) -> Iterator[Row]:
     with ExitStack() as stack:
+        if peer == "optimize":
+            optimize(subject.model, plan.config.optimize)
+            stack.callback(restore, subject.model)
         if peer == "vllm":
             dummy = subject.folder is None
             folder = subject.folder or vllm.config_folder(

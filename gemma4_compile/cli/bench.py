@@ -42,7 +42,9 @@ def add_bench(commands: Any) -> None:
     bench.add_argument(
         "--speculative-tokens", type=int, default=3, metavar="K", help="drafts of a round (default: %(default)s)"
     )
-    bench.add_argument("--against", default="", metavar="PEER,...", help="hf-eager, hf-compile, vllm: run in this call, too")
+    bench.add_argument(
+        "--against", default="", metavar="PEER,...", help="hf-eager, hf-compile, optimize, vllm: run in this call, too"
+    )
     bench.add_argument("--vllm-command", default="vllm serve", metavar="COMMAND", help="default: %(default)s")
     bench.add_argument(
         "--agreement", type=int, default=0, metavar="N", help="let plain Hugging Face judge N requests of each row"

@@ -101,17 +101,18 @@ def test_the_demo_with_drafts_beside_plain_hugging_face(capsys: pytest.CaptureFi
         "--mtp",
         "off,on",
         "--against",
-        "hf-eager",
+        "hf-eager,optimize",
         "--agreement",
         "3",
         "--dtype",
         "float32",
     )
-    eager, ours, drafted = bench(capsys, *arguments, "--concurrency", "2")
-    assert [row["system"] for row in (eager, ours, drafted)] == ["hf-eager", "ours", "ours"]
+    eager, optimized, ours, drafted = bench(capsys, *arguments, "--concurrency", "2")
+    assert [row["system"] for row in (eager, optimized, ours, drafted)] == ["hf-eager", "optimize", "ours", "ours"]
     assert ours["agreement"] == drafted["agreement"] == 1.0
     assert ours["tokens_a_round"] is None and 1 <= drafted["tokens_a_round"] <= 4 and 0 <= drafted["acceptance"] <= 1
-    for row in (eager, ours, drafted):
+    assert eager["host_ms"] is None and ours["host_ms"] > 0
+    for row in (eager, optimized, ours, drafted):
         assert row["summary"]["output_tokens"] == 18 and not row["summary"]["failed"]
         assert row["summary"]["e2e"]["p99"] >= row["summary"]["ttft"]["median"] > 0
 
