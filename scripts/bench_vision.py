@@ -4,7 +4,8 @@
     python scripts/bench_vision.py --quick --device cpu          # few layers, few small images: does it run?
 
 Random weights (norms 1, matrices N(0, 0.02)) at real size, random pictures of --side pixels. The vision tower is that of
---config, a checkpoint's config.json, or of transformers' Gemma4VisionConfig: 16 layers of 768. Reported:
+--config, a checkpoint's config.json, or of transformers' Gemma4VisionConfig, 16 layers of 768, as the released E2B and E4B have
+it: their products are clipped (`use_clipped_linears`), here at three standard deviations of what is random. Reported:
 
     encoder   images a second: Hugging Face one by one, and as padded batches of --batch; ours, packed; and the floor, the
               products' FLOP at the device's measured rate. Pixels are ready: preprocessing is timed by itself. And how far
@@ -46,6 +47,7 @@ from gemma4_compile.hf.loading import cut, randomize
 from gemma4_compile.runtime.vision.spans import Patches, PreparedPrompt
 
 ROUNDS = 5
+CLIPPED = ("E2B", "E4B")
 PARTS = ("encoder", "requests", "first")
 SMALL_RATE = 1e10  # FLOP/s that stand for the device's where it is no GPU
 
@@ -74,6 +76,8 @@ def parse() -> argparse.Namespace:
 def model_of(args: argparse.Namespace) -> Any:
     text: dict[str, Any] = dict(TEXT_CONFIGS[args.model])
     vision = json.loads(args.config.read_text())["vision_config"] if args.config else Gemma4VisionConfig().to_dict()
+    if args.config is None and args.model in CLIPPED:
+        vision["use_clipped_linears"] = True
     if args.quick:
         text = cut(text, 4) | {"hidden_size": 256, "intermediate_size": 512}
         vision |= {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
@@ -82,7 +86,14 @@ def model_of(args: argparse.Namespace) -> Any:
         vision.pop(name, None)
     config = Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    return randomize(lambda: Gemma4ForConditionalGeneration(config), args.device, dtype, 0).requires_grad_(False)
+    model = randomize(lambda: Gemma4ForConditionalGeneration(config), args.device, dtype, 0).requires_grad_(False)
+    for module in model.model.vision_tower.modules():
+        if getattr(module, "use_clipped_linears", False) and hasattr(module, "linear"):
+            of_output = 3 * 0.02 * module.linear.in_features**0.5
+            for name, bound in (("input", 3.0), ("output", of_output)):
+                getattr(module, f"{name}_min").fill_(-bound)
+                getattr(module, f"{name}_max").fill_(bound)
+    return model
 
 
 def seconds(run: Callable[[], Any], device: str, rounds: int = ROUNDS, warm_up: bool = True) -> float:
@@ -161,8 +172,10 @@ class Bench:
             self.prompts = list(pool.map(self.engine.prepare, asked))
             preparing = time.perf_counter() - start
         self.images = [span.image for prompt in self.prompts for span in prompt.images]
+        vision = self.model.config.vision_config
         self.about = {
-            "model": args.model, "vision": args.config.name if args.config else "Gemma4VisionConfig()",
+            "model": args.model, "vision": args.config.name if args.config else type(vision).__name__,
+            "clipped": vision.use_clipped_linears,
             "prompts": args.prompts, "images": args.images, "side": args.side, "new": args.new,
             "soft tokens": self.images[0].tokens,
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
