@@ -26,7 +26,7 @@ from .geometry import Geometry, geometry
 from .hf.families import CAUSAL, MULTIMODAL, TEXT
 from .hf.parallel import check_kv_heads, division_of, local_parts
 from .hf.step_cache import UnsupportedCache, take_cache
-from .hf.vision import VisionPart
+from .hf.vision import VisionPart, tower_of
 from .packed.compile import FIRST_CALL, FirstCall, open_program, program_folder
 from .packed.program import Program, fingerprint, weights_of
 from .passes import prepare
@@ -161,8 +161,7 @@ class CompiledModel:
             outer._compiled_call_impl = MultimodalCalls(outer, self, self._route)  # type: ignore[assignment]
         else:
             self.why_whole = "a model without a head"
-        tower: Any = getattr(getattr(outer, "model", None), "vision_tower", None)
-        if tower is not None:
+        if (tower := tower_of(outer)) is not None:
             self.encoder = EncoderCalls(tower.encoder, self.backend)
             self.encoder.install()
         _compile_no_more(type(outer))

@@ -48,12 +48,17 @@ def has_vision(config: Any) -> bool:
     return getattr(config, "vision_config", None) is not None
 
 
+def tower_of(model: Any) -> Any:
+    """The vision tower of a multimodal model; None for one without, as gemma4_unified's."""
+    return getattr(getattr(model, "model", None), "vision_tower", None)
+
+
 def vision_part(model: Any) -> VisionPart | None:
     """That of a multimodal model, on its very weights; None for one that takes no images."""
     inner: Any = getattr(model, "model", None)
     if not has_vision(getattr(model, "config", None)) or getattr(inner, "embed_vision", None) is None:
         return None
-    return VisionPart(model.config, getattr(inner, "vision_tower", None), inner.embed_vision)
+    return VisionPart(model.config, tower_of(model), inner.embed_vision)
 
 
 def load_vision(folder: str | Path, dtype: torch.dtype, device: torch.device) -> VisionPart | None:

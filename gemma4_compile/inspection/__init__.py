@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from gemma4_compile.config import OptimizeConfig
+from gemma4_compile.hf.vision import tower_of
 from gemma4_compile.optimized import check_model, compiled_part, existing_state
 from gemma4_compile.passes import FUSIONS, SWITCHES, Record, Site, pipeline, prepare
 from gemma4_compile.reporting import unmatched_sites
@@ -27,7 +28,7 @@ from .compare import fusions
 from .data import Inspection, PassRow, Unmatched
 from .files import changed_lines, check_folder, whole_or_nothing, write
 from .run import run_variant
-from .step import IMAGES, inspected_part, vision_tower
+from .step import IMAGES, inspected_part
 
 __all__ = ["Inspection", "inspect"]
 
@@ -112,7 +113,7 @@ def inspect(
             fusions=fusions(ours.graph.record, _in_order(enabled), plain.variant.kernels, ours.variant.kernels)
             if plain
             else (),
-            notes=tuple(_notes(on_gpu, plain is not None, step != IMAGES and vision_tower(model) is not None, ours.notes)),
+            notes=tuple(_notes(on_gpu, plain is not None, step != IMAGES and tower_of(model) is not None, ours.notes)),
         )
         if draft is not None:
             write(draft, found, {variant: run.graph for variant, run in runs.items()}, ours.decompiled)

@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from gemma4_compile.geometry import Geometry
 from gemma4_compile.hf.step_cache import CACHE
+from gemma4_compile.hf.vision import tower_of
 from gemma4_compile.optimized import compiled_part
 
 IMAGES = "images"
@@ -33,11 +34,6 @@ class InspectedStep:
         return {name: copy.deepcopy(v) if isinstance(v, Cache) else v for name, v in self.arguments.items()}
 
 
-def vision_tower(model: nn.Module) -> Any:
-    """That of a multimodal model, or None."""
-    return getattr(getattr(model, "model", None), "vision_tower", None)
-
-
 def inspected_part(model: nn.Module, kind: str) -> Any:
     """The module whose step it is: the text model, or the encoder of the vision tower for "images".
 
@@ -47,7 +43,7 @@ def inspected_part(model: nn.Module, kind: str) -> Any:
     text = compiled_part(model)
     if kind != IMAGES:
         return text
-    tower = vision_tower(model)
+    tower = tower_of(model)
     if tower is None:
         raise ValueError(f"step={IMAGES!r} needs a model with a vision tower, got {type(model).__name__} without; use decode")
     return tower.encoder
@@ -79,17 +75,10 @@ def default_step(
     dtype = next(module.parameters()).dtype
     generator = torch.Generator(device).manual_seed(0)
     if kind == IMAGES:
-        patches = context * config.pooling_kernel_size**2
-        side = math.isqrt(patches - 1) + 1
-        places = torch.arange(patches, device=device).expand(batch, -1)
-        embedded = torch.randn((batch, patches, config.hidden_size), device=device, dtype=dtype, generator=generator)
-        arguments = {
-            "inputs_embeds": embedded,
-            "attention_mask": torch.ones((batch, patches), dtype=torch.bool, device=device),
-            "pixel_position_ids": torch.stack([places % side, places // side], dim=-1),
-        }
-        described = f"images, batch {batch}, {context} soft tokens of {patches // context} patches each"
-        return InspectedStep(f"{described}, {str(dtype).removeprefix('torch.')}", arguments)
+        each = config.pooling_kernel_size**2
+        described = f"images, batch {batch}, {context} soft tokens of {each} patches each, {str(dtype).removeprefix('torch.')}"
+        size = (batch, context * each, config.hidden_size)
+        return InspectedStep(described, _patches(torch.randn(size, device=device, dtype=dtype, generator=generator)))
 
     length = 1 if kind == "decode" else context
     tokens = torch.randint(0, config.vocab_size, (batch, length), device=device, generator=generator)
@@ -104,6 +93,17 @@ def default_step(
             cache.update(*rows, layer.index)
     described += ", static cache" if static_cache else ", dynamic cache"
     return InspectedStep(described, {"input_ids": tokens, CACHE: cache})
+
+
+def _patches(embedded: Tensor) -> dict[str, Any]:
+    """Arguments of a tower's encoder: embedded patches [images, patches, width], of pictures as square as can be."""
+    side = math.isqrt(embedded.shape[1] - 1) + 1
+    places = torch.arange(embedded.shape[1], device=embedded.device).expand(len(embedded), -1)
+    return {
+        "inputs_embeds": embedded,
+        "attention_mask": torch.ones_like(places, dtype=torch.bool),
+        "pixel_position_ids": torch.stack([places % side, places // side], dim=-1),
+    }
 
 
 def given_step(example_inputs: Any) -> InspectedStep:

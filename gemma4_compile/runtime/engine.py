@@ -252,10 +252,11 @@ class Engine:
         self._check(ids, params)
         if not self.has_work:
             self._look_at_model()
+        blocks: list[tuple[int, int]] = []
         if images:
             self._open_images()
-        ahead = bool(images) and bidirectional(self.model.config)
-        blocks = whole_blocks(images, self.config.max_batched_tokens, self.runner.pages) if ahead else []
+            if bidirectional(self.model.config):
+                blocks = whole_blocks(images, self.config.max_batched_tokens, self.runner.pages)
         seed = self._seeds.getrandbits(62) if params.seed is None else params.seed
         metrics = RequestMetrics(arrived=time.perf_counter(), prompt_tokens=len(ids))
         request = Request(request_id, ids, params, metrics, on_chunk, stream)

@@ -186,6 +186,8 @@ class ImagePrompts:
             raise ValueError("audio is not supported, got a placeholder of it; leave it out")
         given = {marks.image: deque(images), marks.video: deque(frames)}
         there = {mark: 0 if mark is None else ids.count(mark) for mark in given}
+        if not any(given.values()) and not any(there.values()):
+            return ids, ()  # text, which nobody walks through
         if all(there[mark] == len(several) for mark, several in given.items()):
             return self._expanded(ids, given)
         if all(there[mark] == sum(image.tokens for image in several) for mark, several in given.items()):

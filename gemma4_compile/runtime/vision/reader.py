@@ -27,20 +27,19 @@ class PromptReader:
 
     def __init__(self, tokenizer: Any, config: EngineConfig, source: VisionSource | None):
         self._tokenizer, self._chat = tokenizer, config.chat
-        self._why_not = ""
-        if source is None or config.text_only:
-            self._why_not = "a model of text alone" if source is None else "text_only=True"
-        else:
+        self._images: ImagePrompts | None = None
+        self._why_not = "a model of text alone" if source is None else "text_only=True"
+        if source is not None and not config.text_only:
             limits = ImageLimits(config.image_bytes, config.image_pixels, http=config.image_urls)
             self._images = ImagePrompts(lambda: source.processor, MarkTokens.of(source.config), limits, lambda: source.frames)
 
     def read(self, prompt: Prompt) -> PreparedPrompt:
         """Raises ValueError for a prompt, or an image, that can never be served."""
         if isinstance(prompt, PreparedPrompt):
-            if not prompt.images and not self._why_not:
+            if self._images is not None and not prompt.images:
                 self._images.placed(prompt.tokens, ())  # text may hold a placeholder
             return prompt
-        if not self._why_not:
+        if self._images is not None:
             return PreparedPrompt(*self._images.encode(prompt, self._tokenizer, self._chat))
         if has_images(prompt):
             raise ValueError(
