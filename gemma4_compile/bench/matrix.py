@@ -172,8 +172,8 @@ def _on_engine(subject: Subject, plan: Plan, mtp: str) -> Iterator[tuple[Row, li
             return timings
 
         def row(load: Workload, arrivals: Arrivals) -> Row:
-            least = None  # a small model lies in a CPU's caches: no floor of its memory
-            if rates is not None and arrivals.rate is None and mtp == "off":
+            least = None  # a small model lies in a CPU's caches, and of a divided one this rank has a part: no floor of those
+            if rates is not None and not engine.runner.ranks.several and arrivals.rate is None and mtp == "off":
                 least = floor(subject.model, load, plan.at_a_time(load, arrivals), rates, engine.runner.kv_dtype.itemsize).total
             counts = last[0][2]
             return Row(

@@ -19,7 +19,7 @@ class Row:
     tokens_a_round  new tokens of a round on average, and the share of drafts accepted; None without drafts
     agreement       share of new tokens that plain Hugging Face's greedy choice at their place is; None: not asked
     memory          bytes by what they are for
-    host_ms         what the host works on a step, on average, without waiting for the device; None: another process
+    host_ms         what the host works on a step, on average, without waiting for the device; None: no engine of ours
     """
 
     system: str
