@@ -131,7 +131,7 @@ def inputs(form: str) -> dict[str, Any]:
 
 
 def inputs_clipped() -> dict[str, Any]:
-    bounds = {}
+    bounds: dict[str, Tensor] = {}
     for name, least in (("q", -2.0), ("k", -1.0), ("v", 0.5)):
         for bound, value in ((f"{name}_input", 1.0), (name, 2.0)):
             bounds |= {f"{bound}_min": torch.tensor(value * least), f"{bound}_max": torch.tensor(value)}

@@ -191,7 +191,7 @@ def random_multimodal(
     """
     text = cut(_text_config(name_or_file), layers) | overrides
     tower = _vision_config(name_or_file) | (vision or {})
-    config = Gemma4Config(text_config=text, vision_config=tower, audio_config=None)
+    config: Any = Gemma4Config(text_config=text, vision_config=tower, audio_config=None)
     model = randomize(lambda: Gemma4ForConditionalGeneration(config), device, dtype, seed)
     if config.vision_config.standardize:
         model.model.vision_tower.std_bias.zero_()

@@ -96,7 +96,8 @@ def test_clipped(dtype: torch.dtype):
         bounds += [linear.output_min, linear.output_max]
         wanted.append(norm(linear(x).view(2, 5, count, D)))
     wanted[:2] = [modeling.apply_multidimensional_rope(one, cos, sin, positions) for one in wanted[:2]]
-    actual = ops.qkv_norm_rope_2d_clipped(*heads, norms[0].weight, norms[1].weight, cos, sin, EPS, bounds)
+    q, k, v = heads
+    actual = ops.qkv_norm_rope_2d_clipped(q, k, v, norms[0].weight, norms[1].weight, cos, sin, EPS, bounds)
     for mine, other in zip(actual, wanted, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
     assert all(bool(one.isnan().any()) and not bool(one.isnan().all()) for one in actual)
