@@ -65,9 +65,8 @@ def load_model(options: argparse.Namespace, text_only: bool = False) -> tuple[An
         dtype = dtype or torch.bfloat16
         if getattr(options, "step", None) != "images":
             return random_model(options.model, layers, device, dtype), None
-        vision = (
-            {"num_hidden_layers": layers} if layers else None
-        )  # a tower of real size, beside a text model that is not looked at
+        # The tower alone is looked at: it has its real size, the text model beside it a small one.
+        vision = {"num_hidden_layers": layers} if layers else {}
         small = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 1024}
         return random_multimodal(options.model, 4, device, dtype, vision=vision, **small), None
     if layers:
