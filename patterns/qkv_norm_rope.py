@@ -59,12 +59,10 @@ def clipped_linear() -> Callable[..., Any]:
     return lambda *args: forward(*args)[0]
 
 
-def clipped(linear: Callable[..., Any]) -> tuple[Any, Any]:
-    """Search and replacement for a layer of image patches whose projections are clipped.
+def clipped_layer(linear: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer of image patches whose projections are clipped, by its linear, and by what becomes of q, k and v."""
 
-    linear   clipped_linear(): a capture cannot begin within another trace"""
-
-    def search(
+    def layer(
         x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, heads: Any, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
         sin: Tensor, eps: float, q_input_min: Tensor, q_input_max: Tensor, q_min: Tensor, q_max: Tensor, k_input_min: Tensor,
         k_input_max: Tensor, k_min: Tensor, k_max: Tensor, v_input_min: Tensor, v_input_max: Tensor, v_min: Tensor,
@@ -73,23 +71,25 @@ def clipped(linear: Callable[..., Any]) -> tuple[Any, Any]:
         q = linear(x, q_proj, q_input_min, q_input_max, q_min, q_max).view(heads)
         k = linear(x, k_proj, k_input_min, k_input_max, k_min, k_max).view(heads)
         v = linear(x, v_proj, v_input_min, v_input_max, v_min, v_max).view(heads)
-        q, k = ops.rms_norm(q, q_weight, eps), ops.rms_norm(k, k_weight, eps)
-        return ops.rope_2d(q, cos, sin), ops.rope_2d(k, cos, sin), ops.rms_norm_noscale(v, eps)
+        return then(q, k, v, q_weight, k_weight, cos, sin, eps, [q_min, q_max, k_min, k_max, v_min, v_max])
 
-    def replace(
-        x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, heads: Any, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
-        sin: Tensor, eps: float, q_input_min: Tensor, q_input_max: Tensor, q_min: Tensor, q_max: Tensor, k_input_min: Tensor,
-        k_input_max: Tensor, k_min: Tensor, k_max: Tensor, v_input_min: Tensor, v_input_max: Tensor, v_min: Tensor,
-        v_max: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        q = F.linear(torch.clamp(x, q_input_min, q_input_max), q_proj, None).view(heads)
-        k = F.linear(torch.clamp(x, k_input_min, k_input_max), k_proj, None).view(heads)
-        v = F.linear(torch.clamp(x, v_input_min, v_input_max), v_proj, None).view(heads)
-        bounds = [q_min, q_max, k_min, k_max, v_min, v_max]
-        q, k, v = ops.qkv_norm_rope_2d_clipped(q, k, v, q_weight, k_weight, cos, sin, eps, bounds)
-        return q, k, v
+    return layer
 
-    return search, replace
+
+def search_then(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, _: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k = ops.rms_norm(q, q_weight, eps), ops.rms_norm(k, k_weight, eps)
+    return ops.rope_2d(q, cos, sin), ops.rope_2d(k, cos, sin), ops.rms_norm_noscale(v, eps)
+
+
+def replace_linear(x: Tensor, weight: Tensor, input_min: Tensor, input_max: Tensor, *_: Tensor) -> Tensor:
+    return F.linear(torch.clamp(x, input_min, input_max), weight, None)
+
+
+def replace_then(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = ops.qkv_norm_rope_2d_clipped(*args)
+    return q, k, v
 
 
 def search_k_eq_v(
@@ -151,14 +151,18 @@ def rewrites() -> tuple[Rewrite, ...]:
     # q, k and v have the dtype of x: a GEMM of one dtype.
     both = all_guards(same_dtype("x", "q_weight", "k_weight", "cos", "sin"), rotary_shapes)
     bounds = ("q_min", "q_max", "k_min", "k_max", "v_min", "v_max")
-    numbers = all_guards(
-        same_dtype("x", "q_weight", "k_weight", "cos", "sin", *bounds), *map(one_element, bounds), rotary_shapes
-    )
+    numbers = all_guards(both, same_dtype("x", *bounds), *map(one_element, bounds))
     alone = all_guards(same_dtype("q", "q_weight", "cos", "sin"), vectors_of_last_dim("q", "q_weight"), rotary_shapes)
     return (
         Rewrite("qkv_norm_rope", *own_keys(ops.rope, ops.qkv_norm_rope), lambda: inputs("qkv"), both),
         Rewrite("qkv_norm_rope_2d", *own_keys(ops.rope_2d, ops.qkv_norm_rope_2d), lambda: inputs("qkv"), both),
-        Rewrite("qkv_norm_rope_2d_clipped", *clipped(clipped_linear()), inputs_clipped, numbers),
+        Rewrite(
+            "qkv_norm_rope_2d_clipped",
+            clipped_layer(clipped_linear(), search_then),
+            clipped_layer(replace_linear, replace_then),
+            inputs_clipped,
+            numbers,
+        ),  # fmt: skip
         Rewrite("kv_norm_rope", search_k_eq_v, replace_k_eq_v, lambda: inputs("k_eq_v"), both),
         # Last: the q of the forms above looks like this too, and so does their k.
         Rewrite("q_norm_rope", search_q, replace_q, lambda: inputs("q"), alone),
