@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -82,7 +83,8 @@ def test_packed_tower_and_its_graphs(name: str, op: str) -> None:
     processor = Gemma4ImageProcessorPil()
     opened = ImagePrompts(lambda: processor, MarkTokens(5, 6, 7), ImageLimits())
     images = [opened.patches(Source(picture(n).image, most)) for n, most in ((0, 280), (1, 70), (2, 140), (3, 280), (4, 560))]
-    plain, exact, served = released(name), released(name).double(), optimize(released(name))
+    plain = released(name)
+    exact, served = copy.deepcopy(plain).double(), optimize(copy.deepcopy(plain))
     part = vision_part(served)
     assert part is not None
     program = state_of(served).tower_program(part)
