@@ -148,7 +148,8 @@ def _vision(state: CompiledModel) -> tuple[dict[str, int], int, str]:
         records += encoder.records
     if not records:
         return {}, 0, "" if encoder is None else encoder.eager_reason
-    found = Counter(site.fusion for site in records[-1].sites if site.fusion in state.backend.enabled and not site.left)
+    enabled = (encoder or state).backend.enabled
+    found = Counter(site.fusion for site in records[-1].sites if site.fusion in enabled and not site.left)
     layers = len({site_of(site.path) for site in records[-1].sites} - {WHOLE_MODEL})
     note = "" if encoder is None else encoder.eager_reason or encoder.note
     return dict(sorted(found.items())), layers, note

@@ -36,7 +36,8 @@ E2B_FULL = Sizes(hidden=1536, q_heads=8, kv_heads=1, head_dim=512)
 E4B_FULL = Sizes(hidden=2560, q_heads=8, kv_heads=2, head_dim=512)
 MOE_FULL = Sizes(hidden=2816, q_heads=16, kv_heads=2, head_dim=512, shared_kv=True)
 DENSE_FULL = Sizes(hidden=5376, q_heads=32, kv_heads=4, head_dim=512, shared_kv=True)
-TOWER = Sizes(hidden=768, q_heads=12, kv_heads=12, head_dim=64)  # of Gemma4VisionConfig's defaults
+TOWER = Sizes(hidden=768, q_heads=12, kv_heads=12, head_dim=64)  # E2B, E4B
+LARGE_TOWER = Sizes(hidden=1152, q_heads=16, kv_heads=16, head_dim=72)  # 26B-A4B, 31B
 EDGE = {"E2B": E2B, "E4B": E4B}
 ALL = {**EDGE, "26B-A4B": MOE, "31B": DENSE}
 FULL = {"E2B full": E2B_FULL, "E4B full": E4B_FULL}
@@ -45,7 +46,8 @@ CASES: dict[str, dict[str, Sizes]] = {
     "ple_tail_norm": EDGE,
     "ple_tail": {"E2B": E2B},
     "qkv_norm_rope": {**ALL, **FULL, "26B-A4B full": MOE_FULL, "31B full": DENSE_FULL},
-    "qkv_norm_rope_2d": {"tower of 768": TOWER},
+    "qkv_norm_rope_2d": {"tower of 768": TOWER, "tower of 1152": LARGE_TOWER},
+    "qkv_norm_rope_2d_clipped": {"tower of 768": TOWER},
     "q_norm_rope": {**EDGE, **FULL},
     "post_attention_norm": {**EDGE, "31B": DENSE},
     "post_attention_norms": {"26B-A4B": MOE},
@@ -66,6 +68,7 @@ MORE_TOKENS = {
     "ple_tail_norm": (16, 32, 128, 2048),
     "ple_tail": (16, 2048),
     "qkv_norm_rope_2d": (2304, 32768),
+    "qkv_norm_rope_2d_clipped": (2304, 32768),
     "q_norm_rope": (16, 128, 2048),
     "geglu": (128, 2048),
 }

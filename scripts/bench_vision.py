@@ -3,9 +3,9 @@
     python scripts/bench_vision.py [--model E2B] [--parts encoder,requests,first] [--out FILE]
     python scripts/bench_vision.py --quick --device cpu          # few layers, few small images: does it run?
 
-Random weights (norms 1, matrices N(0, 0.02)) at real size, random pictures of --side pixels. The vision tower is that of
---config, a checkpoint's config.json, or of transformers' Gemma4VisionConfig, 16 layers of 768, as the released E2B and E4B have
-it: their products are clipped (`use_clipped_linears`), here at three standard deviations of what is random. Reported:
+Random weights (norms 1, matrices N(0, 0.02)) at real size, random pictures of --side pixels. The vision tower is the released
+model's: the products of E2B's and E4B's are clipped (`use_clipped_linears`), here at three times the rms of what passes for a
+random picture. Reported:
 
     encoder   images a second: Hugging Face one by one, and as padded batches of --batch; ours, packed; and the floor, the
               products' FLOP at the device's measured rate. Pixels are ready: preprocessing is timed by itself. And how far
@@ -36,26 +36,24 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4ImageProcessorPil, Gemma4VisionConfig
+from transformers import Gemma4ImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
 from gemma4_compile import Engine, EngineConfig, SamplingParams
 from gemma4_compile.bench.rates import product_rate
-from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
-from gemma4_compile.hf.loading import cut, randomize
+from gemma4_compile.hf.checkpoints import VISION_CONFIGS
+from gemma4_compile.hf.loading import random_multimodal
 from gemma4_compile.runtime.vision.spans import Patches, PreparedPrompt
 
 ROUNDS = 5
-CLIPPED = ("E2B", "E4B")
 PARTS = ("encoder", "requests", "first")
 SMALL_RATE = 1e10  # FLOP/s that stand for the device's where it is no GPU
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="E2B", choices=[name for name in TEXT_CONFIGS if name != "12B"])
-    parser.add_argument("--config", type=Path, help="config.json of a checkpoint, for its vision part")
+    parser.add_argument("--model", default="E2B", help=f"{', '.join(VISION_CONFIGS)}, or a config.json")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--images", type=int, default=6, help="of a prompt")
     parser.add_argument("--side", type=int, default=480, help="pixels")
@@ -74,26 +72,14 @@ def parse() -> argparse.Namespace:
 
 
 def model_of(args: argparse.Namespace) -> Any:
-    text: dict[str, Any] = dict(TEXT_CONFIGS[args.model])
-    vision = json.loads(args.config.read_text())["vision_config"] if args.config else Gemma4VisionConfig().to_dict()
-    if args.config is None and args.model in CLIPPED:
-        vision["use_clipped_linears"] = True
-    if args.quick:
-        text = cut(text, 4) | {"hidden_size": 256, "intermediate_size": 512}
-        vision |= {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
-        vision |= {"num_key_value_heads": 2}
-    for name in ("model_type", "transformers_version", "architectures"):
-        vision.pop(name, None)
-    config = Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    model = randomize(lambda: Gemma4ForConditionalGeneration(config), args.device, dtype, 0).requires_grad_(False)
-    for module in model.model.vision_tower.modules():
-        if getattr(module, "use_clipped_linears", False) and hasattr(module, "linear"):
-            of_output = 3 * 0.02 * module.linear.in_features**0.5
-            for name, bound in (("input", 3.0), ("output", of_output)):
-                getattr(module, f"{name}_min").fill_(-bound)
-                getattr(module, f"{name}_max").fill_(bound)
-    return model
+    small: dict[str, Any] = {}
+    if args.quick:
+        small = {"layers": 4, "hidden_size": 256, "intermediate_size": 512} | {
+            "vision": {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2,
+                       "num_key_value_heads": 2, "head_dim": 64},
+        }  # fmt: skip
+    return random_multimodal(args.model, device=args.device, dtype=dtype, **small).requires_grad_(False)
 
 
 def seconds(run: Callable[[], Any], device: str, rounds: int = ROUNDS, warm_up: bool = True) -> float:
@@ -161,7 +147,7 @@ class Bench:
         config = EngineConfig(text_only=False, max_model_len=8192, image_cache_bytes=1 << 33, memory_fraction=0.6)
         if args.quick:
             config = EngineConfig(
-                text_only=False, max_model_len=1024, kv_bytes=1 << 26, max_requests=8, max_batched_tokens=1024
+                text_only=False, max_model_len=1024, kv_bytes=1 << 28, max_requests=8, max_batched_tokens=1024
             )
         self.engine = Engine(self.model, config, processor=Gemma4ImageProcessorPil())
         assert self.engine.runner.images is not None
@@ -174,7 +160,7 @@ class Bench:
         self.images = [span.image for prompt in self.prompts for span in prompt.images]
         vision = self.model.config.vision_config
         self.about = {
-            "model": args.model, "vision": args.config.name if args.config else type(vision).__name__,
+            "model": Path(args.model).name, "tower": f"{vision.num_hidden_layers} layers of {vision.hidden_size}",
             "clipped": vision.use_clipped_linears,
             "prompts": args.prompts, "images": args.images, "side": args.side, "new": args.new,
             "soft tokens": self.images[0].tokens,
@@ -196,7 +182,7 @@ class Bench:
             "floor": flop(self.model, images) / rate / count,
         }
         ours, theirs = encoder.encode(one)[0], plain.encode(one)[0]
-        exact = HuggingFace(copy.deepcopy(self.model).float(), self.device).encode(one)[0]
+        exact = HuggingFace(in_fp32(self.model), self.device).encode(one)[0]
         return {
             "encoder, images a second": {name: round(1 / each, 1) for name, each in took.items()},
             "encoder, rms difference of rms": {
@@ -242,6 +228,15 @@ class Bench:
         print(first, flush=True)  # compiling takes minutes
         first["Hugging Face, compiled"] = seconds(partial(plainly, torch.compile(self.model.forward)), self.device)
         return {"first token, ms": {name: round(1000 * each, 2) for name, each in first.items()}}
+
+
+def in_fp32(model: Any) -> Any:
+    """A copy whose vision part is; the text part is the model's own, for which a GPU may have no room twice."""
+    text = (model.model.language_model, model.lm_head)
+    found = copy.deepcopy(model, {id(part): part for part in text})
+    for part in (found.model.vision_tower, found.model.embed_vision):
+        part.float()
+    return found
 
 
 def apart(one: Tensor, other: Tensor) -> float:

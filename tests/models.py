@@ -12,6 +12,8 @@ from transformers import (
     Gemma4TextConfig,
 )
 
+from gemma4_compile.hf.loading import clip
+
 # GEMMA4_TEST_DEVICE=cuda runs the pass tests with the real kernels.
 DEVICE = os.environ.get("GEMMA4_TEST_DEVICE", "cpu")
 _COMMON: dict[str, Any] = {
@@ -101,6 +103,7 @@ def tiny_multimodal(
         model.model.embed_vision.embedding_projection.weight.normal_(0, 0.5)
     if kind == "moe":
         model.set_experts_implementation("grouped_mm" if DEVICE == "cpu" or dtype == torch.bfloat16 else "batched_mm")
+    clip(tower, sigmas=1.5)
     return model.to(DEVICE, dtype)
 
 

@@ -1,12 +1,16 @@
 """Geometry of the released checkpoints, against what their modules turn out to be."""
 
+import argparse
+from typing import Any
+
 import pytest
 import torch
 from transformers import Gemma4TextConfig
 
+from gemma4_compile.cli.common import load_model
 from gemma4_compile.geometry import geometry
-from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
-from gemma4_compile.hf.loading import cut, random_model
+from gemma4_compile.hf.checkpoints import TEXT_CONFIGS, UNIFIED_NAMES, VISION_CONFIGS
+from gemma4_compile.hf.loading import cut, random_model, random_multimodal
 from gemma4_compile.passes import SWITCHES
 from tests.models import CONFIGS, tiny
 
@@ -61,3 +65,35 @@ def test_random_models_are_repeatable_and_sized() -> None:
     assert first.lm_head.weight is first.model.embed_tokens.weight
     with pytest.raises(ValueError, match="a config must be one of E2B"):
         random_model("no/such/config.json")
+
+
+def test_random_towers_are_sized_and_their_bounds_clip() -> None:
+    """Of each released model that has a tower; where its linears are clipped, by bounds that some numbers do not pass."""
+    assert VISION_CONFIGS.keys() == TEXT_CONFIGS.keys() - set(UNIFIED_NAMES)
+    small: dict[str, Any] = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16}
+    for name, width in (("E2B", 768), ("31B", 1152)):
+        model = random_multimodal(name, 4, vision={"num_hidden_layers": 1}, **small)
+        tower = model.model.vision_tower
+        clipped = [module for module in tower.modules() if hasattr(module, "input_min")]
+        assert tower.config.hidden_size == width and len(clipped) == (7 if name == "E2B" else 0)
+        outside: list[float] = []
+
+        def look(module: Any, args: tuple[torch.Tensor], outside: list[float] = outside) -> None:
+            outside.append((args[0].abs() > module.input_max).float().mean().item())
+
+        for module in clipped:
+            module.register_forward_pre_hook(look)
+        places = torch.cartesian_prod(torch.arange(6), torch.arange(6))[None]
+        with torch.no_grad():
+            states = tower(torch.rand(1, 36, 768).bfloat16(), places).last_hidden_state
+        assert states.shape == (4, width) and states.isfinite().all()
+        assert all(0 < share < 0.05 for share in outside) and len(outside) == len(clipped)
+    with pytest.raises(ValueError, match="a vision tower has one of E2B, E4B, 26B-A4B, 31B, .* got 12B without"):
+        random_multimodal("12B")
+
+
+def test_inspect_takes_the_tower_of_the_model_that_is_named() -> None:
+    options = argparse.Namespace(model="26B-A4B", step="images", layers=2, device="cpu", dtype=None, enable="", disable="")
+    model, _ = load_model(options)
+    tower = model.model.vision_tower.config
+    assert (tower.num_hidden_layers, tower.hidden_size, tower.head_dim) == (2, 1152, 72)

@@ -1,5 +1,6 @@
 """The vision tower: compiled where Hugging Face calls it, and as one packed program of many images."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -8,17 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma4_compile import OptimizeConfig, optimize, report, restore
+from gemma4_compile import OptimizeConfig, inspection, optimize, report, restore
 from gemma4_compile.demo.pictures import picture
 from gemma4_compile.graphs.recorder import Recorder
 from gemma4_compile.hf.vision import vision_part
 from gemma4_compile.optimized import state_of
 from gemma4_compile.packed.program import Program
+from gemma4_compile.passes import FUSIONS
 from gemma4_compile.runtime.vision.pictures import ImageLimits
 from gemma4_compile.runtime.vision.prompts import ImagePrompts, MarkTokens, Source
 from gemma4_compile.runtime.vision.spans import Patches
 from gemma4_compile.runtime.worker import encoder as encoders
 from gemma4_compile.runtime.worker.encoder import ImageEncoder
+from gemma4_compile.vision import encoder as encoder_calls
 from tests.models import IMAGE, VISION, image_processor, tiny_multimodal
 from tests.passes.harness import passes_only
 from tests.runtime.host_recorder import HostRecorder
@@ -26,6 +29,7 @@ from tests.runtime.host_recorder import HostRecorder
 # (picture, soft tokens at most)
 MIXED = [(0, 70), (1, 140), (2, 70), (3, 280), (4, 70), (5, 140)]
 LAYERS = VISION["num_hidden_layers"]
+NAMES = ("pixel_values", "image_position_ids")
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +51,18 @@ def patches(which: list[tuple[int, int]] = MIXED) -> list[Patches]:
 
 
 @cache
-def plain() -> Any:
-    return tiny_multimodal("e").requires_grad_(False)
+def plain(clipped: bool = False) -> Any:
+    return tiny_multimodal("e", vision={"use_clipped_linears": clipped}).requires_grad_(False)
 
 
-def by_hugging_face(which: list[tuple[int, int]] = MIXED) -> list[Tensor]:
+def by_hugging_face(which: list[tuple[int, int]] = MIXED, clipped: bool = False) -> list[Tensor]:
     found = []
     for number, most in which:
         given = image_processor()([picture(number).image], return_tensors="pt", max_soft_tokens=most)
         with torch.no_grad():
-            features = plain().model.get_image_features(given["pixel_values"], given["image_position_ids"], return_dict=True)
+            features = plain(clipped).model.get_image_features(
+                given["pixel_values"], given["image_position_ids"], return_dict=True
+            )
         found.append(features.pooler_output[0])
     return found
 
@@ -173,13 +179,45 @@ def test_restored_models_have_their_own_encoder() -> None:
     assert "_compiled_call_impl" not in found.model.vision_tower.encoder.__dict__
 
 
-def test_clipped_linears_are_left_alone() -> None:
-    found = tiny_multimodal("e", vision={"use_clipped_linears": True}).requires_grad_(False)
+def test_clipped_linears() -> None:
+    """As E2B and E4B have them, by bounds that clip: packed, from graphs, and where Hugging Face calls the encoder. q, k and v
+    are fused, the norms beside a clamp left to Inductor."""
+    model = optimize(tiny_multimodal("e", vision={"use_clipped_linears": True}).requires_grad_(False))
+    part = vision_part(model)
+    assert part is not None
+    program, recorder = state_of(model).tower_program(part), HostRecorder()
+    fused = Counter(site.rewrite for site in program.spec.record.sites if site.fusion in FUSIONS and site.fusion != "geglu")
+    assert fused == {"qkv_norm_rope_2d_clipped": LAYERS} and program.spec.pieces == LAYERS + 1
+    images, wanted = patches(), by_hugging_face(clipped=True)
+    close(encoder(model, program).encode(images), wanted)
+    made = encoder(model, program, recorder)
+    for _ in range(2):
+        close(made.encode(images[:2]), wanted[:2])
+    assert recorder.recorded == len(made._graphs) == 1 and not made.refused
+    clips = max(float((mine - other).abs().max()) for mine, other in zip(wanted, by_hugging_face(), strict=True))
+    assert clips > 0.1, "bounds that change nothing would test nothing"
+
+    called = passes_only(tiny_multimodal("e", vision={"use_clipped_linears": True}).requires_grad_(False))
     given = image_processor()([picture(0).image], return_tensors="pt")
     with torch.no_grad():
-        wanted = found.model.get_image_features(given["pixel_values"], given["image_position_ids"]).pooler_output[0]
-        passes_only(found)
-        actual = found.model.get_image_features(given["pixel_values"], given["image_position_ids"]).pooler_output[0]
-    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
-    shown = report(found)
-    assert not shown.vision and "nothing fused; its linears are clipped (use_clipped_linears)" in str(shown)
+        close([called.model.get_image_features(*map(given.get, NAMES)).pooler_output[0]], wanted[:1])
+    shown = report(called)
+    assert shown.vision == {"qkv_norm_rope": LAYERS}
+    assert f"qkv_norm_rope {LAYERS}; its linears are clipped (use_clipped_linears)" in str(shown)
+
+
+@pytest.mark.slow
+def test_in_a_clipped_tower_no_other_fusion_saves_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls in Inductor's code: with the one fusion, without, and with each of those of norms beside it."""
+    model = tiny_multimodal("e", vision={"use_clipped_linears": True}).requires_grad_(False)
+    alone = frozenset({"qkv_norm_rope"})
+
+    def calls(enabled: frozenset[str]) -> int:
+        monkeypatch.setattr(inspection, "fusions_in", lambda config, asked: enabled)
+        monkeypatch.setattr(encoder_calls, "fusions_in", lambda config, asked: enabled)
+        return len(inspection.inspect(model, step="images", context=6).ours.kernels)
+
+    least = calls(alone)
+    assert least < calls(frozenset())
+    for other in ("post_attention_norms", "feed_forward_tail"):
+        assert calls(alone | {other}) > least, other

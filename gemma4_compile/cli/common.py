@@ -47,7 +47,7 @@ def load_model(options: argparse.Namespace, text_only: bool = False) -> tuple[An
     from gemma4_compile import demo_checkpoint
     from gemma4_compile.demo import DEMO_NAMES, VISION_DEMO
     from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
-    from gemma4_compile.hf.loading import checkpoint, load, random_model, tokenizer_of
+    from gemma4_compile.hf.loading import checkpoint, load, random_model, random_multimodal, tokenizer_of
 
     config_of(options)  # a wrong name must not cost the time of loading
     is_demo = options.model in (*DEMO_NAMES, VISION_DEMO)
@@ -62,7 +62,13 @@ def load_model(options: argparse.Namespace, text_only: bool = False) -> tuple[An
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU that torch can see, got none; use --device cpu")
     if options.model.endswith(".json") or options.model in TEXT_CONFIGS:
-        return random_model(options.model, layers, device, dtype or torch.bfloat16), None
+        dtype = dtype or torch.bfloat16
+        if getattr(options, "step", None) != "images":
+            return random_model(options.model, layers, device, dtype), None
+        # The tower alone is looked at: it has its real size, the text model beside it a small one.
+        vision = {"num_hidden_layers": layers} if layers else {}
+        small = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 1024}
+        return random_multimodal(options.model, 4, device, dtype, vision=vision, **small), None
     if layers:
         raise ValueError(f"--layers cuts a bare config, got {options.model}; leave it out")
     folder = demo_checkpoint(options.model) / "target" if is_demo else options.model

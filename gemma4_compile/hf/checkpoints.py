@@ -1,4 +1,5 @@
-"""The sizes of the released Gemma-4 text models, to build them with random weights: for speed and coverage, not for text.
+"""The sizes of the released Gemma-4 text models and vision towers, to build them with random weights: for speed and coverage,
+not for text.
 
 Figures from the config.json of each checkpoint, https://huggingface.co/google (gemma-4-E2B-it, -E4B-it, -26B-A4B-it, -31B-it,
 and the assistant of each).
@@ -52,6 +53,24 @@ TEXT_CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60, "layer_types": _kinds(60, 6),
         "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4,
     },
+}  # fmt: skip
+
+
+def _tower(width: int, intermediate: int, layers: int, heads: int, **other: bool) -> dict[str, Any]:
+    return {
+        "hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "head_dim": width // heads, "patch_size": 16, "pooling_kernel_size": 3,
+        "position_embedding_size": 10240, "rms_norm_eps": 1e-6, **other,
+    }  # fmt: skip
+
+
+_SMALL_TOWER = _tower(768, 3072, 16, 12, use_clipped_linears=True, standardize=False)
+_LARGE_TOWER = _tower(1152, 4304, 27, 16, use_clipped_linears=False, standardize=True)
+# name -> keyword arguments of Gemma4VisionConfig, where the model has a tower. The small one as in config.json of
+# gemma-4-E4B-it; the large one as another engine's tests have it, https://github.com/thewafflehaus/FFAI
+# (Tests/FFAITests/Gemma4VLConfigTests.swift), with patches of 16 as in all others. theta of RoPE, 100, is the class's default.
+VISION_CONFIGS: dict[str, dict[str, Any]] = {
+    "E2B": _SMALL_TOWER, "E4B": _SMALL_TOWER, "26B-A4B": _LARGE_TOWER, "31B": _LARGE_TOWER,
 }  # fmt: skip
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4Config, Gemma4ForConditionalGeneration
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .assistant import assistant_class
-from .checkpoints import ASSISTANT_CONFIGS, TEXT_CONFIGS, UNIFIED_NAMES
+from .checkpoints import ASSISTANT_CONFIGS, TEXT_CONFIGS, UNIFIED_NAMES, VISION_CONFIGS
 from .families import GEMMA4, MULTIMODAL, Family, family_of, family_of_model
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -175,6 +175,58 @@ def random_model(name_or_file: str | Path, layers: int | None = None, device: st
     return randomize(lambda: family.causal(family.text_config(**config)), device, dtype, seed)
 
 
+def random_multimodal(
+    name_or_file: str | Path, layers: int | None = None, device: str = "cpu", dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0, vision: dict[str, Any] | None = None, **overrides: Any,
+) -> Any:  # fmt: skip
+    """A Gemma4ForConditionalGeneration as `random_model` makes its text part, with its tower and no audio. Where its linears
+    are clipped, `clip` sets their bounds.
+
+    name_or_file  a name in VISION_CONFIGS, such as "E2B", or a config.json
+    layers        of the text part, see `cut`
+    vision        other fields of the tower's config, such as num_hidden_layers
+    overrides     other fields of the text config
+
+    Raises ValueError as `random_model`, and for a model without a tower.
+    """
+    text = cut(_text_config(name_or_file), layers) | overrides
+    tower = _vision_config(name_or_file) | (vision or {})
+    config: Any = Gemma4Config(text_config=text, vision_config=tower, audio_config=None)
+    model = randomize(lambda: Gemma4ForConditionalGeneration(config), device, dtype, seed)
+    if config.vision_config.standardize:
+        model.model.vision_tower.std_bias.zero_()
+        model.model.vision_tower.std_scale.fill_(1)
+    clip(model.model.vision_tower, seed)
+    return model
+
+
+@torch.no_grad()
+def clip(tower: Any, seed: int = 0, sigmas: float = 3.0) -> None:
+    """Give the clipped linears of a vision tower finite bounds, if it has such: so many times the rms of what goes into each,
+    and of what comes out, for one picture of random patches. Three times clip some 3 of a thousand numbers."""
+
+    def bound(module: Any, name: str, passing: Any) -> None:
+        limit = sigmas * passing.float().square().mean().sqrt()
+        getattr(module, f"{name}_min").copy_(-limit)
+        getattr(module, f"{name}_max").copy_(limit)
+
+    hooks = []
+    for module in tower.modules():
+        if hasattr(module, "input_min"):
+            hooks += [
+                module.register_forward_pre_hook(lambda module, args: bound(module, "input", args[0])),
+                module.linear.register_forward_hook(lambda _, __, result, module=module: bound(module, "output", result)),
+            ]
+    if hooks:
+        table = tower.patch_embedder.input_proj.weight
+        side = 2 * tower.config.pooling_kernel_size
+        pixels = torch.rand((1, side**2, table.shape[1]), generator=torch.Generator().manual_seed(seed))
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)[None]
+        tower(pixels.to(table), places.to(table.device))
+    for hook in hooks:
+        hook.remove()
+
+
 def random_assistant(
     target: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, seed: int = 0, vocab_size: int | None = None
 ) -> Any:
@@ -241,12 +293,28 @@ def _family_of_name(name: str) -> Family:
 def _text_config(name_or_file: str | Path) -> dict[str, Any]:
     if name_or_file in TEXT_CONFIGS:
         return TEXT_CONFIGS[str(name_or_file)]
-    path = Path(name_or_file)
+    return _config_file(name_or_file, lambda raw: raw.get("text_config", raw))
+
+
+def _vision_config(name_or_file: str | Path) -> dict[str, Any]:
+    if name_or_file in VISION_CONFIGS:
+        return VISION_CONFIGS[str(name_or_file)]
+    found = {} if name_or_file in TEXT_CONFIGS else _config_file(name_or_file, lambda raw: raw.get("vision_config") or {})
+    if not found or _family_of_name(str(name_or_file)) is not GEMMA4:
+        raise ValueError(
+            f"a vision tower has one of {', '.join(VISION_CONFIGS)}, or a config.json of gemma4 with a vision_config, got "
+            f"{name_or_file} without; use another"
+        )
+    return found
+
+
+def _config_file(file: str | Path, part: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """A part of a config.json, as keyword arguments of its class."""
+    path = Path(file)
     if not path.is_file():
         raise ValueError(f"a config must be one of {', '.join(TEXT_CONFIGS)} or a config.json, got {path}; check the path")
     try:
-        raw = json.loads(path.read_text())
-        config = raw.get("text_config", raw)
+        config = part(json.loads(path.read_text()))
         return {
             key: value for key, value in config.items() if key not in ("architectures", "model_type", "transformers_version")
         }

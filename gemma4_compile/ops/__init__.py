@@ -16,7 +16,7 @@ from .fusions.linear import gate_up, linear, linear_pair, linear_triple
 from .fusions.ple_inputs import ple_combine, ple_inputs
 from .fusions.ple_tail import ple_tail, ple_tail_norm
 from .fusions.post_attention_norms import post_attention_norm, post_attention_norms
-from .fusions.qkv_norm_rope import q_norm_rope, qkv_norm_rope, qkv_norm_rope_2d
+from .fusions.qkv_norm_rope import q_norm_rope, qkv_norm_rope, qkv_norm_rope_2d, qkv_norm_rope_2d_clipped
 from .fusions.route import route
 from .library import OPS
 from .rms_norm import rms_norm, rms_norm_noscale
@@ -55,6 +55,7 @@ __all__ = [
     "q_norm_rope",
     "qkv_norm_rope",
     "qkv_norm_rope_2d",
+    "qkv_norm_rope_2d_clipped",
     "rms_norm",
     "rms_norm_noscale",
     "rope",

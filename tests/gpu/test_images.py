@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForImageTextToText, Gemma4Config, Gemma4ForConditionalGeneration, Gemma4VisionConfig
+from transformers import AutoModelForImageTextToText
 
-from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig, demo_checkpoint, ops, optimize
-from gemma4_compile.demo import VISION_DEMO
+from gemma4_compile import Engine, EngineConfig, SamplingParams, SpeculativeConfig, ops, optimize
 from gemma4_compile.demo.pictures import held_out_pictures, picture
 from gemma4_compile.graphs.recorder import CudaRecorder
 from gemma4_compile.hf.assistant import load_assistant
-from gemma4_compile.hf.checkpoints import TEXT_CONFIGS
-from gemma4_compile.hf.loading import cut, randomize
+from gemma4_compile.hf.loading import load, random_multimodal
 from gemma4_compile.hf.vision import vision_part
 from gemma4_compile.optimized import state_of
+from gemma4_compile.runtime import engine as engines
 from gemma4_compile.runtime.vision.pictures import ImageLimits
 from gemma4_compile.runtime.vision.prompts import ImagePrompts, MarkTokens, Source
+from gemma4_compile.runtime.vision.source import vision_of
 from gemma4_compile.runtime.worker.encoder import ImageEncoder
 from tests.demo.test_pictures import FOLDER, answers, asked, prompts
 from tests.ops.attention_cases import Request, check_steps, step
@@ -61,30 +63,32 @@ def test_block_attention(dtype: torch.dtype, dim: int) -> None:
         assert error <= 2 * allowed + 1e-6, (first, float(error), float(allowed))
 
 
-def tower(dtype: torch.dtype) -> Any:
-    """A model of E2B's width with transformers' default tower, cut to a few layers."""
-    vision = Gemma4VisionConfig(num_hidden_layers=4, standardize=True)
-    text = cut(TEXT_CONFIGS["E2B"], 4) | {"vocab_size": 1024, "vocab_size_per_layer_input": 1024}
-    config = Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
-    model = randomize(lambda: Gemma4ForConditionalGeneration(config), "cuda", dtype, 0).requires_grad_(False)
-    with torch.no_grad():
-        model.model.vision_tower.std_bias.uniform_(-0.1, 0.1)
-        model.model.vision_tower.std_scale.uniform_(0.5, 1.5)
+def released(name: str) -> Any:
+    """A model with this one's tower, cut to a few layers, and a small text part."""
+    small: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 1024}
+    model = random_multimodal(name, 4, "cuda", vision={"num_hidden_layers": 3}, **small).requires_grad_(False)
+    if model.config.vision_config.standardize:
+        with torch.no_grad():
+            model.model.vision_tower.std_bias.uniform_(-0.1, 0.1, generator=torch.Generator("cuda").manual_seed(1))
+            model.model.vision_tower.std_scale.uniform_(0.5, 1.5, generator=torch.Generator("cuda").manual_seed(2))
     return model
 
 
-def test_packed_tower_and_its_graphs() -> None:
-    """Real width, mixed sizes: no further from fp64 than Hugging Face's own one by one; graphs by buckets, replayed."""
+@pytest.mark.parametrize(("name", "op"), [("E2B", "qkv_norm_rope_2d_clipped"), ("31B", "qkv_norm_rope_2d")])
+def test_packed_tower_and_its_graphs(name: str, op: str) -> None:
+    """Real width, mixed sizes: no further from fp64 than Hugging Face's own one by one; graphs by buckets, replayed. E2B's
+    linears are clipped."""
     from transformers import Gemma4ImageProcessorPil
 
     processor = Gemma4ImageProcessorPil()
     opened = ImagePrompts(lambda: processor, MarkTokens(5, 6, 7), ImageLimits())
     images = [opened.patches(Source(picture(n).image, most)) for n, most in ((0, 280), (1, 70), (2, 140), (3, 280), (4, 560))]
-    model = tower(torch.bfloat16)
-    exact = tower(torch.bfloat16).double()
-    part = vision_part(model)
+    plain = released(name)
+    exact, served = copy.deepcopy(plain).double(), optimize(copy.deepcopy(plain))
+    part = vision_part(served)
     assert part is not None
-    program = state_of(optimize(tower(torch.bfloat16))).tower_program(part)
+    program = state_of(served).tower_program(part)
+    assert [site.rewrite for site in program.spec.record.matched("qkv_norm_rope")] == [op] * 3
     encoder = ImageEncoder(part, lambda: program, 1 << 28, CudaRecorder(torch.device("cuda")))
     wanted, eager = [], []
     for image in images:
@@ -92,7 +96,7 @@ def test_packed_tower_and_its_graphs() -> None:
         places = torch.from_numpy(image.positions).flatten(0, 1)[None].cuda()
         with torch.no_grad():
             wanted.append(exact.model.get_image_features(pixels.double(), places, return_dict=True).pooler_output[0])
-            features = model.model.get_image_features(pixels, places, return_dict=True)
+            features = plain.model.get_image_features(pixels, places, return_dict=True)
         eager.append(features.pooler_output[0])
     for _ in range(2):
         for found in (encoder.encode(images), [encoder.encode([image])[0] for image in images]):
@@ -103,11 +107,24 @@ def test_packed_tower_and_its_graphs() -> None:
     assert encoder._patch_bytes > 0, "what a patch takes was measured"
 
 
-@pytest.mark.parametrize("how", ("default", "small steps", "no graphs", "drafts"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_all_held_out_pictures_as_hugging_face(dtype: torch.dtype, how: str) -> None:
+@cache
+def text_part_of_the_demo(dtype: torch.dtype) -> Any:
+    return load(FOLDER / "target", "cuda", dtype, text_only=True)[0]
+
+
+HOW = (
+    (torch.float32, "default"), (torch.float32, "small steps"), (torch.float32, "drafts"),
+    (torch.bfloat16, "default"), (torch.bfloat16, "no graphs"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "how"), HOW, ids=str)
+def test_all_held_out_pictures_as_hugging_face(dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of one dtype share the text model, and so all compiled programs, the tower's too: what tells these engines apart
+    is no part of a program. Each way of running once, as it compiles 30 to 50 kernels of ours: for its pages, its launches."""
     torch.set_float32_matmul_precision("highest")
-    config = replace(CONFIG, dtype=dtype, device="cuda")
+    monkeypatch.setattr(engines, "vision_of", lambda _, processor: vision_of(FOLDER / "target", processor))
+    model, config = text_part_of_the_demo(dtype), CONFIG
     if how == "small steps":
         config = replace(config, max_batched_tokens=96, page_size=16)
     if how == "no graphs":
@@ -116,13 +133,14 @@ def test_all_held_out_pictures_as_hugging_face(dtype: torch.dtype, how: str) -> 
     if how == "drafts":
         assistant = load_assistant(FOLDER / "assistant", dtype=dtype).cuda().eval().requires_grad_(False)
         speculative = SpeculativeConfig(assistant, 3)
-    engine = Engine(demo_checkpoint(VISION_DEMO) / "target", config, speculative=speculative)
-    pictures = held_out_pictures()
+    engine = Engine(model, config, speculative=speculative)
+    state, pictures = state_of(model), held_out_pictures()
     for _ in range(2):  # the second time from graphs, and from the cache of embeddings
         outputs = engine.generate([asked(drawn.image) for drawn in pictures], SamplingParams(max_tokens=8))
         assert [output.token_ids for output in outputs] == answers(dtype)
     steps = engine.runner.images
     assert steps is not None and steps.encoder.encoded == len(pictures) and not steps.encoder.refused
+    assert len(state.programs) == len(state.image_programs) == len(state.tower_programs) == 1
     assert steps.graphs is None or steps.graphs.refused == {} and steps.graphs.replays > 0
 
 

@@ -159,6 +159,11 @@ EXACT: dict[str, Callable[..., Any]] = {
         rope_2d(norm(k, kw, eps), cos, sin),
         norm(v, None, eps),
     ),
+    "qkv_norm_rope_2d_clipped": lambda q, k, v, qw, kw, cos, sin, eps, bounds: (
+        rope_2d(norm(q.clamp(*bounds[:2]), qw, eps), cos, sin),
+        rope_2d(norm(k.clamp(*bounds[2:4]), kw, eps), cos, sin),
+        norm(v.clamp(*bounds[4:]), None, eps),
+    ),
     "q_norm_rope": lambda q, w, cos, sin, eps: rope(norm(q, w, eps), cos, sin),
     "verify": verify,
 }

@@ -81,6 +81,19 @@ def shared_k_and_v(device: str) -> None:
     check_op("qkv_norm_rope", args)
 
 
+def clipped(device: str) -> None:
+    """Heads that fill no block, whose padding no bound may lift off 0; bounds of one value; NaN, which a clamp lets through."""
+    name, tokens = "qkv_norm_rope_2d_clipped", 3
+    args = example(name, replace(SMALL, head_dim=24), tokens, torch.bfloat16, device, batch=2)
+    check_op(name, args)
+    same = [torch.full((), value, device=device, dtype=torch.bfloat16) for value in (0.5, 0.5, -2.0, -1.0, 1.0, 4.0)]
+    check_op(name, (*args[:-1], same))
+    args[0][1, 2, 1, 5] = torch.nan
+    for actual, eager in zip(OPS[name].launch(*args), OPS[name].reference(*args), strict=True):
+        assert torch.equal(actual.isnan(), eager.isnan())
+    assert OPS[name].launch(*args)[0].isnan().sum() == 24
+
+
 def wide_rows(device: str) -> None:
     """Rows of several chunks, the last one partial."""
     for hidden in (1536, 2900):
@@ -161,6 +174,7 @@ CASES: dict[str, Callable[[str], None]] = {
     "strides": strides,
     "no tokens": no_tokens,
     "shared k and v": shared_k_and_v,
+    "clipped": clipped,
     "wide rows": wide_rows,
     "products": products,
     "expert plans": expert_plans,

@@ -78,6 +78,31 @@ def test_two_dimensions(dtype: torch.dtype):
     equal(actual, (*wanted, v_norm(v)))
 
 
+@both
+def test_clipped(dtype: torch.dtype):
+    """Projections of Gemma4ClippableLinear whose bounds are in the middle of what passes; NaN stays."""
+    config = modeling.Gemma4VisionConfig(use_clipped_linears=True)
+    x, cos, sin = draw(2, 5, H, dtype=dtype), draw(2, 5, D, dtype=dtype), draw(2, 5, D, dtype=dtype)
+    x[1, 2, 3] = torch.nan
+    positions = torch.zeros(2, 5, 2, dtype=torch.int64)
+    norms = [norm_module(D, dtype), norm_module(D, dtype), norm_module(D, dtype, with_scale=False)]
+    heads, wanted, bounds = [], [], []
+    for norm, count, (least, most) in zip(norms, (4, 2, 2), ((-0.3, 0.4), (0.1, 0.5), (-0.2, 0.1)), strict=True):
+        linear = modeling.Gemma4ClippableLinear(config, H, count * D)
+        linear.output_min.fill_(least)
+        linear.output_max.fill_(most)
+        linear = linear.to(dtype)
+        heads.append(linear.linear(x).view(2, 5, count, D))
+        bounds += [linear.output_min, linear.output_max]
+        wanted.append(norm(linear(x).view(2, 5, count, D)))
+    wanted[:2] = [modeling.apply_multidimensional_rope(one, cos, sin, positions) for one in wanted[:2]]
+    q, k, v = heads
+    actual = ops.qkv_norm_rope_2d_clipped(q, k, v, norms[0].weight, norms[1].weight, cos, sin, EPS, bounds)
+    for mine, other in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+    assert all(bool(one.isnan().any()) and not bool(one.isnan().all()) for one in actual)
+
+
 def text_config(**changes):
     from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 

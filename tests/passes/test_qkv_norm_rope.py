@@ -1,10 +1,18 @@
 """Pass tests of qkv_norm_rope: exact counts, numerics, near misses, dynamic shapes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.models.gemma4.modeling_gemma4 import apply_rotary_pos_emb
+from transformers import Gemma4VisionConfig
+from transformers.models.gemma4.modeling_gemma4 import (
+    Gemma4ClippableLinear,
+    apply_multidimensional_rope,
+    apply_rotary_pos_emb,
+)
 
 from tests.models import DEVICE, tiny_multimodal
 from tests.passes.harness import (
@@ -46,10 +54,12 @@ def test_dynamic_shape(kind: str) -> None:
     assert_dynamic(kind, FUSION)
 
 
+@pytest.mark.parametrize(("clipped", "op"), [(False, "qkv_norm_rope_2d"), (True, "qkv_norm_rope_2d_clipped")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_vision_encoder(dtype: torch.dtype) -> None:
+def test_vision_encoder(dtype: torch.dtype, clipped: bool, op: str) -> None:
     """Each layer, of any number of images and patches; bit-equal to the encoder as it is."""
-    encoder = tiny_multimodal("e", dtype).requires_grad_(False).model.vision_tower.encoder
+    model = tiny_multimodal("e", dtype, vision={"use_clipped_linears": clipped}).requires_grad_(False)
+    encoder = model.model.vision_tower.encoder
     width = encoder.config.hidden_size
 
     def encode(x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
@@ -68,7 +78,65 @@ def test_vision_encoder(dtype: torch.dtype) -> None:
             torch._dynamo.mark_dynamic(tensor, [0, 1])
         with torch.no_grad():
             assert_same(done.call(*given), encode(*given))
-    assert len(done.graphs) == 1 and done.ops == {"qkv_norm_rope_2d": encoder.config.num_hidden_layers}
+    assert len(done.graphs) == 1 and done.ops == {op: encoder.config.num_hidden_layers}
+
+
+Bounds = tuple[Tensor | None, Tensor | None]
+
+
+def clipped_attention(
+    *bounds: Bounds,
+) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor]]:
+    """q, k and v of patches, each a Gemma4ClippableLinear with these bounds of its output, or without any; and inputs."""
+    config = Gemma4VisionConfig(use_clipped_linears=True)
+    projections: list[Any] = [Gemma4ClippableLinear(config, 16, 32).requires_grad_(False).to(DEVICE) for _ in bounds]
+    for seed, (projection, (least, most)) in enumerate(zip(projections, bounds, strict=True)):
+        projection.linear.weight.copy_(rows(32, 16, seed=seed))
+        projection.input_min.fill_(-1.0)
+        projection.output_min, projection.output_max = least, most
+    called = [p.linear if p.output_min is None else p for p in projections]
+    norms = norm(16, seed=1), norm(16, seed=2), norm(16, scale=False)
+    positions = torch.zeros(2, 12, 2, dtype=torch.int64, device=DEVICE)
+
+    def attention(x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (n(p(x).view((2, 12, -1, 16))) for n, p in zip(norms, called, strict=True))
+        return (*(apply_multidimensional_rope(t, angles, angles, positions) for t in (q, k)), v)
+
+    return attention, (rows(2, 12, 16), rows(2, 12, 16, seed=6))
+
+
+def number(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=DEVICE)
+
+
+def test_clipped_projections() -> None:
+    """Each with bounds of its own, that are no mirror of each other; two with the very same; NaN goes through."""
+    shared = number(-0.5), number(0.7)
+    for bounds in ([(number(-1.0), number(0.4)), shared, (number(0.1), number(2.0))], [shared, shared, shared]):
+        function, inputs = clipped_attention(*bounds)
+        inputs[0][1, 3, 5] = torch.nan
+        done = compile_passes(function, {FUSION})
+        with torch.no_grad():
+            for mine, other in zip(done.call(*inputs), function(*inputs), strict=True):
+                assert torch.equal(mine.isnan(), other.isnan())
+                assert_same(mine.nan_to_num(), other.nan_to_num())
+        assert done.ops == {"qkv_norm_rope_2d_clipped": 1}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ((None, None), ""),  # a plain linear among clipped ones
+        ((torch.full((32,), -1.0, device=DEVICE), number(1.0)), "must have one element"),
+        ((number(-1.0, torch.float64), number(1.0, torch.float64)), "dtypes differ"),
+    ],
+    ids=["none", "vector", "fp64"],
+)
+def test_bounds_of_another_kind(place: int, other: Bounds, reason: str) -> None:
+    bounds: list[Bounds] = [(number(-1.0), number(1.0))] * 3
+    bounds[place] = other
+    assert_missed(*clipped_attention(*bounds), FUSION, reason)
 
 
 @pytest.mark.parametrize(("parts", "reason"), [((8, 8), "rotates parts of 8 at 4"), ((4, 4), "")])

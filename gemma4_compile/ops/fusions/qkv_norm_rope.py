@@ -1,12 +1,15 @@
-"""qkv_norm_rope, qkv_norm_rope_2d, q_norm_rope: the norms of Q, K and V, and the rotation of Q and K, in one launch.
+"""qkv_norm_rope, qkv_norm_rope_2d and its clipped form, q_norm_rope: the norms of Q, K and V, and the rotation of Q and K, in
+one launch.
 
 Source: Gemma4TextAttention.forward, Gemma4VisionAttention.forward (transformers). q_norm and k_norm have weights, v_norm has
-none and v is not rotated. Layers that reuse another layer's keys and values have only q. q [B, T, Hq, D]; k and v
-[B, T, Hk, D]; v may be the very tensor k (attention_k_eq_v).
+none and v is not rotated. Layers that reuse another layer's keys and values have only q. Of clipped linears
+(Gemma4ClippableLinear), q, k and v are clamped as they are loaded. q [B, T, Hq, D]; k and v [B, T, Hk, D]; v may be the very
+tensor k (attention_k_eq_v).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,19 +43,37 @@ def check_qkv_2d(
     check_qkv(op, q, k, v, q_weight, k_weight, cos, sin)
 
 
+def check_qkv_2d_clipped(
+    op: str, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    bounds: Sequence[Tensor],
+) -> None:  # fmt: skip
+    check_qkv_2d(op, q, k, v, q_weight, k_weight, cos, sin)
+    found = [(bound.numel(), bound.dtype) for bound in bounds]
+    expect(op, "bounds must be six numbers of q's dtype", found, [(1, q.dtype)] * 6, "pass min and max of q, k and v")
+
+
 def _check_weights(op: str, q: Tensor, *weights: Tensor) -> None:
     for weight in weights:
         expect(op, "each weight must be [D] for heads of D", weight.shape, q.shape[-1:], "pass this layer's norms")
 
 
 @jit
+def _clamped(x, min_ptr, max_ptr, inside):
+    """x between two numbers, as torch.clamp: NaN stays. What is outside of the row stays 0, wherever the bounds are."""
+    x = tl.maximum(x, tl.load(min_ptr).to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, tl.load(max_ptr).to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(inside, x, 0.0)
+
+
+@jit
 def _norm_heads(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, slots_ptr, first, rows, tokens,
+    x_ptr, min_ptr, max_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, slots_ptr, first, rows, tokens,
     x_batch_stride, x_token_stride, x_head_stride, cos_batch_stride, cos_token_stride,
     page_stride, page_row_stride, page_head_stride, eps,
     HEADS: tl.constexpr, HALF: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Norm of ROWS heads from row `first` on; times weight and rotated unless weight_ptr is None.
+    """Norm of ROWS heads from row `first` on, clamped before unless min_ptr is None; times weight and rotated unless weight_ptr
+    is.
 
     PAGE 0: out is x's shape, contiguous. Else out is pages of so many tokens, each token's heads go to its slot, and those of a
     token with a negative slot go nowhere.
@@ -69,6 +90,9 @@ def _norm_heads(
 
     low = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
     high = tl.load(x_ptr + PART + column, inside, other=0.0).to(tl.float32)
+    if min_ptr is not None:
+        low = _clamped(low, min_ptr, max_ptr, inside)
+        high = _clamped(high, min_ptr, max_ptr, inside)
 
     scale = tl.rsqrt((tl.sum(low * low + high * high, axis=1)[:, None]) / (2 * HALF) + eps)
     low *= scale
@@ -94,7 +118,8 @@ def _norm_heads(
 # Row counts stay specialized (multiples of 16 apart): without that, 8192 tokens took 6 to 13% longer at head size 512.
 @jit
 def _qkv_norm_rope_kernel(
-    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, slots_ptr,
+    q_ptr, k_ptr, v_ptr, q_min_ptr, q_max_ptr, k_min_ptr, k_max_ptr, v_min_ptr, v_max_ptr,
+    q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, slots_ptr,
     q_rows, k_rows, tokens,
     q_batch_stride, q_token_stride, q_head_stride, k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride, cos_batch_stride, cos_token_stride,
@@ -109,19 +134,22 @@ def _qkv_norm_rope_kernel(
     program = tl.program_id(0)
     if program < q_programs:
         _norm_heads(
-            q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, slots_ptr, program * ROWS, q_rows, tokens,
+            q_ptr, q_min_ptr, q_max_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, slots_ptr,
+            program * ROWS, q_rows, tokens,
             q_batch_stride, q_token_stride, q_head_stride, cos_batch_stride, cos_token_stride, 0, 0, 0, eps,
             Q_HEADS, HALF, PART, BLOCK, ROWS, 0,
         )  # fmt: skip
     elif program < q_programs + k_programs:
         _norm_heads(
-            k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr, slots_ptr, (program - q_programs) * ROWS, k_rows, tokens,
+            k_ptr, k_min_ptr, k_max_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr, slots_ptr,
+            (program - q_programs) * ROWS, k_rows, tokens,
             k_batch_stride, k_token_stride, k_head_stride, cos_batch_stride, cos_token_stride,
             key_page_stride, key_row_stride, key_head_stride, eps, K_HEADS, HALF, PART, BLOCK, ROWS, PAGE,
         )  # fmt: skip
     else:
         _norm_heads(
-            v_ptr, None, cos_ptr, sin_ptr, v_out_ptr, slots_ptr, (program - q_programs - k_programs) * ROWS, k_rows, tokens,
+            v_ptr, v_min_ptr, v_max_ptr, None, cos_ptr, sin_ptr, v_out_ptr, slots_ptr,
+            (program - q_programs - k_programs) * ROWS, k_rows, tokens,
             v_batch_stride, v_token_stride, v_head_stride, cos_batch_stride, cos_token_stride,
             value_page_stride, value_row_stride, value_head_stride, eps, K_HEADS, HALF, PART, BLOCK, ROWS, PAGE,
         )  # fmt: skip
@@ -149,6 +177,15 @@ def _launch_qkv_2d(
     return outputs
 
 
+def _launch_qkv_2d_clipped(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
+    bounds: Sequence[Tensor],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    outputs = fresh(q), fresh(k), fresh(v)
+    _launch(outputs[0], q, q_weight, cos, sin, eps, _KV(k, v, k_weight, *outputs[1:]), parts=2, bounds=bounds)
+    return outputs
+
+
 def launch_into_pages(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     keys: Tensor, values: Tensor, slots: Tensor,
@@ -169,7 +206,8 @@ class _KV(NamedTuple):
 
 
 def _launch(
-    q_out: Tensor, q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, kv: _KV | None = None, parts: int = 1
+    q_out: Tensor, q: Tensor, q_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, kv: _KV | None = None, parts: int = 1,
+    bounds: Sequence[Tensor | None] = (None,) * 6,
 ) -> None:  # fmt: skip
     """Without k and v the kernel's second and third parts have no programs, and q stands in for their pointers."""
     if not q_out.numel():
@@ -184,7 +222,7 @@ def _launch(
     rows, warps = head_plan(q_rows + 2 * k_rows, dim)
     dependent, options = alone()
     _qkv_norm_rope_kernel[(-(-q_rows // rows) + 2 * -(-k_rows // rows),)](
-        q, k, v, q_weight, k_weight.contiguous(), cos, sin, q_out, k_out, v_out, slots, q_rows, k_rows, tokens,
+        q, k, v, *bounds, q_weight, k_weight.contiguous(), cos, sin, q_out, k_out, v_out, slots, q_rows, k_rows, tokens,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *angle_strides, *k_out.stride()[:3], *v_out.stride()[:3], eps,
         q_heads, k_heads, dim // 2, dim // 2 // parts, power_of_two(dim // 2), rows,
         0 if slots is None else k_out.shape[1], dependent,
@@ -252,6 +290,36 @@ def qkv_norm_rope_2d(
 
     Raises ValueError for shapes and dtypes that do not fit.
     """
+    return (
+        rotate_2d(normalize(q, q_weight, eps), cos, sin),
+        rotate_2d(normalize(k, k_weight, eps), cos, sin),
+        normalize(v, None, eps),
+    )
+
+
+def _clipped_example(d: Draw) -> tuple[Any, ...]:
+    """Each of q, k and v has bounds of its own, 0 not between those of v."""
+    scalars = [d.scalar() * scale for scale in (-1.5, 2.0, -1.0, 1.0, 0.5, 3.0)]
+    return *_example(d), [scalar[0] for scalar in scalars]
+
+
+@op(launch=_launch_qkv_2d_clipped, like=("q", "k", "v"), check=check_qkv_2d_clipped, example=_clipped_example)
+def qkv_norm_rope_2d_clipped(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
+    bounds: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As qkv_norm_rope_2d, where q, k and v come from clipped linears: each is clamped first.
+
+    q                   [B, T, Hq, D]    fp32, fp16 or bf16, any strides, D a multiple of 4
+    k, v                [B, T, Hk, D]    q.dtype; may be one tensor
+    q_weight, k_weight  [D]
+    cos, sin            [B or 1, T, D]   q.dtype
+    bounds              six of [] or [1] q.dtype: the least and the largest value of q, of k, of v
+    returns             q, k, v in their shapes, contiguous, none aliasing another
+
+    Raises ValueError for shapes and dtypes that do not fit.
+    """
+    q, k, v = (x.clamp(*bounds[i : i + 2]) for x, i in ((q, 0), (k, 2), (v, 4)))
     return (
         rotate_2d(normalize(q, q_weight, eps), cos, sin),
         rotate_2d(normalize(k, k_weight, eps), cos, sin),
