@@ -27,7 +27,7 @@ def scale_by(hidden: Tensor, layer_scalar: Tensor | None) -> Tensor:
     return hidden if layer_scalar is None else (hidden * layer_scalar).to(hidden.dtype)
 
 
-def _check(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, **others: Tensor | float) -> None:
+def check_tail(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, **others: Tensor | float) -> None:
     expect(op, "residual must have the input's shape", residual.shape, x.shape, "pass the state before the block")
     expect(op, "residual must have the input's dtype", residual.dtype, x.dtype, "cast one of them")
     for weight in others.values():
@@ -40,7 +40,7 @@ def _check(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, **
 def _check_moe(
     op: str, dense: Tensor, experts: Tensor, residual: Tensor, layer_scalar: Tensor | None, **others: Tensor | float
 ) -> None:
-    _check(op, dense, residual, layer_scalar, **others)
+    check_tail(op, dense, residual, layer_scalar, **others)
     expect(
         op,
         "experts must be [..., H] with as many elements as residual",
@@ -137,7 +137,7 @@ def launch_tail(
 @op(
     launch=lambda x, residual, weight, layer_scalar, eps: launch_tail(x, residual, weight, layer_scalar, None, eps)[0],
     like="residual",
-    check=_check,
+    check=check_tail,
     example=lambda d: (d.states(), d.states(), d.weight(), None, d.eps),
 )
 def feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
@@ -156,7 +156,7 @@ def feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar:
 @op(
     launch=launch_tail,
     like=("residual", "residual"),
-    check=_check,
+    check=check_tail,
     example=lambda d: (d.states(), d.states(), d.weight(), d.scalar(), d.weight(), d.eps),
 )
 def feed_forward_tail_norm(
