@@ -149,11 +149,11 @@ def _vector_plan(outputs: int, width: int, gated: bool) -> VectorPlan:
 def norm_products_plan(rows: int, outputs: int, width: int, gated: bool) -> VectorPlan | None:
     """Of products whose programs norm their x themselves. None: a kernel for the norm, and one by product_plan.
 
-    Larger programs than a product alone has: each does the norm's operations, some 16 for every element of a row, where a row
-    of weights takes 3. Not measured yet: widths at which those operations were no longer hidden, and more rows than a product
-    without tensor cores takes, are left out by that count.
+    Not measured yet. Each program does the norm's operations, some 25 instructions for an element of the row where one of a row
+    of weights takes 3 (machine code for width 1536), so programs have more rows of weights than a product's alone, and wide
+    rows, many outputs and more rows than product_plan gives to programs without tensor cores are left out.
     """
-    if rows > 2 or width > 4096 or outputs > 32768 or rows * width > 4096:
+    if rows > 2 or rows * width > 3072 or outputs > 32768:
         return None
     return VectorPlan(outputs=8 if gated or outputs > 4096 else 4, block=512, blocks=-(-width // 512), warps=4)
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma4_compile.packed.inputs import Request
+from gemma4_compile.passes import FUSIONS, SWITCHES
 from tests.passes.harness import (
     assert_dynamic,
     assert_equal_alone,
@@ -18,6 +20,7 @@ from tests.passes.harness import (
     norm,
     rows,
 )
+from tests.passes.packed_step import PackedStep
 
 FUSION = "norm_linear"
 ON = ("feed_forward_tail", "linear")
@@ -40,6 +43,20 @@ def test_exact_count() -> None:
 @pytest.mark.parametrize(("kind", "dtype"), [("e", torch.bfloat16), ("dense", torch.float32)])
 def test_equals_unfused(kind: str, dtype: torch.dtype) -> None:
     assert_equal_alone(kind, FUSION, dtype, (*PLE, "qkv_norm_rope", "post_attention_norms", "ple_inputs"))
+
+
+def test_in_a_packed_step() -> None:
+    """Beside all other fusions: each site of the three that put norms inside of products, by its layer."""
+    batch = [Request([5, 6, 7, 8, 9]), Request([20] * 13, rows=[3, 12])]
+    step = PackedStep("e", SWITCHES)
+    (logits, pages), (expected, other) = step(batch), PackedStep("e", None)(batch)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)  # yoco's products have fewer rows
+    assert pages.keys() == other.keys()
+    for name, tensor in pages.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-5)
+    for name in ("norm_gate_up", "norm_ple", FUSION):
+        sites = {site.path.removeprefix("model.") for site in step.run.records[0].matched(name)}
+        assert sites == set(FUSIONS[name].sites(step.geometry)), name
 
 
 def test_dynamic_shape() -> None:
