@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gemma4_compile.ops.dependent import alone, behind, ready, start
+from gemma4_compile.ops.dependent import PLAIN, alone, behind, ready, start
 from gemma4_compile.ops.examples import Draw
 from gemma4_compile.ops.library import as_rows, expect, fresh, jit, op, pinned, tl
 from gemma4_compile.ops.plans import row_plan
 from gemma4_compile.ops.rms_norm import normalize
-from gemma4_compile.ops.rows import add_rows, chunk_size, load_row, norm_row, store_row, times_row
+from gemma4_compile.ops.rows import add_rows, chunk_size, load_row, loads_together, norm_row, store_row, times_row
 
 
 def scale_by(hidden: Tensor, layer_scalar: Tensor | None) -> Tensor:
@@ -92,6 +92,10 @@ def _tail_kernel(
     if experts_ptr is not None:
         experts = load_row(experts_ptr + row * experts_stride, WIDTH, CHUNK)
     residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
+    if DEPENDENT != PLAIN:  # a few rows of a chain, where each wait counts; elsewhere registers do
+        x = loads_together(x, residual, x_stride < 0)
+        if experts_ptr is not None:
+            x = loads_together(x, experts, x_stride < 0)
     finish_tail(
         x, experts, residual, weight, dense_weight, expert_weight, next_weight,
         weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
