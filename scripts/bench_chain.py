@@ -10,7 +10,7 @@ as are keys and values: each request reads `context` of them. Each row says how 
 median, and the least that its bytes could take at this run's copy bandwidth; and in how many of 100 replays any bit of the
 result differed from plain launches'.
 
---normed times chains in which norms are inside of products, dependently launched, their replays in turn. A variant names what
+--normed times chains in which norms are inside products, dependently launched, their replays in turn. A variant names what
 is, joined by +: gate_up, ple, linear (which needs ple), or apart for nothing; behind a colon the plan of that product, a
 VectorPlan: gate_up:16,512,3,4+ple. Without a list: NORMED. Each says its median, its kernels, what it is less than the first,
 and how far its result is from the first's, as a share of that one's rms.
@@ -201,12 +201,8 @@ def measure_normed(model: Any, rows: int, context: int, variants: list[str], rep
     found: list[dict[str, Any]] = []
     for variant, (replay, results, plain), series in zip(variants, graphs, times, strict=True):
         first = graphs[0][2][0].float()
-        row: dict[str, Any] = {
-            "variant": variant,
-            "rows": rows,
-            "context": context,
-            "us": round(1e6 * statistics.median(series), 1),
-        }
+        row: dict[str, Any] = {"variant": variant, "rows": rows, "context": context}
+        row["us"] = round(1e6 * statistics.median(series), 1)
         row["less_us"] = round((found[0]["us"] if found else row["us"]) - row["us"], 1)
         row["kernels"] = len(gpu_events(replay))
         differing = 0
@@ -231,6 +227,8 @@ def main() -> None:
     parser.add_argument("--normed", nargs="*", metavar="VARIANT", help="time norms inside products")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    for variant in args.normed or ():
+        Normed.parse(variant)  # before the minutes that a model takes
     torch.set_grad_enabled(False)
     model = random_model(args.model, 6 if args.quick else None, args.device, vocab_size=512)
     if args.device == "cpu":
@@ -243,8 +241,9 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     rows: list[dict[str, Any]] = []
     for count in args.rows:
-        measured = [measure(model, count, args.context, bandwidth)]
-        if args.normed is not None:
+        if args.normed is None:
+            measured = [measure(model, count, args.context, bandwidth)]
+        else:
             measured = measure_normed(model, count, args.context, args.normed or NORMED)
         rows += measured
         print(*map(json.dumps, measured), sep="\n", flush=True)

@@ -96,9 +96,9 @@ def times_row(chunks, factor):
 
 
 @jit
-def new_state(x, residual, weight, scalar_ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps):
+def new_state(x, residual, weight, scalar, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps):
     """(residual + norm(x)) [* scalar] of a row, rounded where the unfused graph rounds."""
     hidden = add_rows(residual, norm_row(x, weight, None, WIDTH, CHUNK, eps))
-    if scalar_ptr is not None:
-        hidden = times_row(hidden, tl.load(scalar_ptr).to(tl.float32))
+    if scalar is not None:
+        hidden = times_row(hidden, scalar)
     return hidden

@@ -54,7 +54,7 @@ def _check_moe(
 @jit
 def finish_tail(
     x, experts, residual, weight, dense_weight, expert_weight, next_weight,
-    weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
+    weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar, hidden_ptr, normed_ptr,
     row, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps,
 ):  # fmt: skip
     """A row from the inputs to both outputs. Residual None: the norm alone; weights None: read where they are used."""
@@ -64,8 +64,8 @@ def finish_tail(
     hidden = norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps)
     if residual is not None:
         hidden = add_rows(residual, hidden)
-    if scalar_ptr is not None:
-        hidden = times_row(hidden, tl.load(scalar_ptr).to(tl.float32))
+    if scalar is not None:
+        hidden = times_row(hidden, scalar)
     store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
     if next_weight_ptr is not None:
         normed = norm_row(hidden, next_weight, next_weight_ptr, WIDTH, CHUNK, eps)
@@ -83,6 +83,7 @@ def _tail_kernel(
     eps = pinned(eps)
     experts = None
 
+    scalar = tl.load(scalar_ptr).to(tl.float32) if scalar_ptr is not None else None
     weight = load_row(weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
     dense_weight = load_row(dense_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and dense_weight_ptr is not None else None
     expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and expert_weight_ptr is not None else None
@@ -98,7 +99,7 @@ def _tail_kernel(
             x = loads_together(x, experts, x_stride < 0)
     finish_tail(
         x, experts, residual, weight, dense_weight, expert_weight, next_weight,
-        weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
+        weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar, hidden_ptr, normed_ptr,
         row, WIDTH, CHUNK, eps,
     )  # fmt: skip
 
@@ -126,8 +127,8 @@ def launch_tail(
         expert_rows = None if experts is None else as_rows(experts)
         rows, width = x_rows.shape
         warps, weights_first = row_plan(rows, width)
-        norms = (weight, dense_weight, expert_weight, next_weight) if weights_first else ()
-        dependent, options = behind(*norms) if last else alone(*norms)
+        early = (weight, dense_weight, expert_weight, next_weight, layer_scalar) if weights_first else ()
+        dependent, options = behind(*early) if last else alone(*early)
         weights = (t if t is None else t.contiguous() for t in (dense_weight, expert_weight, weight))
         _tail_kernel[(rows,)](
             x_rows, expert_rows, residual_rows, *weights, layer_scalar,

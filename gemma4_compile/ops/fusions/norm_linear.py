@@ -56,6 +56,7 @@ def _norm_vector_kernel(
     matrix = load_weights(matrix_ptr, present, 0, WIDTH, BLOCK, BLOCKS, WIDTH % (BLOCK * BLOCKS) == 0)
     weight = load_row(weight_ptr, WIDTH, BLOCK)
     next_weight = load_row(next_weight_ptr, WIDTH, BLOCK)
+    scalar = tl.load(scalar_ptr).to(tl.float32) if scalar_ptr is not None else None
     ready(DEPENDENT)
     given, residuals = (), ()
     for token in tl.static_range(TOKENS):
@@ -65,7 +66,7 @@ def _norm_vector_kernel(
     normed, sums = (), ()
     for token in tl.static_range(TOKENS):
         x = loads_together(given[token], residuals[token], x_stride < 0)
-        hidden = new_state(x, residuals[token], weight, scalar_ptr, WIDTH, BLOCK, eps)
+        hidden = new_state(x, residuals[token], weight, scalar, WIDTH, BLOCK, eps)
         if tl.program_id(0) == 0:
             store_row(hidden_ptr + token * WIDTH, hidden, WIDTH, BLOCK)
         normed = normed + (norm_row(hidden, next_weight, None, WIDTH, BLOCK, eps),)  # type: ignore[assignment]
@@ -109,7 +110,7 @@ def launch_norm_products(
     counts = [matrix.shape[0] for matrix in matrices]
     outputs = [x.new_empty((*x.shape[:-1], count)) for count in (counts[:1] if gated else counts)]
     missing = 3 - len(matrices)
-    dependent, options = alone(weight, next_weight, *matrices)
+    dependent, options = alone(weight, next_weight, layer_scalar, *matrices)
     _norm_vector_kernel[(-(-sum(counts) // plan.outputs),)](
         inputs, residuals, weight.contiguous(), layer_scalar, next_weight.contiguous(), hidden,
         *matrices, *[None] * missing, *outputs, *[None] * (3 - len(outputs)), *counts, *[0] * missing,

@@ -23,7 +23,7 @@ from gemma4_compile.ops.rms_norm import normalize
 from gemma4_compile.ops.rows import load_row, loads_together, new_state, store_row
 
 from .feed_forward_tail import check_tail, launch_tail
-from .ple_tail import check_ple, launch_products, launch_projection
+from .ple_tail import check_ple, launch_ple_products, launch_projection
 
 
 @jit
@@ -71,7 +71,7 @@ def _launch(
     if plan is not None:
         return _launch_few(x, residual, weight, per_layer, gate_weight, projection_weight, eps, plan)
     hidden, _ = launch_tail(x, residual, weight, None, None, eps)
-    projected, _ = launch_products(as_rows(hidden), per_layer, gate_weight, projection_weight)
+    projected, _ = launch_ple_products(as_rows(hidden), per_layer, gate_weight, projection_weight)
     return hidden, projected.view(x.shape)
 
 

@@ -113,12 +113,12 @@ def _launch(
     if not hidden.numel():
         return fresh(hidden), None if next_weight is None else fresh(hidden)
     hiddens, inputs = as_rows(hidden), as_rows(per_layer_input)
-    projected, last = launch_products(hiddens, inputs, gate_weight, projection_weight)
+    projected, last = launch_ple_products(hiddens, inputs, gate_weight, projection_weight)
     hidden = hiddens.view(hidden.shape)  # a copy of strided rows was made before the products; the tail must not make another
     return launch_tail(projected.view(hidden.shape), hidden, norm_weight, layer_scalar, next_weight, eps, last=last)
 
 
-def launch_products(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor) -> tuple[Tensor, bool]:
+def launch_ple_products(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor) -> tuple[Tensor, bool]:
     """Both matrix products of some rows, and whether a kernel of ours came last."""
     plan = ple_plan(*hidden.shape)
     if plan is None:
