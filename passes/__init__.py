@@ -17,6 +17,9 @@ from gemma4_compile.patterns import (
     gate_up,
     geglu,
     linear,
+    norm_gate_up,
+    norm_linear,
+    norm_ple,
     ple_inputs,
     ple_tail,
     post_attention_norms,
@@ -61,7 +64,10 @@ _FUSED = (
     feed_forward_tail.FUSION,
     all_reduce_norm.FUSION,  # behind the fusions of norms, whose ops it takes into the sum over the ranks
     gate_up.FUSION,
-    linear.FUSION,  # last: the products inside other patterns are theirs
+    linear.FUSION,  # behind these: the products inside other patterns are theirs
+    norm_gate_up.FUSION,  # these behind the fusions of norms and of products, of whose ops they make one
+    norm_ple.FUSION,
+    norm_linear.FUSION,  # behind norm_ple, which leaves it the tail of a layer with PLE
 )
 FUSIONS: dict[str, Fusion] = {fusion.name: fusion for fusion in (*_RAISED, experts.FUSION, *_FUSED)}
 # Rewrites of the whole graph have a switch too.

@@ -7,6 +7,7 @@ from gemma4_compile.geometry import Geometry
 
 from .rewrite import Rewrite
 
+NOT_MEASURED = "not measured on a GPU yet"  # why a fusion is off
 Sites = Callable[[Geometry], tuple[str, ...]]
 
 
@@ -16,6 +17,11 @@ def every_layer(geometry: Geometry) -> tuple[str, ...]:
 
 def layers_with_experts(geometry: Geometry) -> tuple[str, ...]:
     return every_layer(geometry) if geometry.experts else ()
+
+
+def layers_without_experts(geometry: Geometry) -> tuple[str, ...]:
+    """None where the model is divided: the sum over the ranks takes the norms there."""
+    return () if geometry.experts or geometry.ranks > 1 else every_layer(geometry)
 
 
 def layers_with_ple(geometry: Geometry) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ different in each dtype, and it does not say why a site was left alone. `report(
 """
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ class Template:
 
     graph        its operations; one placeholder for each parameter
     parameters   name -> Tensor | float | int | Any, see above
-    outputs      the returned nodes; the first is the anchor where matching starts
+    outputs      the returned nodes; matching starts at the anchor, the first of them, or the operation that it is an item of
     source       file:line of the function, for reports
     """
 
@@ -39,7 +40,9 @@ class Template:
 
     @property
     def anchor(self) -> Node:
-        return self.outputs[0]
+        first = self.outputs[0]
+        whole = first.args[0] if first.target is operator.getitem else first
+        return whole if isinstance(whole, Node) and whole.op != "placeholder" else first
 
     def __len__(self) -> int:
         return sum(node.op not in ("placeholder", "output") for node in self.graph.nodes)

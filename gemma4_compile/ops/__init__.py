@@ -13,6 +13,8 @@ from .fusions.feed_forward_tail import (
 )
 from .fusions.geglu import geglu
 from .fusions.linear import gate_up, linear, linear_pair, linear_triple
+from .fusions.norm_linear import norm_gate_up, norm_linear, norm_linear_pair, norm_linear_triple
+from .fusions.norm_ple import norm_ple
 from .fusions.ple_inputs import ple_combine, ple_inputs
 from .fusions.ple_tail import ple_tail, ple_tail_norm
 from .fusions.post_attention_norms import post_attention_norm, post_attention_norms
@@ -44,6 +46,11 @@ __all__ = [
     "linear_triple",
     "moe_feed_forward_tail",
     "moe_feed_forward_tail_norm",
+    "norm_gate_up",
+    "norm_linear",
+    "norm_linear_pair",
+    "norm_linear_triple",
+    "norm_ple",
     "ordered_argmax",
     "ordered_scores",
     "ple_combine",

@@ -77,6 +77,13 @@ def ple_plan(rows: int, width: int) -> PlePlan | None:
     return PlePlan(tokens=2, gate_outputs=4, gate_block=256, gate_warps=4, outputs=32, warps=4)
 
 
+def norm_ple_plan(rows: int, width: int) -> PlePlan | None:
+    """Of a gate whose programs norm their row themselves. None: a kernel for the norm, and both products by ple_plan."""
+    plan = ple_plan(rows, width) if rows <= 4 else None
+    # The norm's operations are divided among the program's threads: blocks of a multiple of their number.
+    return None if plan is None else plan._replace(gate_block=512)
+
+
 class VectorPlan(NamedTuple):
     """Products of one or two rows: weight rows a program, and blocks of columns that it loads at a time."""
 
@@ -137,6 +144,18 @@ def _vector_plan(outputs: int, width: int, gated: bool) -> VectorPlan:
     if outputs >= 4096 and width % 1536 == 0:
         return VectorPlan(outputs=4, block=256, blocks=6, warps=2)
     return VectorPlan(outputs=2, block=512, blocks=4 if width % 2048 == 0 else 3, warps=4)
+
+
+def norm_products_plan(rows: int, outputs: int, width: int, gated: bool) -> VectorPlan | None:
+    """Of products whose programs norm their x themselves. None: a kernel for the norm, and one by product_plan.
+
+    Not measured yet. Each program does the norm's operations, some 25 instructions for an element of the row where one of a row
+    of weights takes 3 (machine code for width 1536), so programs have more rows of weights than a product's alone, and wide
+    rows, many outputs and more rows than product_plan gives to programs without tensor cores are left out.
+    """
+    if rows > 2 or rows * width > 3072 or outputs > 32768:
+        return None
+    return VectorPlan(outputs=8 if gated or outputs > 4096 else 4, block=512, blocks=-(-width // 512), warps=4)
 
 
 class PairPlan(NamedTuple):

@@ -24,6 +24,18 @@ def load_row(ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @jit
+def loads_together(row, other, never):
+    """row, of which nothing can be computed before `other` is asked for as well.
+
+    ptxas (12.8) moves a load towards where its values are used: the second of two rows is then asked for when the first has
+    come, and a lone row waits for memory twice. never: a comparison that is false, which no compiler can know."""
+    out = ()
+    for i in tl.static_range(len(row)):
+        out = out + (tl.where(never, other[i], row[i]),)  # type: ignore[assignment]
+    return out
+
+
+@jit
 def late_row(row, ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """A row, read now if it was not before."""
     return load_row(ptr, WIDTH, CHUNK) if row is None else row
@@ -81,3 +93,12 @@ def times_row(chunks, factor):
     for i in tl.static_range(len(chunks)):
         out += ((chunks[i].to(tl.float32) * factor).to(chunks[0].dtype),)
     return out
+
+
+@jit
+def new_state(x, residual, weight, scalar, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps):
+    """(residual + norm(x)) [* scalar] of a row, rounded where the unfused graph rounds."""
+    hidden = add_rows(residual, norm_row(x, weight, None, WIDTH, CHUNK, eps))
+    if scalar is not None:
+        hidden = times_row(hidden, scalar)
+    return hidden

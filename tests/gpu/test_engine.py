@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gemma4_compile import Engine, EngineConfig, SamplingParams
-from gemma4_compile.demo import DEMO_NAMES
+from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams
+from gemma4_compile import report as passes_of
+from gemma4_compile.demo import DEMO_NAMES, demo_checkpoint
+from gemma4_compile.hf.loading import load
 from gemma4_compile.runtime.outputs import RequestOutput
 from tests.accuracy_of_model import Divergence, Exact, parted, plain_logits
 from tests.runtime.demo_models import Demo, demo
@@ -68,6 +70,22 @@ def test_tokens_are_hugging_faces(name: str, dtype: torch.dtype, how: str) -> No
     assert served.runner.graphs is None or served.runner.graphs.refused == {}
     for pool in served.runner.pages.pools.values():
         assert pool.free == pool.pages
+
+
+@dtypes
+def test_norms_inside_products(dtype: torch.dtype) -> None:
+    """One and two requests at a time decode by the kernels that norm their input themselves."""
+    torch.set_float32_matmul_precision("highest")
+    name, normed = "e", ("norm_gate_up", "norm_ple", "norm_linear")
+    models = demo(name, "cuda", dtype)
+    models = replace(models, served=load(demo_checkpoint(name) / "target", "cuda", dtype)[0])  # compiled with these fusions
+    for requests in (1, 2):
+        served = engine(models, replace(SERVED["default"], max_requests=requests, optimize=OptimizeConfig(enable=normed)))
+        outputs = served.generate(models.prompts(8, 900), SamplingParams(max_tokens=TOKENS, ignore_eos=True))
+        found = report(models, outputs, f"{name} {dtype} {normed}, {requests} at a time")
+        assert all(d.margin <= 1e-3 if dtype == torch.float32 else d.is_tie for d in found)
+    fusions = passes_of(models.served).fusions
+    assert all(fusions[fusion].matched == fusions[fusion].expected > 0 for fusion in normed)
 
 
 @both

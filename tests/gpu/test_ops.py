@@ -46,7 +46,8 @@ def test_as_accurate_as_eager_other_dtypes(name: str, dtype: torch.dtype):
 
 # Sums and rotations round where eager rounds. Matrix products add in another order than cuBLAS, and one rounding of a
 # square root or an exponential may differ: the share of bf16 outputs that may differ by a unit in the last place.
-PRODUCTS = ("linear", "linear_pair", "linear_triple", "gate_up", "experts", "ple_tail", "ple_tail_norm")
+NORMED = ("norm_gate_up", "norm_linear", "norm_linear_pair", "norm_linear_triple", "norm_ple")
+PRODUCTS = ("linear", "linear_pair", "linear_triple", "gate_up", "experts", "ple_tail", "ple_tail_norm", *NORMED)
 DIFFERENT = dict.fromkeys(PRODUCTS, 0.02) | {"experts": 0.06}  # eight rounded products in each sum
 
 
@@ -55,6 +56,18 @@ def test_bits_of_eager_in_bf16(name: str):
     args = example(name, E2B, 64 if name not in PRODUCTS else 8, torch.bfloat16, "cuda")
     for actual, wanted in zip(outputs(OPS[name].launch(*args)), outputs(OPS[name].reference(*args)), strict=True):
         assert (actual != wanted).double().mean().item() <= DIFFERENT.get(name, 5e-4)
+
+
+@pytest.mark.parametrize("sizes", (E2B, E4B), ids=("E2B", "E4B"))
+@pytest.mark.parametrize("name", NORMED)
+def test_norms_inside_products_are_those_of_two_kernels(name: str, sizes: Sizes):
+    """By one kernel for a row or two (norm_ple: four), by two for more: no value but a rounding of a sum may differ."""
+    for tokens in (1, 2, 3, 4, 5):
+        args = example(name, replace(sizes, layers=2), tokens, torch.bfloat16, "cuda")
+        (hidden, *products), (wanted, *expected) = OPS[name].launch(*args), OPS[name].reference(*args)
+        assert (hidden != wanted).double().mean().item() <= 2e-3
+        for actual, eager in zip(products, expected, strict=True):
+            assert (actual != eager).double().mean().item() <= 0.02
 
 
 @pytest.mark.parametrize("name", OPS)

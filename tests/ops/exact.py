@@ -65,6 +65,11 @@ def then(hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return hidden, norm(hidden, weight, eps)
 
 
+def then_products(hidden: Tensor, weight: Tensor, eps: float, *matrices: Tensor, gated: bool = False) -> tuple[Tensor, ...]:
+    products = [norm(hidden, weight, eps) @ matrix.T for matrix in matrices]
+    return hidden, *([F.gelu(products[0], approximate="tanh") * products[1]] if gated else products)
+
+
 def three_norms(x: Tensor, r: Tensor, w: Tensor, w1: Tensor, scale: Tensor, root: float, w2: Tensor, eps: float) -> tuple:
     hidden = r + norm(x, w, eps)
     return hidden, norm(hidden, w1, eps), norm(hidden, None, eps) * scale * root, norm(hidden, w2, eps)
@@ -135,6 +140,9 @@ EXACT: dict[str, Callable[..., Any]] = {
     "linear": lambda x, weight: x @ weight.T,
     "linear_pair": lambda x, *weights: tuple(x @ weight.T for weight in weights),
     "linear_triple": lambda x, *weights: tuple(x @ weight.T for weight in weights),
+    "norm_gate_up": lambda x, r, w, nw, gate, up, eps: then_products(r + norm(x, w, eps), nw, eps, gate, up, gated=True),
+    "norm_linear": lambda x, r, w, s, nw, *rest: then_products(tail(x, r, w, s, rest[-1]), nw, rest[-1], *rest[:-1]),
+    "norm_ple": lambda x, r, w, i, g, p, eps: (r + norm(x, w, eps), ple(r + norm(x, w, eps), i, g, p)),
     "route": route,
     "experts": experts,
     "post_attention_norm": lambda x, r, w, nw, eps: then(r + norm(x, w, eps), nw, eps),
@@ -167,4 +175,5 @@ EXACT: dict[str, Callable[..., Any]] = {
     "q_norm_rope": lambda q, w, cos, sin, eps: rope(norm(q, w, eps), cos, sin),
     "verify": verify,
 }
+EXACT |= dict.fromkeys(("norm_linear_pair", "norm_linear_triple"), EXACT["norm_linear"])
 EXACT |= {PREFIX + op: lambda *args, op=op: EXACT[op](*args[:-1]) for op in FORMS}  # type: ignore[misc]

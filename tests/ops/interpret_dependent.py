@@ -28,7 +28,7 @@ from gemma4_compile.ops.fusions.attention_qkv import attention_qkv
 from tests.ops.attention_cases import NEW_MIXES, raw, step
 from tests.ops.dependent_cases import KEPT, weights_of
 
-CHAINS = ("experts", "ple_tail", "ple_tail_norm")  # ops of kernels that are dependent in any launch
+CHAINS = ("experts", "ple_tail", "ple_tail_norm", "norm_ple")  # ops of kernels that are dependent in any launch
 
 
 class Watch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,17 @@ from gemma4_compile.ops.plans import DotPlan, HopperTilesPlan, PairPlan, TiledPl
 from tests.ops.accuracy import assert_as_accurate
 from tests.ops.exact import exact
 
-PRODUCTS = ("linear", "linear_pair", "linear_triple", "gate_up")
+NORMED = ("norm_gate_up", "norm_linear", "norm_linear_pair", "norm_linear_triple")
+PRODUCTS = ("linear", "linear_pair", "linear_triple", "gate_up", *NORMED)
 
 
 def outputs(result) -> tuple:
     return result if isinstance(result, tuple) else (result,)
 
 
-def check_op(name: str, args: tuple) -> None:
+def check_op(name: str, args: tuple, **options: Any) -> None:
     """The kernel on args: dtypes and shapes of the reference, and its error against fp64."""
-    actual, eager = outputs(OPS[name].launch(*args)), outputs(OPS[name].reference(*args))
+    actual, eager = outputs(OPS[name].launch(*args, **options)), outputs(OPS[name].reference(*args))
     assert len(actual) == len(eager)
     for a, e, x in zip(actual, eager, exact(name, args), strict=True):
         assert a.dtype == e.dtype
@@ -116,6 +118,17 @@ def products(device: str) -> None:
                 assert_as_accurate(a, e, x64)
 
 
+def normed_products(device: str) -> None:
+    """By one kernel: one and two rows, rows of several groups of loads with a part of a block at the end, whose weights lie
+    together or apart; and rows that are no whole blocks of the gate of norm_ple."""
+    for plan in (VectorPlan(4, 16, 2, 1), VectorPlan(8, 32, 3, 4)):
+        for tokens in (1, 2):
+            for name in ("norm_gate_up", "norm_linear_triple"):
+                check_op(name, example(name, replace(SMALL, hidden=72), tokens, torch.bfloat16, device), plan=plan)
+    for tokens in (1, 2, 4):
+        check_op("norm_ple", example("norm_ple", replace(SMALL, hidden=600, ple=21), tokens, torch.bfloat16, device))
+
+
 def expert_plans(device: str) -> None:
     """Each kind of plan of the experts, with sizes that fill no block: odd top_k, experts that no token asks for, all tokens on
     one expert, experts that are elsewhere, routing weights of the input's dtype."""
@@ -177,6 +190,7 @@ CASES: dict[str, Callable[[str], None]] = {
     "clipped": clipped,
     "wide rows": wide_rows,
     "products": products,
+    "normed products": normed_products,
     "expert plans": expert_plans,
     "experts by vendor": experts_by_vendor,
     "pairs sorted": pairs_sorted,

@@ -91,6 +91,23 @@ def test_op(name: str, frontend: Frontend) -> None:
     assert frontend.seen
 
 
+@pytest.mark.parametrize(
+    ("name", "few", "inside", "apart"),
+    [
+        ("norm_gate_up", 2, {"_norm_vector_kernel"}, {"_tail_kernel", "_dot_kernel"}),
+        ("norm_linear_triple", 2, {"_norm_vector_kernel"}, {"_tail_kernel", "_dot_kernel"}),
+        ("norm_ple", 4, {"_norm_gate_kernel", "_projection_kernel"}, {"_tail_kernel", "_gate_kernel", "_projection_kernel"}),
+    ],
+)
+def test_norms_are_inside_products_of_few_rows(
+    name: str, few: int, inside: set[str], apart: set[str], frontend: Frontend
+) -> None:
+    for tokens, kernels in ((1, inside), (few, inside), (few + 1, apart)):
+        frontend.seen.clear()
+        OPS[name].launch(*example(name, SIZES, tokens, torch.bfloat16))
+        assert {key.split()[0] for key in frontend.seen} == kernels, tokens
+
+
 def test_many_pairs_sorted(frontend: Frontend) -> None:
     sorted_pairs(torch.zeros(600, 8, dtype=torch.int64), 128, 128)
     assert len(frontend.seen) == 2

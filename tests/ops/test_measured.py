@@ -8,6 +8,7 @@ import pytest
 
 from gemma4_compile.ops import OPS
 from gemma4_compile.passes import FUSIONS
+from gemma4_compile.patterns.fusion import NOT_MEASURED
 from scripts import bench_experts, bench_hopper
 from scripts.bench_linear import chosen
 
@@ -21,6 +22,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 ROWS, PRODUCTS = rows_of("ops-h200.json"), rows_of("linear-h200.json")
 INTO_PAGES, EXPERTS = rows_of("attention-qkv-h100.json"), rows_of("experts-h100.json")
 OPS_OF_FUSIONS = [op for fusion in FUSIONS.values() for op in fusion.ops]
+NOT_YET = {op for fusion in FUSIONS.values() if fusion.why_off == NOT_MEASURED for op in fusion.ops}
 ON = {op for fusion in FUSIONS.values() if fusion.on_by_default for op in fusion.ops}
 
 
@@ -35,7 +37,8 @@ def test_each_op_belongs_to_one_fusion_and_was_measured() -> None:
         "gate_up" if row["gated"] else ("linear", "linear_pair", "linear_triple")[len(row["matrices"]) - 1] for row in PRODUCTS
     }
     measured = {row["op"] for row in ROWS} | matrices | {"experts"}
-    assert set(OPS_OF_FUSIONS) - measured == TO_BE_MEASURED
+    assert set(OPS_OF_FUSIONS) - NOT_YET - TO_BE_MEASURED <= measured
+    assert not NOT_YET & ON
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r["op"] in OPS_OF_FUSIONS], ids="{0[op]}-{0[model]}-{0[tokens]}".format)
@@ -47,7 +50,7 @@ def test_where_a_site_is_fused_it_pays(row: dict[str, Any]) -> None:
 
 def test_what_is_off_does_not_pay_everywhere() -> None:
     for fusion in FUSIONS.values():
-        if not fusion.on_by_default:
+        if not fusion.on_by_default and fusion.why_off != NOT_MEASURED:
             assert min(row["inductor_us"] / row["ours_us"] for row in ROWS if row["op"] in fusion.ops) < 0.97
 
 

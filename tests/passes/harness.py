@@ -126,34 +126,37 @@ def _traced(kind: str, dtype: torch.dtype) -> tuple[GraphModule, tuple[Any, ...]
     return gm, args, expected
 
 
-def _alone(kind: str, fusion: str, dtype: torch.dtype = torch.float32) -> tuple[Graph, Record, Tensor, Tensor]:
-    """A tiny model with this fusion only: the graph and the record, its logits and the plain ones."""
+def _alone(
+    kind: str, fusion: str, dtype: torch.dtype = torch.float32, on: Collection[str] = ()
+) -> tuple[Graph, Record, Tensor, Tensor]:
+    """A tiny model with this fusion only, and those that it stands on: the graph and the record, its logits and the plain
+    ones."""
     gm, args, expected = _traced(kind, dtype)
     graph = deepcopy(gm.graph)
-    record = run(pipeline({fusion}), graph)
+    record = run(pipeline({fusion, *on}), graph)
     with torch.no_grad():
         (logits,) = GraphModule(gm, graph)(*args)
     return graph, record, logits, expected
 
 
-def forms(kind: str, fusion: str) -> Counter[str]:
-    """How often each form of one fusion fires in a tiny model, alone."""
-    _, record, _, _ = _alone(kind, fusion)
+def forms(kind: str, fusion: str, on: Collection[str] = ()) -> Counter[str]:
+    """How often each form of one fusion fires in a tiny model, alone or with those that it stands on."""
+    _, record, _, _ = _alone(kind, fusion, on=on)
     return Counter(site.rewrite for site in record.matched(fusion))
 
 
-def assert_equal_alone(kind: str, fusion: str, dtype: torch.dtype) -> None:
-    """With this fusion only, the CPU references give the very numbers of the plain model."""
-    graph, record, actual, expected = _alone(kind, fusion, dtype)
+def assert_equal_alone(kind: str, fusion: str, dtype: torch.dtype, on: Collection[str] = ()) -> None:
+    """With this fusion only, and those that it stands on, the CPU references give the very numbers of the plain model."""
+    graph, record, actual, expected = _alone(kind, fusion, dtype, on)
     assert record.matched(fusion)
     assert not any("gemma4.rms_norm" in str(n.target) or "gemma4.rope" in str(n.target) for n in graph.nodes)
     assert_same(actual, expected)
 
 
-def assert_dynamic(kind: str, fusion: str) -> None:
+def assert_dynamic(kind: str, fusion: str, on: Collection[str] = ()) -> None:
     """One graph with the fusion in it serves several lengths."""
     model = tiny(kind).requires_grad_(False)
-    done = compile_passes(lambda ids: model(ids, use_cache=False).logits, {fusion})
+    done = compile_passes(lambda ids: model(ids, use_cache=False).logits, {fusion, *on})
     for tokens in (6, 9, 3):
         ids = prompt(2, tokens)
         torch._dynamo.mark_dynamic(ids, 1)

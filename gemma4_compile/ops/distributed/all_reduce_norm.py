@@ -80,6 +80,7 @@ def _one_shot_tail_kernel(
     send(rows, addresses_ptr, turn, row, RANK, RANKS, SLOT, WIDTH, CHUNK)
     if residual_ptr is not None:  # before the wait, which hides it
         residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
+    scalar = tl.load(scalar_ptr).to(tl.float32) if scalar_ptr is not None else None
     weight = load_row(weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
     dense_weight = load_row(dense_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and dense_weight_ptr is not None else None
     expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and expert_weight_ptr is not None else None
@@ -91,7 +92,7 @@ def _one_shot_tail_kernel(
         experts = _part(sums, CHUNKS, CHUNKS)
     finish_tail(
         x, experts, residual, weight, dense_weight, expert_weight, next_weight,
-        weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
+        weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar, hidden_ptr, normed_ptr,
         row, WIDTH, CHUNK, eps,
     )  # fmt: skip
 

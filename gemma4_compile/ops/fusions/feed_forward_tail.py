@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gemma4_compile.ops.dependent import alone, behind, ready, start
+from gemma4_compile.ops.dependent import PLAIN, alone, behind, ready, start
 from gemma4_compile.ops.examples import Draw
 from gemma4_compile.ops.library import as_rows, expect, fresh, jit, op, pinned, tl
 from gemma4_compile.ops.plans import row_plan
 from gemma4_compile.ops.rms_norm import normalize
-from gemma4_compile.ops.rows import add_rows, chunk_size, load_row, norm_row, store_row, times_row
+from gemma4_compile.ops.rows import add_rows, chunk_size, load_row, loads_together, norm_row, store_row, times_row
 
 
 def scale_by(hidden: Tensor, layer_scalar: Tensor | None) -> Tensor:
@@ -27,7 +27,7 @@ def scale_by(hidden: Tensor, layer_scalar: Tensor | None) -> Tensor:
     return hidden if layer_scalar is None else (hidden * layer_scalar).to(hidden.dtype)
 
 
-def _check(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, **others: Tensor | float) -> None:
+def check_tail(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, **others: Tensor | float) -> None:
     expect(op, "residual must have the input's shape", residual.shape, x.shape, "pass the state before the block")
     expect(op, "residual must have the input's dtype", residual.dtype, x.dtype, "cast one of them")
     for weight in others.values():
@@ -40,7 +40,7 @@ def _check(op: str, x: Tensor, residual: Tensor, layer_scalar: Tensor | None, **
 def _check_moe(
     op: str, dense: Tensor, experts: Tensor, residual: Tensor, layer_scalar: Tensor | None, **others: Tensor | float
 ) -> None:
-    _check(op, dense, residual, layer_scalar, **others)
+    check_tail(op, dense, residual, layer_scalar, **others)
     expect(
         op,
         "experts must be [..., H] with as many elements as residual",
@@ -54,7 +54,7 @@ def _check_moe(
 @jit
 def finish_tail(
     x, experts, residual, weight, dense_weight, expert_weight, next_weight,
-    weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
+    weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar, hidden_ptr, normed_ptr,
     row, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps,
 ):  # fmt: skip
     """A row from the inputs to both outputs. Residual None: the norm alone; weights None: read where they are used."""
@@ -64,8 +64,8 @@ def finish_tail(
     hidden = norm_row(x, weight, weight_ptr, WIDTH, CHUNK, eps)
     if residual is not None:
         hidden = add_rows(residual, hidden)
-    if scalar_ptr is not None:
-        hidden = times_row(hidden, tl.load(scalar_ptr).to(tl.float32))
+    if scalar is not None:
+        hidden = times_row(hidden, scalar)
     store_row(hidden_ptr + row * WIDTH, hidden, WIDTH, CHUNK)
     if next_weight_ptr is not None:
         normed = norm_row(hidden, next_weight, next_weight_ptr, WIDTH, CHUNK, eps)
@@ -83,6 +83,7 @@ def _tail_kernel(
     eps = pinned(eps)
     experts = None
 
+    scalar = tl.load(scalar_ptr).to(tl.float32) if scalar_ptr is not None else None
     weight = load_row(weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST else None
     dense_weight = load_row(dense_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and dense_weight_ptr is not None else None
     expert_weight = load_row(expert_weight_ptr, WIDTH, CHUNK) if WEIGHTS_FIRST and expert_weight_ptr is not None else None
@@ -92,9 +93,13 @@ def _tail_kernel(
     if experts_ptr is not None:
         experts = load_row(experts_ptr + row * experts_stride, WIDTH, CHUNK)
     residual = load_row(residual_ptr + row * residual_stride, WIDTH, CHUNK)
+    if DEPENDENT != PLAIN:  # a few rows of a chain, where each wait counts; elsewhere registers do
+        x = loads_together(x, residual, x_stride < 0)
+        if experts_ptr is not None:
+            x = loads_together(x, experts, x_stride < 0)
     finish_tail(
         x, experts, residual, weight, dense_weight, expert_weight, next_weight,
-        weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar_ptr, hidden_ptr, normed_ptr,
+        weight_ptr, dense_weight_ptr, expert_weight_ptr, next_weight_ptr, scalar, hidden_ptr, normed_ptr,
         row, WIDTH, CHUNK, eps,
     )  # fmt: skip
 
@@ -122,8 +127,8 @@ def launch_tail(
         expert_rows = None if experts is None else as_rows(experts)
         rows, width = x_rows.shape
         warps, weights_first = row_plan(rows, width)
-        norms = (weight, dense_weight, expert_weight, next_weight) if weights_first else ()
-        dependent, options = behind(*norms) if last else alone(*norms)
+        early = (weight, dense_weight, expert_weight, next_weight, layer_scalar) if weights_first else ()
+        dependent, options = behind(*early) if last else alone(*early)
         weights = (t if t is None else t.contiguous() for t in (dense_weight, expert_weight, weight))
         _tail_kernel[(rows,)](
             x_rows, expert_rows, residual_rows, *weights, layer_scalar,
@@ -137,7 +142,7 @@ def launch_tail(
 @op(
     launch=lambda x, residual, weight, layer_scalar, eps: launch_tail(x, residual, weight, layer_scalar, None, eps)[0],
     like="residual",
-    check=_check,
+    check=check_tail,
     example=lambda d: (d.states(), d.states(), d.weight(), None, d.eps),
 )
 def feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar: Tensor | None, eps: float) -> Tensor:
@@ -156,7 +161,7 @@ def feed_forward_tail(x: Tensor, residual: Tensor, weight: Tensor, layer_scalar:
 @op(
     launch=launch_tail,
     like=("residual", "residual"),
-    check=_check,
+    check=check_tail,
     example=lambda d: (d.states(), d.states(), d.weight(), d.scalar(), d.weight(), d.eps),
 )
 def feed_forward_tail_norm(

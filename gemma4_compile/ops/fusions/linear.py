@@ -22,14 +22,14 @@ from .geglu import geglu, launch_geglu
 from .linear_hopper import hopper_takes, launch_hopper_products
 
 
-def _check(op: str, x: Tensor, **weights: Tensor) -> None:
+def check_matrices(op: str, x: Tensor, **weights: Tensor) -> None:
     for weight in weights.values():
         expect(op, "each weight must be [N, K] for [..., K]", weight.shape[1:], x.shape[-1:], "transpose it")
         expect(op, "each weight must have the input's dtype", weight.dtype, x.dtype, "cast one of them")
 
 
-def _check_gate_up(op: str, x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> None:
-    _check(op, x, gate_weight=gate_weight, up_weight=up_weight)
+def check_gate_up(op: str, x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> None:
+    check_matrices(op, x, gate_weight=gate_weight, up_weight=up_weight)
     expect(op, "up_weight must have gate_weight's shape", up_weight.shape, gate_weight.shape, "pass one MLP's weights")
 
 
@@ -100,6 +100,36 @@ def add_products(sums, weights, x_ptr, x_stride, begin, width, OUTPUTS: tl.const
 
 
 @jit
+def rows_of_program(
+    first_ptr, second_ptr, third_ptr, first_rows, second_rows, third_rows, width, OUTPUTS: tl.constexpr, GATED: tl.constexpr
+):  # fmt: skip
+    """The program's stacked rows: their numbers, those within their own matrices, which there are, and where each begins."""
+    row = stacked_rows(first_rows, OUTPUTS, GATED)
+    local = _row_of_matrix(row, first_rows, second_rows, second_ptr, third_ptr)
+    present = row < first_rows + second_rows + third_rows
+    weight_ptr = _of_matrix(row, first_rows, second_rows, first_ptr, second_ptr, third_ptr) + local.to(tl.int64) * width
+    return row, local, present, weight_ptr
+
+
+@jit
+def store_products(
+    total, token, row, local, present, first_out_ptr, second_out_ptr, third_out_ptr, first_rows, second_rows, third_rows,
+    OUTPUTS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """A token's products with the program's rows, in fp32, to where they belong; GATED: gelu(gate) * up of them."""
+    if GATED:
+        gate, up = tl.split(tl.trans(tl.reshape(total, (2, OUTPUTS // 2))))
+        output = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+        value = gated_product(gate, up, first_out_ptr.dtype.element_ty)
+        tl.store(first_out_ptr + token * first_rows + output, value, output < first_rows)
+    else:
+        second = None if second_out_ptr is None else second_out_ptr + token * second_rows
+        third = None if third_out_ptr is None else third_out_ptr + token * third_rows
+        out_ptr = _of_matrix(row, first_rows, second_rows, first_out_ptr + token * first_rows, second, third)
+        tl.store(out_ptr + local, total, present)
+
+
+@jit
 def _vector_kernel(
     x_ptr, first_ptr, second_ptr, third_ptr, first_out_ptr, second_out_ptr, third_out_ptr,
     first_rows, second_rows, third_rows, width, x_stride, TOKENS: tl.constexpr,
@@ -108,10 +138,9 @@ def _vector_kernel(
 ):  # fmt: skip
     """OUTPUTS rows of weights times TOKENS rows of x, in fp32 without tensor cores; BLOCKS loads of BLOCK columns at a time."""
     start(DEPENDENT)
-    row = stacked_rows(first_rows, OUTPUTS, GATED)
-    local = _row_of_matrix(row, first_rows, second_rows, second_ptr, third_ptr)
-    present = row < first_rows + second_rows + third_rows
-    weight_ptr = _of_matrix(row, first_rows, second_rows, first_ptr, second_ptr, third_ptr) + local.to(tl.int64) * width
+    row, local, present, weight_ptr = rows_of_program(
+        first_ptr, second_ptr, third_ptr, first_rows, second_rows, third_rows, width, OUTPUTS, GATED
+    )
     sums = ()
     for _ in tl.static_range(TOKENS):
         sums = sums + (tl.zeros((OUTPUTS, BLOCK // 8), tl.float32),)  # type: ignore[assignment]
@@ -121,17 +150,10 @@ def _vector_kernel(
         sums = add_products(sums, weights, x_ptr, x_stride, begin, width, OUTPUTS, BLOCK, WHOLE)
 
     for token in tl.static_range(TOKENS):
-        total = tl.sum(sums[token], axis=1)
-        if GATED:
-            gate, up = tl.split(tl.trans(tl.reshape(total, (2, OUTPUTS // 2))))
-            output = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
-            value = gated_product(gate, up, first_out_ptr.dtype.element_ty)
-            tl.store(first_out_ptr + token * first_rows + output, value, output < first_rows)
-        else:
-            second = None if second_out_ptr is None else second_out_ptr + token * second_rows
-            third = None if third_out_ptr is None else third_out_ptr + token * third_rows
-            out_ptr = _of_matrix(row, first_rows, second_rows, first_out_ptr + token * first_rows, second, third)
-            tl.store(out_ptr + local, total, present)
+        store_products(
+            tl.sum(sums[token], axis=1), token, row, local, present, first_out_ptr, second_out_ptr, third_out_ptr,
+            first_rows, second_rows, third_rows, OUTPUTS, GATED,
+        )  # fmt: skip
 
 
 @jit(do_not_specialize=["tokens"])  # one compilation for all token counts
@@ -143,10 +165,9 @@ def _dot_kernel(
 ):  # fmt: skip
     """As _vector_kernel, with tensor cores. SLICES > 1: each warp takes every SLICES-th block of columns of the same rows."""
     start(DEPENDENT)
-    row = stacked_rows(first_rows, OUTPUTS, GATED)
-    local = _row_of_matrix(row, first_rows, second_rows, second_ptr, third_ptr)
-    present = row < first_rows + second_rows + third_rows
-    weight_ptr = _of_matrix(row, first_rows, second_rows, first_ptr, second_ptr, third_ptr) + local.to(tl.int64) * width
+    row, local, present, weight_ptr = rows_of_program(
+        first_ptr, second_ptr, third_ptr, first_rows, second_rows, third_rows, width, OUTPUTS, GATED
+    )
     token = tl.arange(0, TOKENS)
 
     if SLICES == 1:
@@ -231,11 +252,11 @@ def launch_products(
     return outputs
 
 
-def _launch(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def launch_linear(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return tuple(_products(x, weights) or (product(x, weight) for weight in weights))
 
 
-def _launch_gate_up(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+def launch_gate_up(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     if products := _products(x, (gate_weight, up_weight), gated=True):
         return products[0]
     if (both := merged(gate_weight, up_weight)) is not None:
@@ -260,9 +281,9 @@ def _fake(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
 
 @op(
-    launch=lambda x, weight: _launch(x, weight)[0],
+    launch=lambda x, weight: launch_linear(x, weight)[0],
     fake=lambda x, weight: _fake(x, weight)[0],
-    check=_check,
+    check=check_matrices,
     example=lambda d: d.projections(d.sizes.intermediate),
 )
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -277,22 +298,22 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-@op(launch=_launch, fake=_fake, check=_check, example=lambda d: d.projections(d.q_width, d.kv_width))
+@op(launch=launch_linear, fake=_fake, check=check_matrices, example=lambda d: d.projections(d.q_width, d.kv_width))
 def linear_pair(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """linear(x, first) and linear(x, second)."""
     return F.linear(x, first), F.linear(x, second)
 
 
-@op(launch=_launch, fake=_fake, check=_check, example=lambda d: d.projections(d.q_width, d.kv_width, d.kv_width))
+@op(launch=launch_linear, fake=_fake, check=check_matrices, example=lambda d: d.projections(d.q_width, d.kv_width, d.kv_width))
 def linear_triple(x: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """linear of x and each weight."""
     return F.linear(x, first), F.linear(x, second), F.linear(x, third)
 
 
 @op(
-    launch=_launch_gate_up,
+    launch=launch_gate_up,
     fake=lambda x, gate_weight, up_weight: _fake(x, gate_weight)[0],
-    check=_check_gate_up,
+    check=check_gate_up,
     example=lambda d: d.projections(d.sizes.intermediate, d.sizes.intermediate),
 )
 def gate_up(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from gemma4_compile.ops.rms_norm import normalize
 from .feed_forward_tail import launch_tail, scale_by
 
 
-def _check(
-    op: str, hidden: Tensor, per_layer_input: Tensor, gate_weight: Tensor, projection_weight: Tensor, norm_weight: Tensor,
-    next_weight: Tensor | None = None,
+def check_ple(
+    op: str, hidden: Tensor, per_layer_input: Tensor, gate_weight: Tensor, projection_weight: Tensor,
+    norm_weight: Tensor | None = None, next_weight: Tensor | None = None,
 ) -> None:  # fmt: skip
     h, p = hidden.shape[-1], per_layer_input.shape[-1]
     tokens, given = hidden.shape[:-1], per_layer_input.shape[:-1]
@@ -113,13 +113,17 @@ def _launch(
     if not hidden.numel():
         return fresh(hidden), None if next_weight is None else fresh(hidden)
     hiddens, inputs = as_rows(hidden), as_rows(per_layer_input)
-    plan = ple_plan(*hiddens.shape)
-    if plan is None:
-        projected = _project_many(hiddens, inputs, gate_weight, projection_weight)
-    else:
-        projected = _project_few(hiddens, inputs, gate_weight, projection_weight, plan)
+    projected, last = launch_ple_products(hiddens, inputs, gate_weight, projection_weight)
     hidden = hiddens.view(hidden.shape)  # a copy of strided rows was made before the products; the tail must not make another
-    return launch_tail(projected.view(hidden.shape), hidden, norm_weight, layer_scalar, next_weight, eps, last=plan is not None)
+    return launch_tail(projected.view(hidden.shape), hidden, norm_weight, layer_scalar, next_weight, eps, last=last)
+
+
+def launch_ple_products(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor) -> tuple[Tensor, bool]:
+    """Both matrix products of some rows, and whether a kernel of ours came last."""
+    plan = ple_plan(*hidden.shape)
+    if plan is None:
+        return _project_many(hidden, inputs, gate_weight, projection_weight), False
+    return _project_few(hidden, inputs, gate_weight, projection_weight, plan), True
 
 
 def _project_many(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor) -> Tensor:
@@ -136,13 +140,20 @@ def _project_many(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projectio
 def _project_few(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor, plan: PlePlan) -> Tensor:
     """Both matrix products here: cuBLAS has too few programs for a handful of tokens, and a launch more."""
     (rows, width), p = hidden.shape, inputs.shape[1]
-    gated, projected = hidden.new_empty((rows, p)), hidden.new_empty((rows, width))
+    gated = hidden.new_empty((rows, p))
     groups, (dependent, options) = -(-rows // plan.tokens), first(gate_weight)
     _gate_kernel[(-(-p // plan.gate_outputs), groups)](
         hidden, inputs, gate_weight.contiguous(), gated, rows, hidden.stride(0), inputs.stride(0),
         width, p, plan.gate_block, plan.gate_outputs, plan.tokens, dependent, num_warps=plan.gate_warps,
         **options,
     )  # fmt: skip
+    return launch_projection(gated, projection_weight, plan)
+
+
+def launch_projection(gated: Tensor, projection_weight: Tensor, plan: PlePlan) -> Tensor:
+    """The second product, behind the kernel of the first."""
+    (rows, p), width = gated.shape, projection_weight.shape[0]
+    projected, groups = gated.new_empty((rows, width)), -(-rows // plan.tokens)
     dependent, options = behind(projection_weight)
     _projection_kernel[(-(-width // plan.outputs), groups)](
         gated, projection_weight.contiguous(), projected, rows, width, p, power_of_two(p), plan.outputs, plan.tokens, dependent,
@@ -162,7 +173,7 @@ def _example(d: Draw) -> tuple[Any, ...]:
         hidden, per_layer_input, gate_weight, projection_weight, norm_weight, layer_scalar, None, eps
     )[0],
     like="hidden",
-    check=_check,
+    check=check_ple,
     example=lambda d: (*_example(d), d.eps),
 )
 def ple_tail(
@@ -188,7 +199,7 @@ def ple_tail(
 @op(
     launch=_launch,
     like=("hidden", "hidden"),
-    check=_check,
+    check=check_ple,
     example=lambda d: (*_example(d), d.weight(), d.eps),
 )
 def ple_tail_norm(
