@@ -7,7 +7,6 @@ from gemma4_compile.geometry import Geometry
 
 from .rewrite import Rewrite
 
-NOT_MEASURED = "not measured on a GPU yet"  # why a fusion is off
 Sites = Callable[[Geometry], tuple[str, ...]]
 
 

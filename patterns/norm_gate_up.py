@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import gate_up, post_attention_norms
-from .fusion import NOT_MEASURED, Fusion, layers_without_experts
+from .fusion import Fusion, layers_without_experts
 from .rewrite import Rewrite
 
 ops = torch.ops.gemma4
@@ -40,6 +40,5 @@ def rewrites() -> tuple[Rewrite, ...]:
 # With more rows than pay (plans.norm_products_plan), the op launches the kernels of both ops.
 FUSION = Fusion(
     "norm_gate_up", "post_attention_norm + gate_up of its norm", layers_without_experts, rewrites, ops=("norm_gate_up",),
-    on_by_default=False, why_off=NOT_MEASURED,
     launches_saved={"norm_gate_up": 1},  # beside those of gate_up; of one or two rows
 )  # fmt: skip

@@ -12,7 +12,7 @@ from gemma4_compile.geometry import Geometry
 
 from . import linear
 from .feed_forward_tail import example
-from .fusion import NOT_MEASURED, Fusion, layers_without_experts
+from .fusion import Fusion, layers_without_experts
 from .rewrite import Rewrite
 from .template import Match
 
@@ -99,7 +99,7 @@ def _sites(geometry: Geometry) -> tuple[str, ...]:
 # With more rows than pay (plans.norm_products_plan), the op launches the kernels of both ops.
 FUSION = Fusion(
     "norm_linear", "feed_forward_tail_norm + q, k and v of its norm", _sites, rewrites,
-    ops=("norm_linear", "norm_linear_pair", "norm_linear_triple"), on_by_default=False, why_off=NOT_MEASURED,
+    ops=("norm_linear", "norm_linear_pair", "norm_linear_triple"),
     # Beside those of linear; of one or two rows.
     launches_saved={"norm_linear": 1, "norm_linear_pair": 1, "norm_linear_triple": 1},
 )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ple_tail
-from .fusion import NOT_MEASURED, Fusion, layers_with_ple
+from .fusion import Fusion, layers_with_ple
 from .rewrite import Rewrite
 
 ops = torch.ops.gemma4
@@ -70,6 +70,5 @@ def rewrites() -> tuple[Rewrite, ...]:
 # With more rows than pay (plans.norm_ple_plan), the op launches the kernels of both.
 FUSION = Fusion(
     "norm_ple", "feed_forward_tail + the products of ple_tail", layers_with_ple, rewrites, ops=("norm_ple",),
-    on_by_default=False, why_off=NOT_MEASURED,
     launches_saved={"norm_ple_norm": 1, "norm_ple": 1},  # beside those of ple_tail; of up to four rows
 )  # fmt: skip

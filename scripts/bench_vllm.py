@@ -236,6 +236,7 @@ def bench(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
                         found.setdefault(engine.setting, []).append(run)
     rows = [row for load, found in runs.items() for row in summarize(load, found)]
     print(name, *map(describe, rows), sep="\n", flush=True)
+    del options["model"]  # a folder that is gone
     return {"model": name, "layers": layers, "options": options, "starts": starts, "rows": rows}
 
 

@@ -25,7 +25,7 @@ def test_e2b() -> None:
     assert {name: len(fusion.sites(found)) for name, fusion in SWITCHES.items()} == {
         "qkv_norm_rope": 35, "post_attention_norms": 35, "geglu": 35, "route": 0, "experts": 0, "feed_forward_tail": 35,
         "ple_inputs": 1, "ple_tail": 35, "gate_up": 35, "linear": 35, "yoco": 1,
-        "all_reduce_norm": 0, "attention_qkv": 15,
+        "all_reduce_norm": 0, "attention_qkv": 15, "norm_gate_up": 35, "norm_ple": 35, "norm_linear": 33,
     }  # fmt: skip
 
 

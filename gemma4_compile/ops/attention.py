@@ -9,7 +9,8 @@ request may become.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeGuard
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -366,6 +367,18 @@ def attention_plan(
         most = _power_of_two_within(max_keys // (64 if dim_block > 256 and requests * kv_heads >= 32 else 32))
     # _combine_kernel holds all splits of a row in registers: 64 of 512 columns took 10 us longer than 32.
     return AttentionPlan(block_q, block_n, min(splits, most, 64 if dim_block <= 256 else 32), warps, stages)
+
+
+def attention_kernels(
+    shapes: Iterable[tuple[int, int, int, int]], max_keys: int, itemsize: int, rows: int, requests: int
+) -> Iterator[tuple[Any, ...]]:
+    """What `rows` of so many requests can be launched with: each stands for a compiled kernel.
+
+    shapes  of a model's layers: KV heads, query heads of each, their size, window"""
+    for shape in shapes:
+        kv_heads, group, dim, window = shape
+        yield shape, attention_plan(rows, requests, kv_heads, group, dim, max_keys, window, itemsize)
+        yield shape, hopper_plan(rows, requests, kv_heads, group, dim, max_keys)
 
 
 def _power_of_two_within(n: int) -> int:

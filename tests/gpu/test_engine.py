@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams
 from gemma4_compile import report as passes_of
@@ -70,6 +71,22 @@ def test_tokens_are_hugging_faces(name: str, dtype: torch.dtype, how: str) -> No
     assert served.runner.graphs is None or served.runner.graphs.refused == {}
     for pool in served.runner.pages.pools.values():
         assert pool.free == pool.pages
+
+
+def test_nothing_is_compiled_while_requests_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of all lengths beside decoding, few and many: the start has compiled every kernel, and compared every graph."""
+    models = demo("e", "cuda", torch.bfloat16)
+    served = engine(models, EngineConfig(max_requests=48, max_batched_tokens=512, memory_fraction=0.3))
+    graphs = served.runner.graphs
+    assert graphs is not None
+    checked, compiled = set(graphs._checked), list[str]()
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about["fn"].name))
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (4, 40)]
+    for count in (2, 9, 30, 96):
+        for longest in (30, 900):
+            prompts = models.prompts(count, longest)
+            served.generate(prompts, [params[i % 2] for i in range(count)])
+    assert compiled == [] and graphs._checked == checked and graphs.refused == {}
 
 
 @dtypes

@@ -1,5 +1,6 @@
 """What is on by default is so because a benchmark measured it: no claim outlives its numbers."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 import pytest
 
 from gemma4_compile.ops import OPS
+from gemma4_compile.ops.plans import norm_products_plan
 from gemma4_compile.passes import FUSIONS
-from gemma4_compile.patterns.fusion import NOT_MEASURED
 from scripts import bench_experts, bench_hopper
 from scripts.bench_linear import chosen
 
@@ -20,14 +21,10 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 ROWS, PRODUCTS = rows_of("ops-h200.json"), rows_of("linear-h200.json")
+NORMED = rows_of("normed-h200.json")
 INTO_PAGES, EXPERTS = rows_of("attention-qkv-h100.json"), rows_of("experts-h100.json")
 OPS_OF_FUSIONS = [op for fusion in FUSIONS.values() for op in fusion.ops]
-NOT_YET = {op for fusion in FUSIONS.values() if fusion.why_off == NOT_MEASURED for op in fusion.ops}
 ON = {op for fusion in FUSIONS.values() if fusion.on_by_default for op in fusion.ops}
-
-
-# A form of an op that was measured: qkv_norm_rope_2d, which clamps what it loads. Goes when benchmarks/ has it.
-TO_BE_MEASURED = {"qkv_norm_rope_2d_clipped"}
 
 
 def test_each_op_belongs_to_one_fusion_and_was_measured() -> None:
@@ -37,8 +34,19 @@ def test_each_op_belongs_to_one_fusion_and_was_measured() -> None:
         "gate_up" if row["gated"] else ("linear", "linear_pair", "linear_triple")[len(row["matrices"]) - 1] for row in PRODUCTS
     }
     measured = {row["op"] for row in ROWS} | matrices | {"experts"}
-    assert set(OPS_OF_FUSIONS) - NOT_YET - TO_BE_MEASURED <= measured
-    assert not NOT_YET & ON
+    normed = {op for op in OPS_OF_FUSIONS if op.startswith(("norm_gate_up", "norm_ple", "norm_linear"))}
+    assert set(OPS_OF_FUSIONS) - normed <= measured
+
+
+def test_norms_inside_products_pay() -> None:
+    """In a chain of a whole step, where the wait is that they save; with the plans that are in use."""
+    used = {"gate_up:16,512,3,4": "norm_gate_up", "ple": "norm_ple", "ple+linear:8,512,3,4": "norm_linear"}
+    less = {(row["variant"], row["rows"]): row["less_us"] for row in NORMED}
+    for (variant, op), rows in itertools.product(used.items(), (1, 2)):
+        assert op in ON and less[variant, rows] > 15, variant
+    assert less["ple+linear:8,512,3,4", 1] > less["ple", 1] + 10
+    plans = [norm_products_plan(1, outputs, 1536, gated) for outputs, gated in ((6144, True), (2560, False))]
+    assert [plan and plan.outputs for plan in plans] == [16, 8]
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r["op"] in OPS_OF_FUSIONS], ids="{0[op]}-{0[model]}-{0[tokens]}".format)
@@ -50,7 +58,7 @@ def test_where_a_site_is_fused_it_pays(row: dict[str, Any]) -> None:
 
 def test_what_is_off_does_not_pay_everywhere() -> None:
     for fusion in FUSIONS.values():
-        if not fusion.on_by_default and fusion.why_off != NOT_MEASURED:
+        if not fusion.on_by_default:
             assert min(row["inductor_us"] / row["ours_us"] for row in ROWS if row["op"] in fusion.ops) < 0.97
 
 

@@ -28,7 +28,8 @@ def test_exact_count(kind: str, expected: dict[str, int]) -> None:
 def test_exact_count_beside_the_others() -> None:
     """What other fusions hold is theirs: q, k, v; o; down of each layer, the PLE projection and the head are left."""
     model = tiny("e").requires_grad_(False)
-    enabled = {name for name, fusion in FUSIONS.items() if fusion.on_by_default}
+    inside = {"norm_gate_up", "norm_ple", "norm_linear"}  # which take the norm in front of a product into it
+    enabled = {name for name, fusion in FUSIONS.items() if fusion.on_by_default} - inside
     done = compile_passes(lambda ids: model(ids, use_cache=False).logits, enabled)
     with torch.no_grad():
         done.call(prompt(2, 6))

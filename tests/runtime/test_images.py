@@ -112,7 +112,7 @@ def test_prompt_steps_with_images_from_graphs(kind: str, monkeypatch: pytest.Mon
     assert steps is not None and steps.graphs is not None and steps.graphs.replays >= 2 and not steps.graphs.refused
     assert steps.encoder._recorder is recorder
     names = list(runner.capture())
-    assert "512 tokens" in names and "70 tokens of images" in names
+    assert "512 tokens, 8 rows" in names and "70 tokens of images" in names
 
 
 def test_a_model_changes_between_requests() -> None:

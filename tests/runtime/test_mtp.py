@@ -279,12 +279,13 @@ def test_nothing_is_captured_while_requests_run() -> None:
     assert [name for name in names if name.startswith("draft")] == [
         f"draft {drafts} for {size}{drawn}" for drafts, size in ((2, 4), (2, 2), (3, 1)) for drawn in ("", ", drawn")
     ]
-    recorded = recorder.recorded
+    recorded, checked = recorder.recorded, set(runner.graphs._checked)
     for temperature in (0.0, 0.8):
         params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=temperature)
         for count in (1, 4):
             engine.generate(demo("e").prompts(count, 60), params)
     assert recorder.recorded == recorded and not drafter.refused and not runner.graphs.refused
+    assert runner.graphs._checked == checked, "no graph is compared with the program while a request waits"
 
 
 # Ends

@@ -1,10 +1,10 @@
 """Which CUDA graphs an engine has, and their capture before the first request."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from gemma4_compile.graphs.buckets import Buckets
+from gemma4_compile.graphs.buckets import Buckets, fitting
 from gemma4_compile.graphs.dispatch import GraphRunner
 from gemma4_compile.runtime.speculative.drafter import Drafter
 from gemma4_compile.runtime.speculative.length import DraftLength
@@ -31,21 +31,46 @@ def within(sizes: Iterable[int], most: int) -> tuple[int, ...]:
 
 
 def capture(
-    graphs: GraphRunner, padding_step: Callable[[int, int, int], dict[str, Tensor]], width: int, page_size: int
-) -> Iterator[str]:
-    """Capture all graphs of a model's steps; yields the name of each before it begins.
+    graphs: GraphRunner, padding_step: Callable[[int, int, int, int], dict[str, Tensor]], width: int, page_size: int,
+    attention: Callable[[int, int], Iterable[Hashable]],
+) -> Iterator[str]:  # fmt: skip
+    """Capture all graphs of a model's steps, and compile what stands between them; yields the name of each before it begins.
 
-    padding_step  (tokens, rows, pages of a request) -> inputs of a step
+    padding_step  (tokens, rows, pages of a request, requests) -> inputs of a step
     width         pages of a request at most
+    attention     (tokens, requests) -> the kernels of attention in such a step
     """
     buckets = graphs.buckets
-    sizes = [(tokens, tokens) for tokens in reversed(buckets.decode)]
-    largest = buckets.tokens[-1]
-    sizes += [(largest, rows) for rows in reversed(buckets.rows) if rows < largest]
-    sizes += [(tokens, buckets.rows[0]) for tokens in reversed(buckets.tokens[:-1]) if tokens > buckets.rows[0]]
-    for tokens, rows in sizes:
-        yield f"{tokens} tokens" if tokens != rows else f"decode {tokens}"
-        graphs(padding_step(tokens, rows, min(-(-tokens // page_size), width) if tokens != rows else 1))
+
+    def prompts(tokens: int, rows: int, requests: int) -> None:
+        graphs(padding_step(tokens, min(rows, tokens - 1), min(-(-tokens // page_size), width), requests))
+
+    for tokens in reversed(buckets.decode):
+        yield f"decode {tokens}"
+        graphs(padding_step(tokens, tokens, 1, tokens))
+    for tokens in reversed(buckets.tokens):  # the largest first, which has all buckets of rows: each is captured once
+        for rows in reversed(buckets.rows):
+            if fitting(buckets.rows, min(rows, tokens - 1)) == rows:
+                yield f"{tokens} tokens, {rows} rows"
+                prompts(tokens, rows, 1)
+    for tokens, requests in mixed_steps(buckets, graphs.requests, attention):
+        yield f"{tokens} tokens of {requests}"
+        prompts(tokens, buckets.rows[0], requests)
+
+
+def mixed_steps(
+    buckets: Buckets, requests: int, attention: Callable[[int, int], Iterable[Hashable]]
+) -> list[tuple[int, int]]:  # fmt: skip
+    """Tokens and requests of steps of several requests that have a kernel of attention which no step before them has."""
+    compiled = {kernel for tokens in buckets.tokens for kernel in attention(tokens, 1)}
+    steps = []
+    for tokens in buckets.tokens:
+        for count in range(2, min(tokens - 1, requests) + 1):
+            kernels = compiled.union(attention(tokens, count))
+            if len(kernels) > len(compiled):
+                steps.append((tokens, count))
+                compiled = kernels
+    return steps
 
 
 def capture_drafts(drafter: Drafter, sizes: Sequence[int], length: DraftLength) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
@@ -15,6 +16,7 @@ from gemma4_compile.graphs.recorder import CudaRecorder
 from gemma4_compile.hf.parallel import local_part
 from gemma4_compile.hf.vision import VisionPart
 from gemma4_compile.ops import verify
+from gemma4_compile.ops.attention import attention_kernels
 from gemma4_compile.packed.inputs import KINDS
 from gemma4_compile.packed.program import StepResult
 from gemma4_compile.packed.row_state import RowState
@@ -244,13 +246,15 @@ class ModelRunner:
         """Capture all graphs; yields the name of each before it begins. Nothing to do without graphs."""
         if self.graphs is None:
             return
-        yield from capture(self.graphs, lambda *sizes: self._padding_step(*sizes) | self.kv, self._width, self.config.page_size)
+        page_size = self.config.page_size
+        attention = partial(attention_kernels, self._attention_shapes(), self._width * page_size, self._dtype.itemsize)
+        yield from capture(self.graphs, lambda *sizes: self._padding_step(*sizes) | self.kv, self._width, page_size, attention)
         if (drafter := self._own_drafter()) is not None and self.draft_length is not None:
             yield from capture_drafts(drafter, within(Buckets().decode, self.config.max_requests), self.draft_length)
         if (images := self.images) is not None and images.graphs is not None:
             yield from capture(
-                images.graphs, lambda *sizes: images.without(self._padding_step(*sizes)) | self.kv, self._width,
-                self.config.page_size,
+                images.graphs, lambda *sizes: images.without(self._padding_step(*sizes)) | self.kv, self._width, page_size,
+                attention,
             )  # fmt: skip
             yield from images.encoder.capture()
         yield "sampling"
@@ -277,8 +281,15 @@ class ModelRunner:
         drafter = self.drafter.drafter if isinstance(self.drafter, _Agreed) else self.drafter
         return drafter if isinstance(drafter, Drafter) else None
 
-    def _padding_step(self, tokens: int, rows: int, width: int) -> dict[str, Tensor]:
-        return padding_step(tokens, rows, width, self.config.page_size, self.device)
+    def _attention_shapes(self) -> frozenset[tuple[int, int, int, int]]:
+        """KV heads, query heads of each, their size and the window of all layers."""
+        return frozenset(
+            (layer.kv_heads, layer.heads // layer.kv_heads, layer.head_dim, self.windows.get(layer.kind, 0))
+            for layer in self.packed.geometry.layers
+        )
+
+    def _padding_step(self, tokens: int, rows: int, width: int, requests: int | None = None) -> dict[str, Tensor]:
+        return padding_step(tokens, rows, width, self.config.page_size, self.device, requests)
 
     # Steps
 

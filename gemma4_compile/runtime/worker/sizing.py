@@ -16,12 +16,16 @@ _CPU_KV_BYTES = 2**30
 _EXPECTED_TOKENS = 4096
 
 
-def padding_step(tokens: int, rows: int, width: int, page_size: int, device: torch.device) -> dict[str, Tensor]:
-    """A step whose tokens are stored nowhere: of one request, or of `tokens` ones if all want logits.
+def padding_step(
+    tokens: int, rows: int, width: int, page_size: int, device: torch.device, requests: int | None = None
+) -> dict[str, Tensor]:  # fmt: skip
+    """A step whose tokens are stored nowhere.
 
-    width  pages that each request has"""
+    rows      that want logits
+    width     pages that each request has
+    requests  of about the same length; None: one, or `tokens` ones if all want logits"""
     decode = tokens == rows
-    requests = tokens if decode else 1
+    requests = requests or (tokens if decode else 1)
     step = {
         "input_ids": torch.zeros((1, tokens), dtype=torch.int64, device=device),
         "positions": (torch.zeros if decode else torch.arange)(tokens, dtype=torch.int64, device=device) % (
