@@ -9,7 +9,7 @@ request may become.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -370,15 +370,14 @@ def attention_plan(
 
 
 def attention_kernels(
-    shapes: Iterable[tuple[int, int, int, int]], max_keys: int, itemsize: int, rows: int, requests: int
+    shape: tuple[int, int, int, int], max_keys: int, itemsize: int, rows: int, requests: int
 ) -> Iterator[tuple[Any, ...]]:
     """What `rows` of so many requests can be launched with: each stands for a compiled kernel.
 
-    shapes  of a model's layers: KV heads, query heads of each, their size, window"""
-    for shape in shapes:
-        kv_heads, group, dim, window = shape
-        yield shape, attention_plan(rows, requests, kv_heads, group, dim, max_keys, window, itemsize)
-        yield shape, hopper_plan(rows, requests, kv_heads, group, dim, max_keys)
+    shape  of a layer: KV heads, query heads of each, their size, window"""
+    kv_heads, group, dim, window = shape
+    yield shape, attention_plan(rows, requests, kv_heads, group, dim, max_keys, window, itemsize)
+    yield shape, hopper_plan(rows, requests, kv_heads, group, dim, max_keys)
 
 
 def _power_of_two_within(n: int) -> int:

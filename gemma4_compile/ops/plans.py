@@ -154,7 +154,7 @@ def _vector_plan(outputs: int, width: int, gated: bool) -> VectorPlan:
 def norm_products_plan(rows: int, outputs: int, width: int, gated: bool) -> VectorPlan | None:
     """Of products whose programs norm their x themselves. None: a kernel for the norm, and one by product_plan.
 
-    Each program does the norm's operations, some 25 instructions for an element of the row where one of a row of weights takes 3
+    Each program does the norm's operations, some 25 instructions for an element of the row where one of a row of weights
     (machine code for width 1536), so programs have more rows of weights than a product's alone, and wide rows, many outputs
     and more rows than product_plan gives to programs without tensor cores are left out. E2B on an H200, all three fusions: a
     step of one row takes 73 us less of 1551 (benchmarks/normed-h200.json).

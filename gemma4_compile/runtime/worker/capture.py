@@ -30,47 +30,50 @@ def within(sizes: Iterable[int], most: int) -> tuple[int, ...]:
     return tuple(sorted({*(size for size in sizes if size < most), most}))
 
 
+# Of a step: its tokens and wanted rows, as buckets, and its requests.
+Step = tuple[int, int, int]
+
+
 def capture(
     graphs: GraphRunner, padding_step: Callable[[int, int, int, int], dict[str, Tensor]], width: int, page_size: int,
-    attention: Callable[[int, int], Iterable[Hashable]],
+    attention: Callable[[int, int, int], Iterable[Hashable]],
 ) -> Iterator[str]:  # fmt: skip
     """Capture all graphs of a model's steps, and compile what stands between them; yields the name of each before it begins.
 
-    padding_step  (tokens, rows, pages of a request, requests) -> inputs of a step
+    padding_step  (tokens, wanted rows, pages of a request, requests) -> inputs of a step
     width         pages of a request at most
-    attention     (tokens, requests) -> the kernels of attention in such a step
+    attention     a Step -> the kernels of attention in it
     """
     buckets = graphs.buckets
-
-    def prompts(tokens: int, rows: int, requests: int) -> None:
-        graphs(padding_step(tokens, min(rows, tokens - 1), min(-(-tokens // page_size), width), requests))
-
     for tokens in reversed(buckets.decode):
         yield f"decode {tokens}"
         graphs(padding_step(tokens, tokens, 1, tokens))
-    for tokens in reversed(buckets.tokens):  # the largest first, which has all buckets of rows: each is captured once
-        for rows in reversed(buckets.rows):
-            if fitting(buckets.rows, min(rows, tokens - 1)) == rows:
-                yield f"{tokens} tokens, {rows} rows"
-                prompts(tokens, rows, 1)
-    for tokens, requests in mixed_steps(buckets, graphs.requests, attention):
-        yield f"{tokens} tokens of {requests}"
-        prompts(tokens, buckets.rows[0], requests)
+    # The largest first, which has all buckets of rows: what is behind the boundary is captured once for each.
+    pairs = [
+        (tokens, rows)
+        for tokens in reversed(buckets.tokens)
+        for rows in reversed(buckets.rows)
+        if fitting(buckets.rows, min(rows, tokens - 1)) == rows
+    ]
+    steps = [(*pair, 1) for pair in pairs]
+    for tokens, rows, requests in steps + mixed_steps(steps, graphs.requests, attention):
+        yield f"{tokens} tokens, {rows} rows" + f" of {requests}" * (requests > 1)
+        graphs(padding_step(tokens, min(rows, tokens - 1), min(-(-tokens // page_size), width), requests))
 
 
 def mixed_steps(
-    buckets: Buckets, requests: int, attention: Callable[[int, int], Iterable[Hashable]]
-) -> list[tuple[int, int]]:  # fmt: skip
-    """Tokens and requests of steps of several requests that have a kernel of attention which no step before them has."""
-    compiled = {kernel for tokens in buckets.tokens for kernel in attention(tokens, 1)}
-    steps = []
-    for tokens in buckets.tokens:
+    steps: Sequence[Step], requests: int, attention: Callable[[int, int, int], Iterable[Hashable]]
+) -> list[Step]:  # fmt: skip
+    """Those with more requests, up to so many, that have a kernel of attention which none before them has."""
+    compiled = {kernel for step in steps for kernel in attention(*step)}
+    found = []
+    for tokens, rows, _ in steps:
         for count in range(2, min(tokens - 1, requests) + 1):
-            kernels = compiled.union(attention(tokens, count))
+            kernels = compiled.union(attention(tokens, rows, count))
             if len(kernels) > len(compiled):
-                steps.append((tokens, count))
+                found.append((tokens, rows, count))
                 compiled = kernels
-    return steps
+    return found
 
 
 def capture_drafts(drafter: Drafter, sizes: Sequence[int], length: DraftLength) -> Iterator[str]:

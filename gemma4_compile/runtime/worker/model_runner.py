@@ -1,8 +1,7 @@
 """The device's side of an engine: memory of the pools, the compiled model, the sampler. Planned steps in, tokens out."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
@@ -247,7 +246,7 @@ class ModelRunner:
         if self.graphs is None:
             return
         page_size = self.config.page_size
-        attention = partial(attention_kernels, self._attention_shapes(), self._width * page_size, self._dtype.itemsize)
+        attention = self._attention_kernels()
         yield from capture(self.graphs, lambda *sizes: self._padding_step(*sizes) | self.kv, self._width, page_size, attention)
         if (drafter := self._own_drafter()) is not None and self.draft_length is not None:
             yield from capture_drafts(drafter, within(Buckets().decode, self.config.max_requests), self.draft_length)
@@ -281,12 +280,21 @@ class ModelRunner:
         drafter = self.drafter.drafter if isinstance(self.drafter, _Agreed) else self.drafter
         return drafter if isinstance(drafter, Drafter) else None
 
-    def _attention_shapes(self) -> frozenset[tuple[int, int, int, int]]:
-        """KV heads, query heads of each, their size and the window of all layers."""
-        return frozenset(
-            (layer.kv_heads, layer.heads // layer.kv_heads, layer.head_dim, self.windows.get(layer.kind, 0))
+    def _attention_kernels(self) -> Callable[[int, int, int], Iterator[Hashable]]:
+        """Those of a step's tokens, wanted rows and requests. Behind YOCO's boundary wanted rows alone ask."""
+        program = self.packed.program
+        cut = any(step.op for step in program.steps[program.boundary :])
+        layers = {
+            (cut and layer.shares_kv, (layer.kv_heads, layer.heads // layer.kv_heads, layer.head_dim, self.windows[layer.kind]))
             for layer in self.packed.geometry.layers
-        )
+        }
+
+        def kernels(tokens: int, rows: int, requests: int) -> Iterator[Hashable]:
+            for few, shape in layers:
+                most = self._width * self.config.page_size
+                yield from attention_kernels(shape, most, self._dtype.itemsize, rows if few else tokens, requests)
+
+        return kernels
 
     def _padding_step(self, tokens: int, rows: int, width: int, requests: int | None = None) -> dict[str, Tensor]:
         return padding_step(tokens, rows, width, self.config.page_size, self.device, requests)
