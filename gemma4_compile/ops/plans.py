@@ -35,12 +35,10 @@ def one_shot_pays(rows: int, row_bytes: int, ranks: int) -> bool:
 
 
 def head_plan(rows: int, dim: int) -> tuple[int, int]:
-    """Heads a program, warps of a kernel that norms and rotates heads. Those of image patches (64 and 72) want several elements
-    a thread: at 8192 patches 57 us of a tower of 768 became 34 on an H200."""
-    if dim <= 64:
-        return 32, 2
-    if dim < 128:
-        return 16, 4
+    """Heads a program, warps of a kernel that norms and rotates heads. Many small ones, of image patches, want several elements
+    a thread: at 8192 patches 57 us of a tower of 768 became 34 on an H200, 88 of one of 1152 became 56."""
+    if dim < 128 and rows > 32768:
+        return (32, 2) if dim <= 64 else (16, 4)
     if dim <= 256:
         return 8, 8
     return (1, 1) if rows <= 2048 else (2, 1)
@@ -154,8 +152,8 @@ def _vector_plan(outputs: int, width: int, gated: bool) -> VectorPlan:
 def norm_products_plan(rows: int, outputs: int, width: int, gated: bool) -> VectorPlan | None:
     """Of products whose programs norm their x themselves. None: a kernel for the norm, and one by product_plan.
 
-    Each program does the norm's operations, some 25 instructions for an element of the row where one of a row of weights
-    (machine code for width 1536), so programs have more rows of weights than a product's alone, and wide rows, many outputs
+    Each program does the norm's operations, some 25 instructions for an element of the row, where one of a row of weights takes
+    3 (machine code for width 1536), so programs have more rows of weights than a product's alone, and wide rows, many outputs
     and more rows than product_plan gives to programs without tensor cores are left out. E2B on an H200, all three fusions: a
     step of one row takes 73 us less of 1551 (benchmarks/normed-h200.json).
     """
