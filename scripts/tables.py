@@ -64,7 +64,7 @@ def attention_qkv() -> str:
 
 ENGINE = (
     "engine-e2b-h200", "engine-e2b-later-h200", "engine-26b-h200", "engine-dependent-h200",
-    "engine-e2b-hopper-h200", "engine-26b-hopper-h200", "bench-12b-h200",
+    "engine-e2b-hopper-h200", "engine-26b-hopper-h200", "bench-e2b-one-h200", "bench-12b-h200",
 )  # fmt: skip
 
 
