@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig
 
 from gemma4_compile import Engine, EngineConfig, OptimizeConfig, SamplingParams, report
@@ -18,6 +20,7 @@ from gemma4_compile.demo import DEMO_NAMES
 from gemma4_compile.geometry import geometry
 from gemma4_compile.graphs.buckets import Buckets
 from gemma4_compile.graphs.dispatch import GraphRunner
+from gemma4_compile.ops.attention import attention_kernels
 from gemma4_compile.optimized import state_of
 from gemma4_compile.runtime.outputs import Chunk
 from gemma4_compile.runtime.step import invariants
@@ -130,6 +133,32 @@ def test_tokens_through_graphs(name: str) -> None:
     sampled = SamplingParams(max_tokens=8, temperature=0.9, seed=3, ignore_eos=True)
     with_graphs = [output.token_ids for output in engine.generate(models.prompts(4, 60), sampled)]
     assert with_graphs == [output.token_ids for output in serve(name).generate(models.prompts(4, 60), sampled)]
+
+
+def test_attention_of_served_steps_is_that_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts beside decoding, in steps of all sizes, launch no kernel of attention that capturing has not: behind YOCO's
+    boundary, too. On a GPU each would be compiled while requests wait."""
+    models, seen = demo("e"), set[Hashable]()
+    engine = serve("e", EngineConfig(max_requests=20, max_batched_tokens=128, page_size=16, max_model_len=2048))
+    runner = engine.runner
+    inputs = runner._padding_step(1, 1, runner._width) | runner.kv
+    buckets = Buckets(decode=(1, 4, 12, 20), tokens=(16, 64, 128), rows=(4, 20))
+    runner.graphs = GraphRunner(runner.packed.program, inputs, 20, buckets, HostRecorder(), runner.state)
+    shapes = {(shape[1] * shape[0], shape[2]): shape for _, shape in runner.attention_shapes()}
+
+    def note(q: Tensor, k: Any, slots: Tensor, table: Tensor, *_: Any) -> None:
+        shape = shapes[q.shape[2], q.shape[3]]
+        seen.update(attention_kernels(shape, table.shape[1] * 16, q.element_size(), q.shape[1], table.shape[0]))
+
+    monkeypatch.setattr(sys.modules["gemma4_compile.ops.attention"], "check_lengths", note)  # the op has the module's name
+    for _ in runner.capture():
+        pass
+    at_the_start = set(seen)
+    for count, longest in ((2, 100), (20, 30), (40, 60)):
+        prompts = [prompt[:longest] for prompt in models.prompts(count, 100)]
+        params = [SamplingParams(max_tokens=(3, 12)[i % 2], ignore_eos=True) for i in range(count)]
+        engine.generate(prompts, params)
+    assert runner.graphs.refused == {} and seen == at_the_start
 
 
 @pytest.mark.slow

@@ -245,16 +245,13 @@ class ModelRunner:
         """Capture all graphs; yields the name of each before it begins. Nothing to do without graphs."""
         if self.graphs is None:
             return
-        page_size = self.config.page_size
-        attention = self._attention_kernels()
-        yield from capture(self.graphs, lambda *sizes: self._padding_step(*sizes) | self.kv, self._width, page_size, attention)
+        shapes = self.attention_shapes()
+        sizes = self._width, self.config.page_size, lambda *step: self._attention_kernels(shapes, *step)
+        yield from capture(self.graphs, lambda *step: self._padding_step(*step) | self.kv, *sizes)
         if (drafter := self._own_drafter()) is not None and self.draft_length is not None:
             yield from capture_drafts(drafter, within(Buckets().decode, self.config.max_requests), self.draft_length)
         if (images := self.images) is not None and images.graphs is not None:
-            yield from capture(
-                images.graphs, lambda *sizes: images.without(self._padding_step(*sizes)) | self.kv, self._width, page_size,
-                attention,
-            )  # fmt: skip
+            yield from capture(images.graphs, lambda *step: images.without(self._padding_step(*step)) | self.kv, *sizes)
             yield from images.encoder.capture()
         yield "sampling"
         self._warm_sampling()
@@ -280,21 +277,23 @@ class ModelRunner:
         drafter = self.drafter.drafter if isinstance(self.drafter, _Agreed) else self.drafter
         return drafter if isinstance(drafter, Drafter) else None
 
-    def _attention_kernels(self) -> Callable[[int, int, int], Iterator[Hashable]]:
-        """Those of a step's tokens, wanted rows and requests. Behind YOCO's boundary wanted rows alone ask."""
+    def attention_shapes(self) -> set[tuple[bool, tuple[int, int, int, int]]]:
+        """Of all layers: whether wanted rows alone ask, as behind YOCO's boundary; KV heads, query heads of each, their size,
+        window."""
         program = self.packed.program
         cut = any(step.op for step in program.steps[program.boundary :])
-        layers = {
+        return {
             (cut and layer.shares_kv, (layer.kv_heads, layer.heads // layer.kv_heads, layer.head_dim, self.windows[layer.kind]))
             for layer in self.packed.geometry.layers
         }
 
-        def kernels(tokens: int, rows: int, requests: int) -> Iterator[Hashable]:
-            for few, shape in layers:
-                most = self._width * self.config.page_size
-                yield from attention_kernels(shape, most, self._dtype.itemsize, rows if few else tokens, requests)
-
-        return kernels
+    def _attention_kernels(
+        self, shapes: Iterable[tuple[bool, tuple[int, int, int, int]]], tokens: int, rows: int, requests: int
+    ) -> Iterator[Hashable]:  # fmt: skip
+        """Those of a step with so many tokens, wanted rows and requests."""
+        most = self._width * self.config.page_size
+        for few, shape in shapes:
+            yield from attention_kernels(shape, most, self._dtype.itemsize, rows if few else tokens, requests)
 
     def _padding_step(self, tokens: int, rows: int, width: int, requests: int | None = None) -> dict[str, Tensor]:
         return padding_step(tokens, rows, width, self.config.page_size, self.device, requests)
