@@ -70,5 +70,5 @@ def rewrites() -> tuple[Rewrite, ...]:
 # With more rows than pay (plans.norm_ple_plan), the op launches the kernels of both.
 FUSION = Fusion(
     "norm_ple", "feed_forward_tail + the products of ple_tail", layers_with_ple, rewrites, ops=("norm_ple",),
-    launches_saved={"norm_ple_norm": 1, "norm_ple": 1},  # beside those of ple_tail; of up to four rows
+    launches_saved={"norm_ple_norm": 1, "norm_ple": 1},  # beside those of ple_tail; of one or two rows
 )  # fmt: skip

@@ -80,9 +80,14 @@ def ple_plan(rows: int, width: int) -> PlePlan | None:
     return PlePlan(tokens=2, gate_outputs=4, gate_block=256, gate_warps=4, outputs=32, warps=4)
 
 
+def norms_inside(rows: int, width: int) -> bool:
+    """Whether the programs of a product norm their x themselves: as many and as wide as was measured."""
+    return rows <= 2 and width <= 2048
+
+
 def norm_ple_plan(rows: int, width: int) -> PlePlan | None:
     """Of a gate whose programs norm their row themselves. None: a kernel for the norm, and both products by ple_plan."""
-    plan = ple_plan(rows, width) if rows <= 4 else None
+    plan = ple_plan(rows, width) if norms_inside(rows, width) else None
     # The norm's operations are divided among the program's threads: blocks of a multiple of their number.
     return None if plan is None else plan._replace(gate_block=512)
 
@@ -157,7 +162,7 @@ def norm_products_plan(rows: int, outputs: int, width: int, gated: bool) -> Vect
     and more rows than product_plan gives to programs without tensor cores are left out. E2B on an H200, all three fusions: a
     step of one row takes 73 us less of 1551 (benchmarks/normed-h200.json).
     """
-    if rows > 2 or rows * width > 3072 or outputs > 32768:
+    if not norms_inside(rows, width) or outputs > 32768:
         return None
     few = 8 if outputs > 1024 else 4  # 256 of a PLE gate are programs of 4
     return VectorPlan(outputs=16 if gated else few, block=512, blocks=-(-width // 512), warps=4)

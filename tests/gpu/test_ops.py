@@ -61,7 +61,7 @@ def test_bits_of_eager_in_bf16(name: str):
 @pytest.mark.parametrize("sizes", (E2B, E4B), ids=("E2B", "E4B"))
 @pytest.mark.parametrize("name", NORMED)
 def test_norms_inside_products_are_those_of_two_kernels(name: str, sizes: Sizes):
-    """By one kernel for a row or two (norm_ple: four), by two for more: no value but a rounding of a sum may differ."""
+    """By one kernel for a row or two, by two for more: no value but a rounding of a sum may differ."""
     for tokens in (1, 2, 3, 4, 5):
         args = example(name, replace(sizes, layers=2), tokens, torch.bfloat16, "cuda")
         (hidden, *products), (wanted, *expected) = OPS[name].launch(*args), OPS[name].reference(*args)
