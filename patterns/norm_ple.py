@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma4_compile.geometry import Geometry
+
 from . import ple_tail
 from .fusion import Fusion, layers_with_ple
 from .rewrite import Rewrite
@@ -67,8 +69,13 @@ def rewrites() -> tuple[Rewrite, ...]:
     )
 
 
+def _sites(geometry: Geometry) -> tuple[str, ...]:
+    """None where the model is divided: the sum over the ranks takes the norm there."""
+    return () if geometry.ranks > 1 else layers_with_ple(geometry)
+
+
 # With more rows than pay (plans.norm_ple_plan), the op launches the kernels of both.
 FUSION = Fusion(
-    "norm_ple", "feed_forward_tail + the products of ple_tail", layers_with_ple, rewrites, ops=("norm_ple",),
+    "norm_ple", "feed_forward_tail + the products of ple_tail", _sites, rewrites, ops=("norm_ple",),
     launches_saved={"norm_ple_norm": 1, "norm_ple": 1},  # beside those of ple_tail; of one or two rows
 )  # fmt: skip

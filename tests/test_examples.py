@@ -69,6 +69,6 @@ def test_own_fusion(printed: dict[str, str]) -> None:
 
 
 def test_inspect(printed: dict[str, str]) -> None:
-    assert "gemma4.post_attention_norm" in printed["inspect_a_step"]
+    assert "gemma4.norm_gate_up" in printed["inspect_a_step"]
     page = Path(printed["inspect_a_step"].rpartition("the page: ")[2].strip())
     assert "gemma4.qkv_norm_rope" in page.read_text()

@@ -17,12 +17,16 @@ def fusions(record: Record, names: Iterable[str], plain: tuple[Kernel, ...], our
     first to compute: one that also writes the KV cache, say, is not saved, as that work needs a kernel still. What Inductor
     computes again in a later kernel says nothing of that kernel's purpose. Over several fusions, the most nodes decide.
     """
-    taken: dict[str, str] = {}
-    sites: Counter[str] = Counter()
     matched = [(name, site) for name in names for site in record.matched(name) if not site.left]
+    taken: dict[str, str] = {}
+    held: dict[str, int] = {}  # node -> nodes of the site that holds it, if that site has a kernel of ours
+    for name, site in matched:  # a later fusion may take an earlier one's site, whole, or what its op leaves of it
+        mine = [node for node in site.nodes if held.get(node, len(site.nodes)) >= len(site.nodes)]
+        taken |= dict.fromkeys(mine, name)
+        if any(kernel.fusion == name and set(site.nodes) <= set(kernel.nodes) for kernel in ours):
+            held |= dict.fromkeys(mine, len(site.nodes))
+    sites = Counter({name: 0 for name, _ in matched})
     for name, site in matched:
-        taken |= dict.fromkeys(site.nodes, name)
-    for name, site in matched:  # a later fusion may have taken the whole of an earlier one's site
         sites[name] += any(taken[node] == name for node in site.nodes)
     before, after = _shares(plain, taken), _shares(ours, taken)
     measured = all(kernel.microseconds is not None for kernel in ours)

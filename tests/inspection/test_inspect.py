@@ -61,10 +61,11 @@ def test_every_layer_has_its_kernels(compared: Compared, kind: str) -> None:
             assert counts["attention"] == 1 and counts["gemm"] + counts["ours"] >= 5, (variant.name, layer, counts)
         assert [kernel.index for kernel in variant.kernels] == list(range(len(variant.kernels)))
     names = Counter(kernel.fusion for kernel in found.ours.kernels if kernel.kind == "ours")
-    expected = {"post_attention_norms": layers, "feed_forward_tail": layers, "gate_up": layers}
-    if kind == "e":  # q, k, v or q alone, o and down of each layer, the PLE projection, the head
-        expected |= {"ple_tail": layers, "ple_inputs": 1, "qkv_norm_rope": layers, "linear": 3 * layers + 2}
-    else:  # and the router
+    if kind == "e":  # o and down of each layer, the first q, k, v, the PLE projection, the head; the last tail
+        expected = {"norm_gate_up": layers, "norm_ple": layers, "norm_linear": layers - 1, "feed_forward_tail": 1}
+        expected |= {"ple_inputs": 1, "qkv_norm_rope": layers, "linear": 2 * layers + 3}
+    else:  # q, k, v, o, down and the router of each layer, the head
+        expected = {"post_attention_norms": layers, "feed_forward_tail": layers, "gate_up": layers}
         expected |= {"route": 3, "experts": 3, "qkv_norm_rope": 3, "linear": 4 * layers + 1}
     assert names == expected
     assert not any(kernel.kind == "ours" for kernel in found.plain.kernels)
@@ -75,8 +76,8 @@ def test_fewer_kernels_than_plain(compared: Compared, kind: str) -> None:
     found, _ = compared(kind)
     for layer in found.layers:
         assert len(found.ours.of_layer(layer.index)) < len(found.plain.of_layer(layer.index))
-    tail = next(row for row in found.fusions if row.name == "ple_tail")
-    assert tail.sites == 4 and tail.saved >= 8  # gate, product with the input, projection, norm: one op on a CPU
+    tail = next(row for row in found.fusions if row.name == "norm_ple")
+    assert tail.sites == 4 and tail.saved >= 8  # norm, gate, product with the input, projection: one op on a CPU
 
 
 @each_kind
@@ -95,7 +96,7 @@ def test_kernels_say_where_they_come_from(compared: Compared, kind: str) -> None
             assert kernel.nodes and kernel.lines and kernel.bytes > 0 and kernel.outputs, kernel
             if kernel.layer is not None and kernel.kind in ("gemm", "attention", "ours"):
                 assert f"layers.{kernel.layer}" in kernel.module
-    fusion, code = ("ple_tail", "per_layer_input_gate(") if kind == "e" else ("route", "softmax(")
+    fusion, code = ("norm_ple", "per_layer_input_gate(") if kind == "e" else ("route", "softmax(")
     for kernel in found.ours.kernels:
         if kernel.fusion == fusion:
             assert any(code in line.code and line.file.startswith("transformers/models/gemma4") for line in kernel.lines)
@@ -151,7 +152,7 @@ def test_files(compared: Compared, kind: str) -> None:
     assert len(stages) == len(found.passes) + 2
     fused = next((out / "graphs" / "gemma4-compile").glob("*_ple_tail.diff")).read_text()
     assert "+" in fused and "torch.ops.gemma4.ple_tail" in fused
-    assert "torch.ops.gemma4.ple_tail_norm.default(" in (out / "inductor" / "gemma4-compile.py").read_text()
+    assert "torch.ops.gemma4.norm_ple.default(" in (out / "inductor" / "gemma4-compile.py").read_text()
     assert "torch.ops.gemma4" not in (out / "inductor" / "plain.py").read_text()
     decompiled = next((out / "depyf").glob("*.py")).read_text()
     assert "__compiled_fn" in decompiled and "def " in decompiled
@@ -204,7 +205,7 @@ def test_an_optimized_model_stays_as_it_is_and_a_warm_cache_hides_nothing() -> N
     first, second = (inspect(model, {"input_ids": ids}) for _ in range(2))
     assert [k.name for k in first.ours.kernels] == [k.name for k in second.ours.kernels] != []
     assert not any(kernel.fusion == "qkv_norm_rope" for kernel in first.ours.kernels)
-    assert any(kernel.fusion == "post_attention_norms" for kernel in first.ours.kernels)
+    assert any(kernel.fusion == "norm_gate_up" for kernel in first.ours.kernels)
     assert model._compiled_call_impl is installed
     with torch.inference_mode():
         assert torch.equal(model(ids).logits, expected)
