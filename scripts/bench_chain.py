@@ -167,6 +167,17 @@ def recorded(chain: Chain, weights: list[Tensor] | None) -> tuple[Callable[[], N
         return recorder.record(chain)
 
 
+def differing(replay: Callable[[], None], results: list[Tensor], wanted: list[Tensor]) -> int:
+    """Of 100 replays, those with any other bit than wanted."""
+    count = 0
+    for _ in range(100):
+        for result in results:
+            result.zero_()
+        replay()
+        count += not all(map(torch.equal, results, wanted))
+    return count
+
+
 def measure(model: Any, rows: int, context: int, bandwidth: float) -> dict[str, Any]:
     chain = Chain(model, rows, context)
     row: dict[str, Any] = {"rows": rows, "context": context, "floor_us": round(1e6 * chain.bytes / bandwidth, 1)}
@@ -176,13 +187,7 @@ def measure(model: Any, rows: int, context: int, bandwidth: float) -> dict[str, 
         row[f"{name}_us"] = round(1e6 * median_seconds(replay, 50), 1)
         replay()
         wanted = wanted or [result.clone() for result in results]
-        differing = 0
-        for _ in range(100):
-            for result in results:
-                result.zero_()
-            replay()
-            differing += not all(map(torch.equal, results, wanted))
-        row[f"{name}_differing"] = differing
+        row[f"{name}_differing"] = differing(replay, results, wanted)
     return row
 
 
@@ -205,13 +210,7 @@ def measure_normed(model: Any, rows: int, context: int, variants: list[str], rep
         row["us"] = round(1e6 * statistics.median(series), 1)
         row["less_us"] = round((found[0]["us"] if found else row["us"]) - row["us"], 1)
         row["kernels"] = len(gpu_events(replay))
-        differing = 0
-        for _ in range(100):
-            for result in results:
-                result.zero_()
-            replay()
-            differing += not all(map(torch.equal, results, plain))
-        row["differing"] = differing
+        row["differing"] = differing(replay, results, plain)
         row["distance"] = round(((plain[0].float() - first).square().mean() / first.square().mean()).sqrt().item(), 5)
         found.append(row)
     return found
