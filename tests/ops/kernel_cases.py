@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from gemma4_compile.ops import OPS
 from gemma4_compile.ops.examples import SMALL, Sizes, example
 from gemma4_compile.ops.fusions.experts import run_plan, sorted_pairs
 from gemma4_compile.ops.fusions.linear import launch_products
-from gemma4_compile.ops.plans import DotPlan, HopperTilesPlan, PairPlan, TiledPlan, TilePlan, VectorPlan
+from gemma4_compile.ops.plans import DotPlan, HopperTilesPlan, PairPlan, TiledPlan, TilePlan, VectorPlan, head_plan
 from tests.ops.accuracy import assert_as_accurate
 from tests.ops.exact import exact
 
@@ -94,6 +96,14 @@ def clipped(device: str) -> None:
     for actual, eager in zip(OPS[name].launch(*args), OPS[name].reference(*args), strict=True):
         assert torch.equal(actual.isnan(), eager.isnan())
     assert OPS[name].launch(*args)[0].isnan().sum() == 24
+
+
+def many_heads(device: str) -> None:
+    """The plans of thousands of image patches, on programs that are filled in part."""
+    for dim, plan in ((8, head_plan(32769, 64)), (12, head_plan(32769, 72))):
+        for name in ("qkv_norm_rope_2d", "qkv_norm_rope_2d_clipped"):
+            with patch.object(sys.modules["gemma4_compile.ops.fusions.qkv_norm_rope"], "head_plan", lambda *_, plan=plan: plan):
+                check_op(name, example(name, replace(SMALL, head_dim=dim), 7, torch.bfloat16, device, batch=2))
 
 
 def wide_rows(device: str) -> None:
@@ -188,6 +198,7 @@ CASES: dict[str, Callable[[str], None]] = {
     "no tokens": no_tokens,
     "shared k and v": shared_k_and_v,
     "clipped": clipped,
+    "many heads": many_heads,
     "wide rows": wide_rows,
     "products": products,
     "normed products": normed_products,
