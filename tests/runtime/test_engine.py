@@ -136,13 +136,13 @@ def test_tokens_through_graphs(name: str) -> None:
 
 
 def test_attention_of_served_steps_is_that_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts beside decoding, in steps of all sizes, launch no kernel of attention that capturing has not: behind YOCO's
-    boundary, too. On a GPU each would be compiled while requests wait."""
+    """Prompts beside decoding, in steps of all sizes, launch no kernel of attention that capturing has not, behind YOCO's
+    boundary too, and use no graph that it has not compared: each would be compiled or run twice while requests wait."""
     models, seen = demo("e"), set[Hashable]()
     engine = serve("e", EngineConfig(max_requests=20, max_batched_tokens=128, page_size=16, max_model_len=2048))
     runner = engine.runner
     inputs = runner._padding_step(1, 1, runner._width) | runner.kv
-    buckets = Buckets(decode=(1, 4, 12, 20), tokens=(16, 64, 128), rows=(4, 20))
+    buckets = Buckets(decode=(1, 4, 12, 20), tokens=(16, 64, 128), rows=(4, 8, 20))
     runner.graphs = GraphRunner(runner.packed.program, inputs, 20, buckets, HostRecorder(), runner.state)
     shapes = {(shape[1] * shape[0], shape[2]): shape for _, shape in runner.attention_shapes()}
 
@@ -153,12 +153,13 @@ def test_attention_of_served_steps_is_that_of_the_start(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys.modules["gemma4_compile.ops.attention"], "check_lengths", note)  # the op has the module's name
     for _ in runner.capture():
         pass
-    at_the_start = set(seen)
+    at_the_start, compared = set(seen), set(runner.graphs._checked)
     for count, longest in ((2, 100), (20, 30), (40, 60)):
         prompts = [prompt[:longest] for prompt in models.prompts(count, 100)]
         params = [SamplingParams(max_tokens=(3, 12)[i % 2], ignore_eos=True) for i in range(count)]
         engine.generate(prompts, params)
     assert runner.graphs.refused == {} and seen == at_the_start
+    assert len(compared) == 4 + 9 and runner.graphs._checked == compared, "a graph was compared while requests waited"
 
 
 @pytest.mark.slow

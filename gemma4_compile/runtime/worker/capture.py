@@ -48,14 +48,15 @@ def capture(
     for tokens in reversed(buckets.decode):
         yield f"decode {tokens}"
         graphs(padding_step(tokens, tokens, 1, tokens))
-    # The largest first, which has all buckets of rows: what is behind the boundary is captured once for each.
+    # The largest first, which has all buckets of rows: what is behind the boundary is captured once for each. What is before it
+    # is captured anew with each of those, so that they are compared once all are there.
     pairs = [
         (tokens, rows)
         for tokens in reversed(buckets.tokens)
         for rows in reversed(buckets.rows)
         if fitting(buckets.rows, min(rows, tokens - 1)) == rows
     ]
-    steps = [(*pair, 1) for pair in pairs]
+    steps = [(*pair, 1) for pair in [pair for pair in pairs if pair[0] == buckets.tokens[-1]] + pairs]
     for tokens, rows, requests in steps + mixed_steps(steps, graphs.requests, attention):
         yield f"{tokens} tokens, {rows} rows" + f" of {requests}" * (requests > 1)
         graphs(padding_step(tokens, min(rows, tokens - 1), min(-(-tokens // page_size), width), requests))
