@@ -1,11 +1,15 @@
 """Time the products of ops/fusions/linear.py by each plan against cuBLAS, at the sizes of the real models.
 
     python scripts/bench_linear.py [--rows 1,2,3,4,8,32] [--out FILE]
+    python scripts/bench_linear.py --hopper [--rows 4,16,30,64,80,128] [--models E2B] [--out FILE]
     python scripts/bench_linear.py --table benchmarks/linear-h200.json
 
 One row: the products of one launch, cuBLAS's for the same (a launch a matrix; with geglu's kernel where gated), and each
 plan, in microseconds. Medians over replays of CUDA graphs, which alternate; the weights rotate through more than the L2.
 `product_plan` is made of these numbers, and tests/ops/test_measured.py holds it to them.
+
+--hopper: the kernel of ops/fusions/linear_hopper.py by several plans. As in a step a norm stands in front of each product, and
+launches are dependent: norm and product together are what is timed, also with cuBLAS and with the plan of other GPUs.
 """
 
 from __future__ import annotations
@@ -24,9 +28,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
+from gemma4_compile.ops.dependent import constants
 from gemma4_compile.ops.fusions.geglu import launch_geglu
 from gemma4_compile.ops.fusions.linear import launch_products
-from gemma4_compile.ops.plans import DotPlan, VectorPlan, product_plan
+from gemma4_compile.ops.plans import PROCESSORS, DotPlan, HopperProductsPlan, VectorPlan, product_plan
+from gemma4_compile.ops.rms_norm import rms_norm
 from scripts.bench_ops import microseconds
 
 # (model, product) -> rows of each matrix, width, gated
@@ -43,7 +49,10 @@ PRODUCTS: dict[tuple[str, str], tuple[tuple[int, ...], int, bool]] = {
     ("E2B", "down, wide"): ((1536,), 12288, False),
     ("E2B", "PLE projection"): ((8960,), 1536, False),
     ("E2B", "head"): ((262144,), 1536, False),
+    ("E4B", "q, k, v"): ((2048, 512, 512), 2560, False),
+    ("E4B", "q"): ((2048,), 2560, False),
     ("E4B", "o"): ((2560,), 2048, False),
+    ("E4B", "o, full"): ((2560,), 4096, False),
     ("E4B", "gate, up"): ((10240, 10240), 2560, True),
     ("E4B", "down"): ((2560,), 10240, False),
     ("26B-A4B", "q, k, v"): ((4096, 2048, 2048), 2816, False),
@@ -54,6 +63,7 @@ PRODUCTS: dict[tuple[str, str], tuple[tuple[int, ...], int, bool]] = {
     ("26B-A4B", "down"): ((2816,), 2112, False),
     ("26B-A4B", "router"): ((128,), 2816, False),
     ("31B", "q, k, v"): ((8192, 4096, 4096), 5376, False),
+    ("31B", "o"): ((5376,), 8192, False),
     ("31B", "gate, up"): ((21504, 21504), 5376, True),
     ("31B", "down"): ((5376,), 21504, False),
 }
@@ -69,12 +79,25 @@ def plans_for(rows: int, gated: bool) -> list[VectorPlan | DotPlan]:
     return [*vector, *(DotPlan(16 if rows <= 16 else 32, *plan) for plan in (DOT if rows <= 16 else DOT_OF_MANY) if rows > 1)]
 
 
+def hopper_plans(rows: int, counts: tuple[int, ...], width: int, gated: bool) -> list[HopperProductsPlan]:
+    """Tiles of all sizes, whole or shared by as many programs as there are processors for."""
+    plans = []
+    for outputs in (32, 64, 128, 256) if gated else (16, 32, 64, 128):
+        of_tile = outputs // 2 if gated else outputs
+        tiles = -(-counts[0] // of_tile) if gated else sum(-(-count // of_tile) for count in counts)
+        most = min(PROCESSORS // tiles, width // 128, 12)
+        if tiles >= 24 and tiles <= 20 * PROCESSORS:
+            plans.append(HopperProductsPlan(64 if rows <= 64 else 128, outputs))
+        plans += [HopperProductsPlan(64 if rows <= 64 else 128, outputs, splits) for splits in {most, most // 2} if splits > 1]
+    return plans
+
+
 def by_cublas(x: Tensor, *weights: Tensor, gated: bool) -> Any:
     products = [F.linear(x, weight) for weight in weights]
     return launch_geglu(*products) if gated else products
 
 
-def by_plan(x: Tensor, *weights: Tensor, gated: bool, plan: VectorPlan | DotPlan) -> list[Tensor]:
+def by_plan(x: Tensor, *weights: Tensor, gated: bool, plan: VectorPlan | DotPlan | HopperProductsPlan) -> list[Tensor]:
     return launch_products(x, weights, gated, plan)
 
 
@@ -102,6 +125,46 @@ def measure(token_counts: list[int]) -> list[dict[str, Any]]:
     return found
 
 
+def behind_norm(x: Tensor, *weights: Tensor, norm: Tensor, then: Callable[..., Any]) -> Any:
+    return then(rms_norm.launch(x, norm, 1e-6), *weights)
+
+
+def as_one(products: Tensor | list[Tensor]) -> Tensor:
+    return torch.cat(list(products), dim=-1).float() if isinstance(products, list) else products.float()
+
+
+def measure_hopper(token_counts: list[int], models: list[str]) -> list[dict[str, Any]]:
+    """As measure, a norm and a product at a time, launched dependently."""
+    found = []
+    for (model, product), (counts, width, gated) in PRODUCTS.items():
+        if model not in models:
+            continue
+        copies = max(2, min(24, int(ROTATE_BYTES // (2 * sum(counts) * width))))
+        sets = [
+            [(0.02 * torch.randn(n, width, device="cuda", dtype=torch.float32)).bfloat16() for n in counts]
+            for _ in range(copies)
+        ]
+        norm = torch.ones(width, device="cuda", dtype=torch.bfloat16)
+        for rows in token_counts:
+            x = torch.randn(1, rows, width, device="cuda").bfloat16()
+            others = product_plan(rows, len(counts), sum(counts), width, gated, 2)
+            plans = hopper_plans(rows, counts, width, gated)
+            functions: list[Callable[..., Any]] = [partial(by_cublas, gated=gated)]
+            functions += [partial(by_plan, gated=gated, plan=plan) for plan in [*([others] if others else []), *plans]]
+            timed = [partial(behind_norm, norm=norm, then=function) for function in (*functions, lambda x, *_: x)]
+            with constants([norm, *(weight for weights in sets for weight in weights)]):
+                cublas, *times, alone = microseconds(timed, [(x, *weights) for weights in sets], repeats=7)
+            row = {"model": model, "product": product, "matrices": counts, "width": width, "gated": gated, "rows": rows}
+            row |= {"cublas_us": round(cublas, 3), "norm_us": round(alone, 3)}
+            row["others_us"] = round(times.pop(0), 3) if others else None
+            row["plans_us"] = {str(list(plan)): round(time, 3) for plan, time in zip(plans, times, strict=True)}
+            wanted, *results = [as_one(function(x, *sets[0])) for function in functions]
+            row["difference"] = max((result - wanted).abs().max().item() for result in results) / wanted.abs().max().item()
+            found.append(row)
+            print(json.dumps(row), flush=True)
+    return found
+
+
 def chosen(row: dict[str, Any]) -> float:
     """What product_plan's choice took; KeyError if it was not measured."""
     plan = product_plan(row["rows"], len(row["matrices"]), sum(row["matrices"]), row["width"], row["gated"], 2)
@@ -123,7 +186,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 3, 4, 8, 32])
+    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], help="default: 1,2,3,4,8,32")
+    parser.add_argument("--hopper", action="store_true", help="time Hopper's kernel, behind a norm")
+    parser.add_argument("--models", type=lambda text: text.split(","), default=["E2B", "E4B", "26B-A4B", "31B"])
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument("--table", type=Path, help="print this JSON as Markdown; measures nothing")
     options = parser.parse_args()
@@ -131,7 +196,10 @@ def main() -> None:
         print(markdown(json.loads(options.table.read_text())["rows"]))
         return
     with torch.no_grad():
-        rows = measure(options.rows)
+        if options.hopper:
+            rows = measure_hopper(options.rows or [4, 16, 30, 64, 80, 128], options.models)
+        else:
+            rows = measure(options.rows or [1, 2, 3, 4, 8, 32])
     if options.out:
         about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": __import__("triton").__version__}
         options.out.write_text(json.dumps(about | {"dtype": "bfloat16", "rows": rows}, indent=1) + "\n")

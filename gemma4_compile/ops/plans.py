@@ -113,10 +113,12 @@ class DotPlan(NamedTuple):
 
 
 class HopperProductsPlan(NamedTuple):
-    """Products of up to `tokens` rows, 64 or 128, with `outputs` rows of weights a tile: ops/fusions/linear_hopper.py."""
+    """Products of up to `tokens` rows, 64 or 128, with `outputs` rows of weights a tile, whose columns `splits` programs share:
+    ops/fusions/linear_hopper.py."""
 
     tokens: int
     outputs: int
+    splits: int = 1
 
 
 def product_plan(
