@@ -15,6 +15,7 @@ launches are dependent: norm and product together are what is timed, also with c
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -81,14 +82,15 @@ def plans_for(rows: int, gated: bool) -> list[VectorPlan | DotPlan]:
 
 def hopper_plans(rows: int, counts: tuple[int, ...], width: int, gated: bool) -> list[HopperProductsPlan]:
     """Tiles of all sizes, whole or shared by as many programs as there are processors for."""
-    plans = []
-    for outputs in (32, 64, 128, 256) if gated else (16, 32, 64, 128):
+    plans, tokens = [], 64 if rows <= 64 else 128
+    for outputs, block in itertools.product((32, 64, 128, 256) if gated else (16, 32, 64, 128), (64, 128, 256)):
         of_tile = outputs // 2 if gated else outputs
         tiles = -(-counts[0] // of_tile) if gated else sum(-(-count // of_tile) for count in counts)
-        most = min(PROCESSORS // tiles, width // 128, 12)
-        if tiles >= 24 and tiles <= 20 * PROCESSORS:
-            plans.append(HopperProductsPlan(64 if rows <= 64 else 128, outputs))
-        plans += [HopperProductsPlan(64 if rows <= 64 else 128, outputs, splits) for splits in {most, most // 2} if splits > 1]
+        most = min(PROCESSORS // tiles, width // (2 * block), 12)
+        if block * (tokens + outputs) > 200 * 256:  # fewer than two steps' buffers
+            continue
+        whole = [1] if 24 <= tiles <= 20 * PROCESSORS else []
+        plans += [HopperProductsPlan(tokens, outputs, n, block) for n in whole + [n for n in {most, most // 2} if n > 1]]
     return plans
 
 
@@ -133,11 +135,11 @@ def as_one(products: Tensor | list[Tensor]) -> Tensor:
     return torch.cat(list(products), dim=-1).float() if isinstance(products, list) else products.float()
 
 
-def measure_hopper(token_counts: list[int], models: list[str]) -> list[dict[str, Any]]:
+def measure_hopper(token_counts: list[int], models: list[str], products: list[str] | None) -> list[dict[str, Any]]:
     """As measure, a norm and a product at a time, launched dependently."""
     found = []
     for (model, product), (counts, width, gated) in PRODUCTS.items():
-        if model not in models:
+        if model not in models or products and product not in products:
             continue
         copies = max(2, min(24, int(ROTATE_BYTES // (2 * sum(counts) * width))))
         sets = [
@@ -151,7 +153,9 @@ def measure_hopper(token_counts: list[int], models: list[str]) -> list[dict[str,
             plans = hopper_plans(rows, counts, width, gated)
             functions: list[Callable[..., Any]] = [partial(by_cublas, gated=gated)]
             functions += [partial(by_plan, gated=gated, plan=plan) for plan in [*([others] if others else []), *plans]]
-            timed = [partial(behind_norm, norm=norm, then=function) for function in (*functions, lambda x, *_: x)]
+            timed: list[Callable[..., Any]] = [
+                partial(behind_norm, norm=norm, then=function) for function in (*functions, lambda x, *_: x)
+            ]
             with constants([norm, *(weight for weights in sets for weight in weights)]):
                 cublas, *times, alone = microseconds(timed, [(x, *weights) for weights in sets], repeats=7)
             row = {"model": model, "product": product, "matrices": counts, "width": width, "gated": gated, "rows": rows}
@@ -188,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], help="default: 1,2,3,4,8,32")
     parser.add_argument("--hopper", action="store_true", help="time Hopper's kernel, behind a norm")
+    parser.add_argument("--products", type=lambda text: text.split(";"), help="separated by ;")
     parser.add_argument("--models", type=lambda text: text.split(","), default=["E2B", "E4B", "26B-A4B", "31B"])
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument("--table", type=Path, help="print this JSON as Markdown; measures nothing")
@@ -197,7 +202,7 @@ def main() -> None:
         return
     with torch.no_grad():
         if options.hopper:
-            rows = measure_hopper(options.rows or [4, 16, 30, 64, 80, 128], options.models)
+            rows = measure_hopper(options.rows or [4, 16, 30, 64, 80, 128], options.models, options.products)
         else:
             rows = measure(options.rows or [1, 2, 3, 4, 8, 32])
     if options.out:

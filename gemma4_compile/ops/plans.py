@@ -113,12 +113,13 @@ class DotPlan(NamedTuple):
 
 
 class HopperProductsPlan(NamedTuple):
-    """Products of up to `tokens` rows, 64 or 128, with `outputs` rows of weights a tile, whose columns `splits` programs share:
-    ops/fusions/linear_hopper.py."""
+    """Products of up to `tokens` rows, 64 or 128, with `outputs` rows of weights a tile, whose columns `splits` programs share,
+    `block` at a time: ops/fusions/linear_hopper.py."""
 
     tokens: int
     outputs: int
     splits: int = 1
+    block: int = 64
 
 
 def product_plan(

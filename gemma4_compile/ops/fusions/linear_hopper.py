@@ -18,7 +18,6 @@ from gemma4_compile.ops.gluon import blocks_of, gl, gluon_jit, hopper, is_hopper
 from gemma4_compile.ops.library import gelu_tanh, jit, rounded, tl
 from gemma4_compile.ops.plans import PROCESSORS, HopperProductsPlan
 
-BLOCK = 64  # columns of a step
 MEMORY = 200 * 1024  # bytes of buffers
 
 
@@ -78,42 +77,39 @@ def _load_tiles(
 
 
 @gluon_jit
+def _store_tile(out_ptr, results, tile, count, tokens):
+    """Rows of `count` columns, as many as there are tokens; the tile's columns stand behind those of the ones before it."""
+    LAYOUT: gl.constexpr = results.type.layout
+    token = gl.arange(0, results.shape[0], gl.SliceLayout(1, LAYOUT))
+    output = tile * results.shape[1] + gl.arange(0, results.shape[1], gl.SliceLayout(0, LAYOUT))
+    inside = (token < tokens)[:, None] & (output < count)[None, :]
+    gl.store(out_ptr + token[:, None] * count + output[None, :], results, inside)
+
+
+@gluon_jit
 def _multiply_tiles(
     x_buffers, w_buffers, full, empty, first_out_ptr, second_out_ptr, third_out_ptr, first_rows, second_rows, third_rows,
     first_tiles, second_tiles, tiles, length, tokens, GATED: gl.constexpr, WARPS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    TOKENS: gl.constexpr = x_buffers.shape[1]
     OUTPUTS: gl.constexpr = w_buffers.shape[1]
-    N: gl.constexpr = OUTPUTS // 2 if GATED and not SPLIT else OUTPUTS
+    N: gl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
     DTYPE: gl.constexpr = first_out_ptr.dtype.element_ty
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [WARPS, 1], [1, 0])
     done = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         sums, done = multiply_steps(x_buffers, w_buffers, full, full, empty, done, length, WARPS, False)
         if SPLIT:
-            STORED: gl.constexpr = sums.type.layout
-            result = sums
-            out_ptr = first_out_ptr + gl.program_id(1).to(gl.int64) * tokens * tiles * N
-            count = tiles * N
-            local = tile
+            columns = tiles * OUTPUTS
+            share_ptr = first_out_ptr + gl.program_id(1).to(gl.int64) * tokens * columns
+            _store_tile(share_ptr, sums, tile, columns, tokens)
         else:
-            STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [WARPS, 1], [1, 0])
-            result = gl.convert_layout(results_of(sums, DTYPE, GATED), STORED)
-            out_ptr = first_out_ptr
-            count = first_rows
-            local = tile
-            if not GATED:
-                if tile >= first_tiles + second_tiles:
-                    out_ptr = third_out_ptr
-                    count = third_rows
-                    local = tile - first_tiles - second_tiles
-                elif tile >= first_tiles:
-                    out_ptr = second_out_ptr
-                    count = second_rows
-                    local = tile - first_tiles
-        token = gl.arange(0, TOKENS, gl.SliceLayout(1, STORED))
-        output = local * N + gl.arange(0, N, gl.SliceLayout(0, STORED))
-        inside = (token < tokens)[:, None] & (output < count)[None, :]
-        gl.store(out_ptr + token[:, None] * count + output[None, :], result, inside)
+            results = gl.convert_layout(results_of(sums, DTYPE, GATED), STORED)
+            if GATED or tile < first_tiles:
+                _store_tile(first_out_ptr, results, tile, first_rows, tokens)
+            elif tile < first_tiles + second_tiles:
+                _store_tile(second_out_ptr, results, tile - first_tiles, second_rows, tokens)
+            else:
+                _store_tile(third_out_ptr, results, tile - first_tiles - second_tiles, third_rows, tokens)
 
 
 @gluon_jit(do_not_specialize=["tokens"])  # compiled for 16, 32, 64, 96 and 128 rows
@@ -218,32 +214,34 @@ def launch_hopper_products(
     """x [T, K] and each weight [N, K] by hopper_takes, outputs [T, N] contiguous; plan.tokens >= T."""
     tokens, width = x.shape
     rows = plan.outputs // 2 if gated else plan.outputs
-    given = [blocks_of(weight, rows, BLOCK) for weight in weights]
+    given = [blocks_of(weight, rows, plan.block) for weight in weights]
     missing = 3 - len(weights)
-    stages = min(16, MEMORY // (2 * BLOCK * (plan.tokens + plan.outputs)))
-    counts = [weight.shape[0] for weight in weights] + [0] * missing
+    stages = min(16, MEMORY // (2 * plan.block * (plan.tokens + plan.outputs)))
+    counts = [weight.shape[0] for weight in weights]
     tiles = -(-counts[0] // rows) if gated else sum(-(-count // rows) for count in counts)
-    share = -(-width // (plan.splits * BLOCK)) * BLOCK
-    splits = -(-width // share)
+    share = -(-width // (plan.splits * plan.block)) * plan.block
+    shares = -(-width // share)
     group = 16 if tokens <= 16 else 32  # rows of x that are copied at once: what is past the last ones costs time
-    columns, written = tiles * plan.outputs, outputs
-    if splits > 1:
-        written = [x.new_empty((splits, tokens, columns), dtype=torch.float32)]
-    dependent, options = first(*weights) if splits > 1 else alone(*weights)
-    _hopper_products_kernel[(min(tiles, max(1, PROCESSORS // splits)), splits)](
-        blocks_of(x, group, BLOCK), *given, *given[:1] * missing, *written, *written[:1] * (3 - len(written)), *counts,
-        width, share, tokens, max(64, plan.tokens), -(-tokens // group), plan.outputs, BLOCK, stages, warps_of(plan), gated,
-        splits > 1, dependent, num_warps=warps_of(plan), **options,
+    written, launch = outputs, first(*weights) if shares > 1 else alone(*weights)
+    if shares > 1:
+        written = [x.new_empty((shares, tokens, tiles * plan.outputs), dtype=torch.float32)]
+    warps = plan.tokens // 16  # a warpgroup has 64 rows
+    _hopper_products_kernel[(min(tiles, PROCESSORS // shares), shares)](
+        blocks_of(x, group, plan.block), *given, *given[:1] * missing, *written, *written[:1] * (3 - len(written)), *counts,
+        *[0] * missing, width, share, tokens, plan.tokens, -(-tokens // group), plan.outputs, plan.block, stages, warps, gated,
+        shares > 1, launch.kind, num_warps=warps, **launch.options,
     )  # fmt: skip
-    if splits > 1:
-        dependent, options = behind()
-        block = 256
-        _sum_kernel[(-(-(counts[0] if gated else columns) // block), tokens)](
-            *written, *outputs, *[None] * (3 - len(outputs)), *counts, columns, tokens, plan.outputs, splits, block, gated,
-            dependent, num_warps=2, **options,
-        )  # fmt: skip
+    if shares > 1:
+        sum_shares(written[0], outputs, gated, plan.outputs)
 
 
-def warps_of(plan: HopperProductsPlan) -> int:
-    """A warpgroup for 64 rows."""
-    return plan.tokens // 16
+def sum_shares(shares: Tensor, outputs: list[Tensor], gated: bool, of_tile: int) -> None:
+    """The sums [S, T, columns] of S shares of the columns, added up to outputs [T, N]. The columns are those of whole tiles,
+    `of_tile` each; if gated, one output, and half of each tile the gate's."""
+    splits, tokens, columns = shares.shape
+    counts, missing, (dependent, options) = [output.shape[-1] for output in outputs], 3 - len(outputs), behind()
+    block = 256
+    _sum_kernel[(-(-(counts[0] if gated else columns) // block), tokens)](
+        shares, *outputs, *[None] * missing, *counts, *[0] * missing, columns, tokens, of_tile, splits, block, gated,
+        dependent, num_warps=2, **options,
+    )  # fmt: skip
