@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
+from gemma4_compile.bench.rates import median_seconds
 from gemma4_compile.ops.dependent import constants
 from gemma4_compile.ops.fusions.geglu import launch_geglu
 from gemma4_compile.ops.fusions.linear import launch_products
@@ -86,11 +88,13 @@ def hopper_plans(rows: int, counts: tuple[int, ...], width: int, gated: bool) ->
     for outputs, block in itertools.product((32, 64, 128, 256) if gated else (16, 32, 64, 128), (64, 128, 256)):
         of_tile = outputs // 2 if gated else outputs
         tiles = -(-counts[0] // of_tile) if gated else sum(-(-count // of_tile) for count in counts)
-        most = min(PROCESSORS // tiles, width // (2 * block), 12)
-        if block * (tokens + outputs) > 200 * 256:  # fewer than two steps' buffers
+        splits = min(PROCESSORS // tiles, width // (2 * block), 12)
+        if block * (tokens + outputs) > 200 * 256 or block == 256 and outputs > 64:  # buffers for a step or two alone
             continue
-        whole = [1] if 24 <= tiles <= 20 * PROCESSORS else []
-        plans += [HopperProductsPlan(tokens, outputs, n, block) for n in whole + [n for n in {most, most // 2} if n > 1]]
+        if 24 <= tiles <= (PROCESSORS if outputs < 64 else 20 * PROCESSORS):
+            plans.append(HopperProductsPlan(tokens, outputs, 1, block))
+        if splits > 1 and outputs >= 64 or splits == 2:
+            plans.append(HopperProductsPlan(tokens, outputs, splits, block))
     return plans
 
 
@@ -135,6 +139,22 @@ def as_one(products: Tensor | list[Tensor]) -> Tensor:
     return torch.cat(list(products), dim=-1).float() if isinstance(products, list) else products.float()
 
 
+def quick_microseconds(functions: list[Callable[..., Any]], arguments: list[tuple[Tensor, ...]]) -> list[float]:
+    """As microseconds, for hundreds of functions: torch.cuda.graph gives all free memory back before each capture."""
+    graphs, stream, pool = [], torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    with torch.cuda.stream(stream):
+        for function in functions:
+            function(*arguments[0])
+            stream.synchronize()
+            graphs.append(torch.cuda.CUDAGraph())
+            graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
+            for args in arguments:
+                function(*args)
+            graphs[-1].capture_end()
+        times = [[median_seconds(graph.replay, 1) for graph in graphs] for _ in range(10)]
+    return [1e6 * statistics.median(series[3:]) / len(arguments) for series in zip(*times, strict=True)]
+
+
 def measure_hopper(token_counts: list[int], models: list[str], products: list[str] | None) -> list[dict[str, Any]]:
     """As measure, a norm and a product at a time, launched dependently."""
     found = []
@@ -157,7 +177,7 @@ def measure_hopper(token_counts: list[int], models: list[str], products: list[st
                 partial(behind_norm, norm=norm, then=function) for function in (*functions, lambda x, *_: x)
             ]
             with constants([norm, *(weight for weights in sets for weight in weights)]):
-                cublas, *times, alone = microseconds(timed, [(x, *weights) for weights in sets], repeats=7)
+                cublas, *times, alone = quick_microseconds(timed, [(x, *weights) for weights in sets])
             row = {"model": model, "product": product, "matrices": counts, "width": width, "gated": gated, "rows": rows}
             row |= {"cublas_us": round(cublas, 3), "norm_us": round(alone, 3)}
             row["others_us"] = round(times.pop(0), 3) if others else None

@@ -133,13 +133,13 @@ def product_plan(
     few = rows == 1 or rows == 2 and not gated and outputs < 8192 and width % 512 == 0 and width <= 16384
     if few:
         return _vector_plan(outputs, width, gated)
-    if hopper and 32 < rows <= 128 and (gated or matrices > 1):
-        sizes = (64, 128, 256) if gated else (32, 64, 128)  # one tile a processor, if large tiles can do it
-        fitting = [size for size in sizes if outputs <= size * PROCESSORS]
-        # More weights than that cuBLAS reads as fast.
-        return HopperProductsPlan(64 if rows <= 64 else 128, fitting[0]) if fitting else None
-    if itemsize == 4 or rows > 32:  # fp32 has no tensor cores that add exactly
-        return None
+    dot = _dot_plan(rows, matrices, outputs, width, gated) if rows <= 32 and itemsize < 4 else None
+    if not hopper or rows > 128 or dot and (gated or outputs >= 8192 or rows <= 16 and width < 8192):
+        return dot
+    return _hopper_products_plan(rows, matrices, outputs, width, gated) or dot
+
+
+def _dot_plan(rows: int, matrices: int, outputs: int, width: int, gated: bool) -> DotPlan | None:
     tokens = 16 if rows <= 16 else 32
     if outputs >= 8192 or matrices > 1 and not (gated and rows <= 16):
         deep = gated and outputs >= 8192 and width < 4096
@@ -147,6 +147,25 @@ def product_plan(
     if rows > 16 or outputs > 2048 and width < 2816 or width > 16384:
         return None
     return DotPlan(tokens, outputs=16, block=128 if width % 512 == 0 else 64, slices=4, warps=4, stages=4)
+
+
+def _hopper_products_plan(rows: int, matrices: int, outputs: int, width: int, gated: bool) -> HopperProductsPlan | None:
+    """Tiles of which the processors' rounds leave few idle, or a small matrix's columns divided among programs."""
+    tokens, block = (64, 128) if rows <= 64 else (128, 64)
+
+    def used(size: int) -> float:
+        """The share of processors that work, in the rounds that all tiles take. Small tiles are not worth a second round."""
+        tiles = -(-outputs // size)
+        rounds = -(-tiles // PROCESSORS)
+        return tiles / (rounds * PROCESSORS) if rounds == 1 or size > 32 else 0
+
+    if gated or matrices > 1 or outputs >= 8192 or width <= 2048 <= outputs:
+        size = max((256, 128, 64) if gated else (128, 64, 32), key=used)
+        return HopperProductsPlan(tokens, size, 1, 128 if size == 32 else block)
+    if rows > 64 and 2048 < width < 8192 and outputs > 512:
+        return None
+    size = 64 if outputs <= 66 * 64 else 128
+    return HopperProductsPlan(tokens, size, max(1, min(PROCESSORS // -(-outputs // size), width // (2 * block), 12)), block)
 
 
 def _vector_plan(outputs: int, width: int, gated: bool) -> VectorPlan:
