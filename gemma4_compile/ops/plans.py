@@ -164,6 +164,8 @@ def _hopper_products_plan(rows: int, matrices: int, outputs: int, width: int, ga
         return HopperProductsPlan(tokens, size, 1, 128 if size == 32 else block)
     if rows > 64 and 2048 < width < 8192 and outputs > 512:
         return None
+    if rows <= 64 and 512 < outputs <= 16 * PROCESSORS and width <= 4096:
+        return HopperProductsPlan(tokens, 16, 1, 256)
     size = 64 if outputs <= 66 * 64 else 128
     return HopperProductsPlan(tokens, size, max(1, min(PROCESSORS // -(-outputs // size), width // (2 * block), 12)), block)
 
