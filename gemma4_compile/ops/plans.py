@@ -134,9 +134,21 @@ def product_plan(
     if few:
         return _vector_plan(outputs, width, gated)
     dot = _dot_plan(rows, matrices, outputs, width, gated) if rows <= 32 and itemsize < 4 else None
-    if not hopper or rows > 128 or dot and (gated or outputs >= 8192 or rows <= 16 and width < 8192):
-        return dot
-    return _hopper_products_plan(rows, matrices, outputs, width, gated) or dot
+    own = _hopper_products_plan(rows, matrices, outputs, width, gated) if hopper and rows <= 128 else None
+    if own is None or dot is None:
+        return own or dot
+    balanced = _at_work(outputs, own.outputs) > 0.75
+    if gated:
+        return own if rows > 16 and balanced and outputs < 32768 else dot
+    if matrices > 1:
+        return own if outputs < 4096 or rows > 16 and balanced else dot
+    return own if 2112 < outputs < 8192 or width >= 8192 > outputs else dot
+
+
+def _at_work(outputs: int, size: int) -> float:
+    """The share of processors that work, in the rounds that all tiles of a product take."""
+    tiles = -(-outputs // size)
+    return tiles / (-(-tiles // PROCESSORS) * PROCESSORS)
 
 
 def _dot_plan(rows: int, matrices: int, outputs: int, width: int, gated: bool) -> DotPlan | None:
@@ -150,24 +162,24 @@ def _dot_plan(rows: int, matrices: int, outputs: int, width: int, gated: bool) -
 
 
 def _hopper_products_plan(rows: int, matrices: int, outputs: int, width: int, gated: bool) -> HopperProductsPlan | None:
-    """Tiles of which the processors' rounds leave few idle, or a small matrix's columns divided among programs."""
-    tokens, block = (64, 128) if rows <= 64 else (128, 64)
-
-    def used(size: int) -> float:
-        """The share of processors that work, in the rounds that all tiles take. Small tiles are not worth a second round."""
-        tiles = -(-outputs // size)
-        rounds = -(-tiles // PROCESSORS)
-        return tiles / (rounds * PROCESSORS) if rounds == 1 or size > 32 else 0
-
-    if gated or matrices > 1 or outputs >= 8192 or width <= 2048 <= outputs:
-        size = max((256, 128, 64) if gated else (128, 64, 32), key=used)
+    """Tiles that leave few processors idle; a long matrix's columns divided among programs; None where cuBLAS is as fast."""
+    few = rows <= 64
+    tokens, block = (64, 128) if few else (128, 64)
+    if gated or matrices > 1 or outputs >= (8192 if few else 32768):
+        small = [32] if outputs <= 32 * PROCESSORS else []  # not worth a second round
+        size = max([*([256] if gated else []), 128, 64, *small], key=lambda size: _at_work(outputs, size))
         return HopperProductsPlan(tokens, size, 1, 128 if size == 32 else block)
-    if rows > 64 and 2048 < width < 8192 and outputs > 512:
+    if 2048 <= outputs <= 32 * PROCESSORS and width <= (8192 if few else 2816):
+        return HopperProductsPlan(tokens, 32, 1, 128)
+    if 512 < outputs < 2048 and width <= 4096:
+        if few:
+            return HopperProductsPlan(tokens, 16, 1, 256)
+        return HopperProductsPlan(tokens, 16, 1, 128) if width <= 2048 else HopperProductsPlan(tokens, 32, 2, 128)
+    size = 64 if outputs <= 64 * PROCESSORS // 2 else 128
+    shares = max(1, min(PROCESSORS // -(-outputs // size), width // (2 * block), 12))
+    if outputs > 512 and not few and (width < 8192 or rows > 96 and not 2048 <= outputs <= 32 * PROCESSORS):
         return None
-    if rows <= 64 and 512 < outputs <= 16 * PROCESSORS and width <= 4096:
-        return HopperProductsPlan(tokens, 16, 1, 256)
-    size = 64 if outputs <= 66 * 64 else 128
-    return HopperProductsPlan(tokens, size, max(1, min(PROCESSORS // -(-outputs // size), width // (2 * block), 12)), block)
+    return HopperProductsPlan(tokens, size, shares, block)
 
 
 def _vector_plan(outputs: int, width: int, gated: bool) -> VectorPlan:
