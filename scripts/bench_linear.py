@@ -195,12 +195,20 @@ def chosen(row: dict[str, Any]) -> float:
     return row["cublas_us"] if plan is None else row["plans_us"][str(list(plan))]
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of docs/fusions.md: `ours / cuBLAS = gain`, or cuBLAS's time where it is left to it."""
+def chosen_on_hopper(row: dict[str, Any]) -> float:
+    """The same of a row of measure_hopper, with the norm in front; KeyError if that plan was not measured."""
+    plan = product_plan(row["rows"], len(row["matrices"]), sum(row["matrices"]), row["width"], row["gated"], 2, hopper=True)
+    if isinstance(plan, HopperProductsPlan):
+        return row["plans_us"][str(list(plan))]
+    return row["cublas_us"] if plan is None else row["others_us"]
+
+
+def markdown(rows: list[dict[str, Any]], chosen: Callable[[dict[str, Any]], float] = chosen) -> str:
+    """The tables of docs/fusions.md: `ours / cuBLAS = gain`, or cuBLAS's time where it is left to it."""
     counts = sorted({row["rows"] for row in rows})
     table: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
-        ours, cublas = chosen(row), row["cublas_us"]
+        ours, cublas = (time - row.get("norm_us", 0) for time in (chosen(row), row["cublas_us"]))
         cell = f"{ours:.2f} / {cublas:.2f} = **{cublas / ours:.2f}**" if ours != cublas else f"{cublas:.2f}, cuBLAS"
         table.setdefault((row["model"], row["product"]), {})[row["rows"]] = cell
     lines = ["| model | product | " + " | ".join(map(str, counts)) + " |", "|---" * (2 + len(counts)) + "|"]
