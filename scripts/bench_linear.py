@@ -2,10 +2,15 @@
 
     python scripts/bench_linear.py [--rows 1,2,3,4,8,32] [--out FILE]
     python scripts/bench_linear.py --table benchmarks/linear-h200.json
+    python scripts/bench_linear.py --ple [--rows 3,4,8,16,30,64,80,128] [--out FILE]      # the two products of a PLE tail
 
 One row: the products of one launch, cuBLAS's for the same (a launch a matrix; with geglu's kernel where gated), and each
 plan, in microseconds. Medians over replays of CUDA graphs, which alternate; the weights rotate through more than the L2.
 `product_plan` is made of these numbers, and tests/ops/test_measured.py holds it to them.
+
+--ple: both products of a PLE tail and what is between them, launched dependently, by cuBLAS, by the kernels without tensor cores
+up to 32 rows, and by several plans with them; then the gate and the projection alone. `difference`: the largest of any plan's
+results from cuBLAS's, as a share of the largest result.
 """
 
 from __future__ import annotations
@@ -24,9 +29,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this folder is no package
 
+from gemma4_compile.ops.dependent import constants
 from gemma4_compile.ops.fusions.geglu import launch_geglu
 from gemma4_compile.ops.fusions.linear import launch_products
-from gemma4_compile.ops.plans import DotPlan, VectorPlan, product_plan
+from gemma4_compile.ops.fusions.ple_dot import launch_gate_dot, launch_projection_dot
+from gemma4_compile.ops.fusions.ple_tail import launch_gate, launch_planned, launch_projection
+from gemma4_compile.ops.plans import DotPlan, PleDotPlan, PlePlan, VectorPlan, ple_plan, product_plan
 from scripts.bench_ops import microseconds
 
 # (model, product) -> rows of each matrix, width, gated
@@ -62,6 +70,8 @@ VECTOR += [VectorPlan(4, 256, 4, 2), VectorPlan(1, 512, 3, 4), VectorPlan(2, 256
 DOT = [(64, 128, 1, 4, 4), (16, 128, 4, 4, 4), (16, 64, 4, 4, 4), (16, 64, 4, 4, 6), (16, 256, 1, 1, 4), (64, 64, 1, 4, 6)]
 DOT_OF_MANY = [(64, 128, 1, 4, 4), (16, 128, 4, 4, 4), (64, 64, 1, 4, 6)]  # above 16 rows
 ROTATE_BYTES = 300e6
+PLE = {"E2B": (1536, 256), "E4B": (2560, 256)}  # hidden, per-layer input
+PLE_DOT = [(8, 16, 8, 8, 4, 4), (8, 8, 4, 8, 4, 2), (16, 16, 8, 16, 2, 4), (16, 8, 8, 16, 2, 2)]
 
 
 def plans_for(rows: int, gated: bool) -> list[VectorPlan | DotPlan]:
@@ -102,6 +112,44 @@ def measure(token_counts: list[int]) -> list[dict[str, Any]]:
     return found
 
 
+def ple_alone(plan: PlePlan | PleDotPlan) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Its gate, and its projection of some gated inputs."""
+    dots = isinstance(plan, PleDotPlan)
+    gate, projection = (launch_gate_dot, launch_projection_dot) if dots else (launch_gate, launch_projection)
+    return (
+        lambda x, inputs, first, _: gate(x, inputs, first, plan),  # type: ignore[arg-type]
+        lambda _, inputs, __, second: projection(inputs, second, plan),  # type: ignore[arg-type]
+    )
+
+
+def measure_ple(token_counts: list[int]) -> list[dict[str, Any]]:
+    found = []
+    for model, (width, p) in PLE.items():
+        copies = int(ROTATE_BYTES // (4 * width * p))
+        layers = [
+            tuple((0.02 * torch.randn(*size, device="cuda")).bfloat16() for size in ((p, width), (width, p)))
+            for _ in range(copies)
+        ]
+        for rows in token_counts:
+            x, inputs = (torch.randn(rows, n, device="cuda").bfloat16() for n in (width, p))
+            without = ple_plan(rows, width, p, 4)  # as for fp32
+            plans = [*([without] if isinstance(without, PlePlan) else []), *(PleDotPlan(*plan) for plan in PLE_DOT)]
+            functions: list[Callable[..., Any]] = [partial(launch_planned, plan=plan) for plan in (None, *plans)]
+            wanted, *results = (function(x, inputs, *layers[0]).float() for function in functions)
+            functions += [lambda x, _, first, __: F.linear(x, first), lambda _, inputs, __, second: F.linear(inputs, second)]
+            functions += [alone for plan in plans for alone in ple_alone(plan)]
+            with constants([weight for layer in layers for weight in layer]):
+                times = [round(t, 3) for t in microseconds(functions, [(x, inputs, *layer) for layer in layers], repeats=7)]
+            names = ["cublas", *(f"{'dot' if isinstance(plan, PleDotPlan) else 'vector'} {list(plan)}" for plan in plans)]
+            alone = times[len(names) :]
+            row = {"model": model, "rows": rows, "us": dict(zip(names, times, strict=False))}
+            row |= {"gate_us": dict(zip(names, alone[::2], strict=True)), "projection_us": dict(zip(names, alone[1::2], strict=True))}
+            row["difference"] = max(((result - wanted).abs().max() / wanted.abs().max()).item() for result in results)
+            found.append(row)
+            print(json.dumps(row), flush=True)
+    return found
+
+
 def chosen(row: dict[str, Any]) -> float:
     """What product_plan's choice took; KeyError if it was not measured."""
     plan = product_plan(row["rows"], len(row["matrices"]), sum(row["matrices"]), row["width"], row["gated"], 2)
@@ -123,7 +171,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 3, 4, 8, 32])
+    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")])
+    parser.add_argument("--ple", action="store_true", help="the products of a PLE tail")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument("--table", type=Path, help="print this JSON as Markdown; measures nothing")
     options = parser.parse_args()
@@ -131,7 +180,9 @@ def main() -> None:
         print(markdown(json.loads(options.table.read_text())["rows"]))
         return
     with torch.no_grad():
-        rows = measure(options.rows)
+        rows = (
+            measure_ple(options.rows or [3, 4, 8, 16, 30, 64, 80, 128]) if options.ple else measure(options.rows or [1, 2, 3, 4, 8, 32])
+        )
     if options.out:
         about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": __import__("triton").__version__}
         options.out.write_text(json.dumps(about | {"dtype": "bfloat16", "rows": rows}, indent=1) + "\n")
