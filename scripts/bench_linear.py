@@ -3,6 +3,7 @@
     python scripts/bench_linear.py [--rows 1,2,3,4,8,32] [--out FILE]
     python scripts/bench_linear.py --hopper [--rows 4,16,30,64,80,128] [--models E2B] [--out FILE]
     python scripts/bench_linear.py --table benchmarks/linear-h200.json
+    python scripts/bench_linear.py --ple [--rows 3,4,8,16,30,64,80,128] [--out FILE]      # the two products of a PLE tail
 
 One row: the products of one launch, cuBLAS's for the same (a launch a matrix; with geglu's kernel where gated), and each
 plan, in microseconds. Medians over replays of CUDA graphs, which alternate; the weights rotate through more than the L2.
@@ -10,6 +11,10 @@ plan, in microseconds. Medians over replays of CUDA graphs, which alternate; the
 
 --hopper: the kernel of ops/fusions/linear_hopper.py by several plans. As in a step a norm stands in front of each product, and
 launches are dependent: norm and product together are what is timed, also with cuBLAS and with the plan of other GPUs.
+
+--ple: both products of a PLE tail and what is between them, launched dependently, by cuBLAS, by the kernels without tensor
+cores up to 32 rows, and by several plans with them; then the gate and the projection alone. `difference`: the largest of any
+plan's results from cuBLAS's, as a share of the largest result.
 """
 
 from __future__ import annotations
@@ -34,7 +39,18 @@ from gemma4_compile.bench.rates import median_seconds
 from gemma4_compile.ops.dependent import constants
 from gemma4_compile.ops.fusions.geglu import launch_geglu
 from gemma4_compile.ops.fusions.linear import launch_products
-from gemma4_compile.ops.plans import PROCESSORS, DotPlan, HopperProductsPlan, VectorPlan, product_plan
+from gemma4_compile.ops.fusions.ple_dot import launch_gate_dot, launch_projection_dot
+from gemma4_compile.ops.fusions.ple_tail import launch_gate, launch_planned, launch_projection
+from gemma4_compile.ops.plans import (
+    PROCESSORS,
+    DotPlan,
+    HopperProductsPlan,
+    PleDotPlan,
+    PlePlan,
+    VectorPlan,
+    ple_plan,
+    product_plan,
+)
 from gemma4_compile.ops.rms_norm import rms_norm
 from scripts.bench_ops import microseconds
 
@@ -75,6 +91,8 @@ VECTOR += [VectorPlan(4, 256, 4, 2), VectorPlan(1, 512, 3, 4), VectorPlan(2, 256
 DOT = [(64, 128, 1, 4, 4), (16, 128, 4, 4, 4), (16, 64, 4, 4, 4), (16, 64, 4, 4, 6), (16, 256, 1, 1, 4), (64, 64, 1, 4, 6)]
 DOT_OF_MANY = [(64, 128, 1, 4, 4), (16, 128, 4, 4, 4), (64, 64, 1, 4, 6)]  # above 16 rows
 ROTATE_BYTES = 300e6
+PLE = {"E2B": (1536, 256), "E4B": (2560, 256)}  # hidden, per-layer input
+PLE_DOT = [(8, 16, 8, 8, 4, 4), (8, 8, 4, 8, 4, 2), (16, 16, 8, 16, 2, 4), (16, 8, 8, 16, 2, 2)]
 
 
 def plans_for(rows: int, gated: bool) -> list[VectorPlan | DotPlan]:
@@ -189,6 +207,45 @@ def measure_hopper(token_counts: list[int], models: list[str], products: list[st
     return found
 
 
+def ple_alone(plan: PlePlan | PleDotPlan) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Its gate, and its projection of some gated inputs."""
+    dots = isinstance(plan, PleDotPlan)
+    gate, projection = (launch_gate_dot, launch_projection_dot) if dots else (launch_gate, launch_projection)
+    return (
+        lambda x, inputs, first, _: gate(x, inputs, first, plan),  # type: ignore[arg-type]
+        lambda _, inputs, __, second: projection(inputs, second, plan),  # type: ignore[arg-type]
+    )
+
+
+def measure_ple(token_counts: list[int]) -> list[dict[str, Any]]:
+    found = []
+    for model, (width, p) in PLE.items():
+        copies = int(ROTATE_BYTES // (12 * width * p))
+        layers = [
+            tuple((0.02 * torch.randn(*size, device="cuda")).bfloat16() for size in ((p, width), (width, p)))
+            for _ in range(copies)
+        ]
+        for rows in token_counts:
+            x, inputs = (torch.randn(rows, n, device="cuda").bfloat16() for n in (width, p))
+            without = ple_plan(rows, width, p, 4)  # as for fp32
+            plans: list[PlePlan | PleDotPlan] = [without] if isinstance(without, PlePlan) else []
+            plans += [PleDotPlan(*plan) for plan in PLE_DOT]
+            functions: list[Callable[..., Any]] = [partial(launch_planned, plan=plan) for plan in (None, *plans)]
+            wanted, *results = (function(x, inputs, *layers[0]).float() for function in functions)
+            functions += [lambda x, _, first, __: F.linear(x, first), lambda _, inputs, __, second: F.linear(inputs, second)]
+            functions += [alone for plan in plans for alone in ple_alone(plan)]
+            with constants([weight for layer in layers for weight in layer]):
+                times = [round(t, 3) for t in quick_microseconds(functions, [(x, inputs, *layer) for layer in layers])]
+            names = ["cublas", *(f"{'dot' if isinstance(plan, PleDotPlan) else 'vector'} {list(plan)}" for plan in plans)]
+            alone = times[len(names) :]
+            row = {"model": model, "rows": rows, "us": dict(zip(names, times, strict=False))}
+            row["gate_us"], row["projection_us"] = (dict(zip(names, alone[i::2], strict=True)) for i in range(2))
+            row["difference"] = max(((result - wanted).abs().max() / wanted.abs().max()).item() for result in results)
+            found.append(row)
+            print(json.dumps(row), flush=True)
+    return found
+
+
 def chosen(row: dict[str, Any]) -> float:
     """What product_plan's choice took; KeyError if it was not measured."""
     plan = product_plan(row["rows"], len(row["matrices"]), sum(row["matrices"]), row["width"], row["gated"], 2)
@@ -222,6 +279,7 @@ def main() -> None:
     parser.add_argument("--hopper", action="store_true", help="time Hopper's kernel, behind a norm")
     parser.add_argument("--products", type=lambda text: text.split(";"), help="separated by ;")
     parser.add_argument("--models", type=lambda text: text.split(","), default=["E2B", "E4B", "26B-A4B", "31B"])
+    parser.add_argument("--ple", action="store_true", help="the products of a PLE tail")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument("--table", type=Path, help="print this JSON as Markdown; measures nothing")
     options = parser.parse_args()
@@ -231,6 +289,8 @@ def main() -> None:
     with torch.no_grad():
         if options.hopper:
             rows = measure_hopper(options.rows or [4, 16, 30, 64, 80, 128], options.models, options.products)
+        elif options.ple:
+            rows = measure_ple(options.rows or [3, 4, 8, 16, 30, 64, 80, 128])
         else:
             rows = measure(options.rows or [1, 2, 3, 4, 8, 32])
     if options.out:

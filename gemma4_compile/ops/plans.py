@@ -67,10 +67,36 @@ class PlePlan(NamedTuple):
     warps: int
 
 
-def ple_plan(rows: int, width: int) -> PlePlan | None:
-    """None: enough tokens for cuBLAS."""
+class PleDotPlan(NamedTuple):
+    """The same with tensor cores: tokens a program (8 or 16 of each product), slices of the columns that are summed apart, at
+    least as many as the gate's warps; of the projection a warp has 16 outputs."""
+
+    gate_tokens: int
+    gate_slices: int
+    gate_warps: int
+    tokens: int
+    slices: int
+    warps: int
+
+
+def ple_plan(rows: int, width: int, p: int, itemsize: int) -> PlePlan | PleDotPlan | None:
+    """Of p inputs for each of so many tokens. None: enough tokens for cuBLAS."""
+    if rows > 2 and _ple_dots(rows, width, p, itemsize):
+        # A program for each processor while that can be; of 16 tokens only what registers hold. Sums of four chains each.
+        gate_tokens = 16 if rows > 64 and width <= 3072 else 8
+        tokens, slices = (16, 2) if rows > 32 and p <= 256 else (8, 4)
+        return PleDotPlan(gate_tokens, gate_slices=16, gate_warps=8, tokens=tokens, slices=slices, warps=4)
     if rows > (32 if width <= 2048 else 16):
         return None
+    return _ple_few(rows, width)
+
+
+def _ple_dots(rows: int, width: int, p: int, itemsize: int) -> bool:
+    """fp32 has no tensor cores that add exactly; a program has all weights of its outputs in registers."""
+    return itemsize == 2 and rows <= 128 and width <= 4096 and p <= 512
+
+
+def _ple_few(rows: int, width: int) -> PlePlan:
     if rows <= 2:
         return PlePlan(tokens=1, gate_outputs=2, gate_block=256, gate_warps=4, outputs=16, warps=4)
     if rows <= 8:
@@ -87,9 +113,8 @@ def norms_inside(rows: int, width: int) -> bool:
 
 def norm_ple_plan(rows: int, width: int) -> PlePlan | None:
     """Of a gate whose programs norm their row themselves. None: a kernel for the norm, and both products by ple_plan."""
-    plan = ple_plan(rows, width) if norms_inside(rows, width) else None
     # The norm's operations are divided among the program's threads: blocks of a multiple of their number.
-    return None if plan is None else plan._replace(gate_block=512)
+    return _ple_few(rows, width)._replace(gate_block=512) if norms_inside(rows, width) else None
 
 
 class VectorPlan(NamedTuple):

@@ -18,9 +18,10 @@ from gemma4_compile.ops.examples import SMALL, Sizes, example
 from gemma4_compile.ops.fusions.experts import run_plan, sorted_pairs
 from gemma4_compile.ops.fusions.linear import launch_products
 from gemma4_compile.ops.fusions.linear_hopper import sum_shares
-from gemma4_compile.ops.plans import DotPlan, HopperTilesPlan, PairPlan, TiledPlan, TilePlan, VectorPlan, head_plan
+from gemma4_compile.ops.fusions.ple_tail import launch_planned
+from gemma4_compile.ops.plans import DotPlan, HopperTilesPlan, PairPlan, PleDotPlan, TiledPlan, TilePlan, VectorPlan, head_plan
 from tests.ops.accuracy import assert_as_accurate
-from tests.ops.exact import exact
+from tests.ops.exact import exact, ple
 
 NORMED = ("norm_gate_up", "norm_linear", "norm_linear_pair", "norm_linear_triple")
 PRODUCTS = ("linear", "linear_pair", "linear_triple", "gate_up", *NORMED)
@@ -168,6 +169,29 @@ def normed_products(device: str) -> None:
         check_op("norm_ple", example("norm_ple", replace(SMALL, hidden=600, ple=21), tokens, torch.bfloat16, device))
 
 
+def ple_dots(device: str) -> None:
+    """Each kind of plan, with tokens, inputs and columns that fill no block, also of rows that lie apart; and what each
+    number of tokens is given."""
+    for tokens in (3, 5, 16, 17, 33, 80, 128):
+        check_op("ple_tail", example("ple_tail", replace(SMALL, hidden=64, ple=16), tokens, torch.bfloat16, device))
+    plans = (
+        PleDotPlan(8, 16, 8, 8, 4, 4),
+        PleDotPlan(8, 8, 4, 8, 1, 2),
+        PleDotPlan(16, 8, 8, 16, 2, 1),
+        PleDotPlan(16, 4, 2, 16, 4, 4),
+    )
+    for plan in plans:
+        for rows, hidden, p, dtype in ((19, 40, 37, torch.bfloat16), (5, 550, 16, torch.float16), (3, 40, 150, torch.bfloat16)):
+            x, inputs = (torch.randn(rows, 3, n, device=device).to(dtype)[:, 1] for n in (hidden, p))
+            gate, projection = ((0.1 * torch.randn(*size, device=device)).to(dtype) for size in ((p, hidden), (hidden, p)))
+            eager = F.linear(F.gelu(F.linear(x, gate), approximate="tanh") * inputs, projection)
+            wanted = ple(x.double(), inputs.double(), gate.double(), projection.double())
+            actual = launch_planned(x, inputs, gate, projection, plan)
+            assert_as_accurate(actual, eager, wanted)
+            if rows == 3:
+                assert torch.equal(actual, launch_planned(x.contiguous(), inputs.contiguous(), gate, projection, plan))
+
+
 def expert_plans(device: str) -> None:
     """Each kind of plan of the experts, with sizes that fill no block: odd top_k, experts that no token asks for, all tokens on
     one expert, experts that are elsewhere, routing weights of the input's dtype."""
@@ -232,6 +256,7 @@ CASES: dict[str, Callable[[str], None]] = {
     "products": products,
     "shares of products": shares_of_products,
     "normed products": normed_products,
+    "PLE dots": ple_dots,
     "expert plans": expert_plans,
     "experts by vendor": experts_by_vendor,
     "pairs sorted": pairs_sorted,
