@@ -20,7 +20,6 @@ plan's results from cuBLAS's, as a share of the largest result.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import sys
@@ -101,14 +100,14 @@ def plans_for(rows: int, gated: bool) -> list[VectorPlan | DotPlan]:
 
 
 def hopper_plans(rows: int, counts: tuple[int, ...], width: int, gated: bool) -> list[HopperProductsPlan]:
-    """Tiles of all sizes, whole or shared by as many programs as there are processors for."""
+    """Tiles of all sizes, whole or shared by as many programs as there are processors for. Steps of other numbers of columns
+    were slower in a first run."""
     plans, tokens = [], 64 if rows <= 64 else 128
-    for outputs, block in itertools.product((32, 64, 128, 256) if gated else (16, 32, 64, 128), (64, 128, 256)):
+    for outputs in (32, 64, 128, 256) if gated else (16, 32, 64, 128):
+        block = 256 if outputs == 16 and rows <= 64 else 128 if outputs <= 32 or rows <= 64 else 64
         of_tile = outputs // 2 if gated else outputs
         tiles = -(-counts[0] // of_tile) if gated else sum(-(-count // of_tile) for count in counts)
         splits = min(PROCESSORS // tiles, width // (2 * block), 12)
-        if block * (tokens + outputs) > 200 * 256 or block == 256 and outputs > 64:  # buffers for a step or two alone
-            continue
         if 24 <= tiles <= (PROCESSORS if outputs < 64 else 20 * PROCESSORS):
             plans.append(HopperProductsPlan(tokens, outputs, 1, block))
         if splits > 1 and outputs >= 64 or splits == 2:
@@ -160,6 +159,7 @@ def as_one(products: Tensor | list[Tensor]) -> Tensor:
 def quick_microseconds(functions: list[Callable[..., Any]], arguments: list[tuple[Tensor, ...]]) -> list[float]:
     """As microseconds, for hundreds of functions: torch.cuda.graph gives all free memory back before each capture."""
     graphs, stream, pool = [], torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for function in functions:
             function(*arguments[0])

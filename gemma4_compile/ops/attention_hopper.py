@@ -324,7 +324,8 @@ def hopper_plan(rows: int, requests: int, kv_heads: int, group: int, dim: int, m
     tiles = max(requests, 1) * -(-average * power_of_two(group) // BLOCK_M) * kv_heads
     few = average <= 8
     if dim == 256:
-        return HopperPlan(1) if few and tiles >= 64 and average * group >= 8 else None
+        # From 24 on two programs share a window, which has 8 blocks and more.
+        return HopperPlan(1 if tiles >= 64 else 2) if few and tiles >= 24 and average * group >= 8 and max_keys > 128 else None
     if few and tiles < 8:
         return None
     splits = 1 << (PROCESSORS // tiles).bit_length() - 1 if tiles <= PROCESSORS else 1

@@ -83,7 +83,7 @@ def ple_plan(rows: int, width: int, p: int, itemsize: int) -> PlePlan | PleDotPl
     """Of p inputs for each of so many tokens. None: enough tokens for cuBLAS."""
     if rows > 2 and _ple_dots(rows, width, p, itemsize):
         # A program for each processor while that can be; of 16 tokens only what registers hold. Sums of four chains each.
-        gate_tokens = 16 if rows > 64 and width <= 3072 else 8
+        gate_tokens = 16 if rows > 32 and width <= 3072 else 8
         tokens, slices = (16, 2) if rows > 32 and p <= 256 else (8, 4)
         return PleDotPlan(gate_tokens, gate_slices=16, gate_warps=8, tokens=tokens, slices=slices, warps=4)
     if rows > (32 if width <= 2048 else 16):
