@@ -303,14 +303,15 @@ def _attention_kernel(
 
 @jit
 def _combine_kernel(
-    mixed_ptr, tops_ptr, totals_ptr, out_ptr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    mixed_ptr, tops_ptr, totals_ptr, out_ptr, DIM: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One row of one head from its SPLITS shares. A share that saw no key has total 0, and its row was not written."""
+    """BLOCK columns of one row of one head from its SPLITS shares. A share that saw no key has total 0, and its row was not
+    written. By one warp, whose threads have all shares of their columns: no sum but the totals' leaves a thread."""
     start(DEPENDENT)
     head = tl.program_id(0).to(tl.int64)
     share = head * SPLITS + tl.arange(0, SPLITS)
-    column = tl.arange(0, DIM_BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
 
     total = tl.load(totals_ptr + share)
     top = tl.load(tops_ptr + share)
@@ -374,7 +375,7 @@ def attention_plan(
         most = power_of_two(-(-window // 32) + 1)  # one more: a window may begin within a block
     else:
         most = _power_of_two_within(max_keys // (64 if dim_block > 256 and requests * kv_heads >= 32 else 32))
-    # _combine_kernel holds all splits of a row in registers: 64 of 512 columns took 10 us longer than 32.
+    # Their sum has all splits of a row in registers: 64 of 512 columns took 10 us longer than 32.
     return AttentionPlan(block_q, block_n, min(splits, most, 64 if dim_block <= 256 else 32), warps, stages)
 
 
@@ -457,7 +458,10 @@ def launch_planned(
         )  # fmt: skip
     if splits > 1:
         dependent, options = alone()
-        _combine_kernel[(rows * heads,)](mixed, tops, totals, out, dim, dim_block, splits, dependent, num_warps=4, **options)
+        block = min(dim_block, 128 if splits <= 32 else 64)  # what a warp has registers for
+        _combine_kernel[(rows * heads, -(-dim // block))](
+            mixed, tops, totals, out, dim, block, splits, dependent, num_warps=1, **options
+        )
 
 
 @op(launch=_launch, like="q", check=check_attention, mutates=("keys", "values"))
