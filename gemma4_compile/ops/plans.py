@@ -200,7 +200,7 @@ def _hopper_products_plan(rows: int, matrices: int, outputs: int, width: int, ga
         if few:
             return HopperProductsPlan(tokens, 16, 1, 256)
         return HopperProductsPlan(tokens, 16, 1, 128) if width <= 2048 else HopperProductsPlan(tokens, 32, 2, 128)
-    size = 64 if outputs <= 64 * PROCESSORS // 2 else 128
+    size = 64 if outputs <= 64 * PROCESSORS // 2 or few and width <= 8192 else 128
     shares = max(1, min(PROCESSORS // -(-outputs // size), width // (2 * block), 12))
     if outputs > 512 and not few and (width < 8192 or rows > 96 and not 2048 <= outputs <= 32 * PROCESSORS):
         return None
