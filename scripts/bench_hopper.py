@@ -1,9 +1,9 @@
-"""Time Hopper's own kernels beside what runs elsewhere: attention, experts of many tokens, products of 33 to 128 rows.
+"""Time Hopper's own kernels beside what runs elsewhere: attention and experts of many tokens; products: bench_linear.py.
 
-    python scripts/bench_hopper.py [--only attention,experts,products] [--out FILE]
+    python scripts/bench_hopper.py [--only attention,experts] [--out FILE]
 
-Each row: microseconds in a CUDA graph of what the plans of other GPUs launch (our Triton kernels, torch's grouped product,
-cuBLAS), of what Hopper's plan launches, and the floor: the bytes of weights or of keys and values at this run's copy bandwidth
+Each row: microseconds in a CUDA graph of what the plans of other GPUs launch (our Triton kernels, torch's grouped product),
+of what Hopper's plan launches, and the floor: the bytes of weights or of keys and values at this run's copy bandwidth
 or the FLOPs at the rate of its large product, whichever takes longer. `difference` is the largest between the two results,
 beside the largest result. A graph goes through several layers' weights, more than the L2 cache holds.
 """
@@ -27,9 +27,7 @@ from gemma4_compile.bench.rates import copy_bandwidth, median_seconds, product_r
 from gemma4_compile.ops.attention import AttentionPlan, attention_plan, launch_planned
 from gemma4_compile.ops.attention_hopper import HopperPlan, hopper_plan
 from gemma4_compile.ops.fusions.experts import run_plan
-from gemma4_compile.ops.fusions.geglu import launch_geglu
-from gemma4_compile.ops.fusions.linear import launch_products
-from gemma4_compile.ops.plans import HopperTilesPlan, experts_plan, product_plan
+from gemma4_compile.ops.plans import HopperTilesPlan, experts_plan
 
 PAGE = 64
 LAYERS = {  # query heads, KV heads, head size, window
@@ -42,13 +40,6 @@ BATCHES = {  # requests, new rows of each, keys before them, head size or None f
     "30 prompts of 100": (30, 100, 0, 512), "decode 16 at 1024": (16, 1, 1023, 512), "decode 32 at 1536": (32, 1, 1535, 512),
     "decode 80 at 200": (80, 1, 199, None), "decode 80 at 1536": (80, 1, 1535, None),
     "verify 80 x 4 at 1536": (80, 4, 1532, None),
-}  # fmt: skip
-PRODUCTS = {  # outputs of each matrix, inputs, gated
-    "E2B q, k, v": ((2048, 256, 256), 1536, False), "E2B gate, up": ((6144, 6144), 1536, True),
-    "E2B gate, up, wide": ((12288, 12288), 1536, True), "E4B q, k, v": ((2048, 512, 512), 2560, False),
-    "E4B gate, up": ((10240, 10240), 2560, True), "26B-A4B q, k, v": ((4096, 2048, 2048), 2816, False),
-    "26B-A4B q, k, full": ((8192, 1024), 2816, False), "26B-A4B gate, up": ((2112, 2112), 2816, True),
-    "31B q, k, v": ((8192, 4096, 4096), 5376, False), "31B gate, up": ((21504, 21504), 5376, True),
 }  # fmt: skip
 
 
@@ -130,50 +121,24 @@ def experts(rates: Rates) -> Iterator[dict[str, Any]]:
         yield row("experts", f"26B-A4B, {tokens} tokens", floor, times, results)
 
 
-def vendor(x: Tensor, layer: tuple[Tensor, ...], gated: bool) -> list[Tensor]:
-    found = [torch.nn.functional.linear(x, weight) for weight in layer]
-    return [launch_geglu(*found)] if gated else found
-
-
-def products(rates: Rates) -> Iterator[dict[str, Any]]:
-    for name, (outputs, width, gated) in PRODUCTS.items():
-        nbytes = 2.0 * sum(outputs) * width
-        layers = [
-            tuple(normal(n, width, std=width**-0.5) for n in outputs) for _ in range(min(max(2, int(250e6 / nbytes)), 30))
-        ]
-        for rows in (34, 64, 80, 128):
-            x = normal(rows, width)
-            plan = product_plan(rows, len(outputs), sum(outputs), width, gated, 2, hopper=True)
-            if plan is None:
-                continue
-            before = graphed([partial(vendor, x, layer, gated) for layer in layers])
-            after = graphed([partial(launch_products, x, layer, gated, plan) for layer in layers])
-            results = [vendor(x, layers[0], gated)[0], launch_products(x, layers[0], gated, plan)[0]]
-            yield row("products", f"{name}, {rows} rows", rates.floor(nbytes, nbytes * rows), [before, after], results)
-
-
 def taken(row: dict[str, Any]) -> bool:
     """Whether Hopper's plan for a row is one of its own kernels."""
     name, _, rest = row["shape"].partition(", ")
     if row["kind"] == "attention":
         (heads, kv_heads, dim, _), (requests, rows, seen, _) = LAYERS[name], BATCHES[rest]
         return hopper_plan(requests * rows, requests, kv_heads, heads // kv_heads, dim, rows + seen) is not None
-    if row["kind"] == "experts":
-        return isinstance(experts_plan(int(rest.split()[0]), 8, 128, torch.bfloat16, 2816, 704, True), HopperTilesPlan)
-    name, _, rest = row["shape"].rpartition(", ")
-    outputs, width, gated = PRODUCTS[name]
-    return product_plan(int(rest.split()[0]), len(outputs), sum(outputs), width, gated, 2, True) is not None
+    return isinstance(experts_plan(int(rest.split()[0]), 8, 128, torch.bfloat16, 2816, 704, True), HopperTilesPlan)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="attention,experts,products")
+    parser.add_argument("--only", default="attention,experts")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     rates = Rates(copy_bandwidth(), product_rate())
     rows = []
-    for part in (attention, experts, products):
+    for part in (attention, experts):
         if part.__name__ in args.only.split(","):
             for found in part(rates):
                 print(

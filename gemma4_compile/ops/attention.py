@@ -303,19 +303,21 @@ def _attention_kernel(
 
 @jit
 def _combine_kernel(
-    mixed_ptr, tops_ptr, totals_ptr, out_ptr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    mixed_ptr, tops_ptr, totals_ptr, out_ptr, DIM: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One row of one head from its SPLITS shares. A share that saw no key has total 0, and its row was not written."""
+    """BLOCK columns of one row of one head from its SPLITS shares. A share that saw no key has total 0, and its row was not
+    written. By one warp, whose threads have all shares of their columns: no sum but the totals' leaves a thread."""
     start(DEPENDENT)
     head = tl.program_id(0).to(tl.int64)
     share = head * SPLITS + tl.arange(0, SPLITS)
-    column = tl.arange(0, DIM_BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
 
     total = tl.load(totals_ptr + share)
     top = tl.load(tops_ptr + share)
-    wanted = (total > 0.0)[:, None] & (column < DIM)[None, :]
-    mixed = tl.load(mixed_ptr + share[:, None] * DIM + column[None, :], wanted, other=0.0)
+    # All at once: a load that waits for the totals is a second way to memory, and what was not written is left out behind it.
+    mixed = tl.load(mixed_ptr + share[:, None] * DIM + column[None, :], (column < DIM)[None, :], other=0.0)
+    mixed = tl.where((total > 0.0)[:, None], mixed, 0.0)
 
     highest = tl.max(top)
     weight = exponential(top - tl.where(highest == float("-inf"), 0.0, highest))
@@ -348,7 +350,7 @@ def attention_plan(
     elif few:
         idle = requests * kv_heads < 32  # smaller tiles then, as there are processors for more of them
         block_m = 16 if dim_block <= 256 or idle else min(max(16, average * group_block), 32)
-        block_n, warps, stages = 64, 4, 2
+        block_n, warps, stages = 32 if dim_block > 256 and requests * kv_heads <= 8 else 64, 4, 2
     elif dim_block <= 256:
         block_m, block_n, warps, stages = 128, 64, 8, 2
     else:
@@ -356,6 +358,14 @@ def attention_plan(
     block_q = max(1, power_of_two(block_m) // group_block)
 
     tiles = max(requests * -(-average // block_q) * kv_heads, 1)
+    if (
+        few and window and dim_block <= 256 and itemsize < 4
+    ):  # few blocks: a share more costs its sum as much as its program saves
+        blocks = -(-min(window, max_keys) // block_n)
+        splits = min(_power_of_two_within(PROCESSORS * blocks // (16 * tiles)), 8)
+        splits = min(max(splits, 2 if tiles <= PROCESSORS else 1), _power_of_two_within(blocks))
+        # A third block under way takes a processor's memory for one program.
+        return AttentionPlan(block_q, block_n, splits, warps, 3 if splits < 8 and tiles * splits <= PROCESSORS else 2)
     # Partial results are fp32 rows of each split: what many rows would write costs more than idle processors.
     if few:  # two programs a processor, and never one alone for a request's keys
         splits = max(2, power_of_two(-(-_power_of_two_within(2 * PROCESSORS) // tiles)))
@@ -365,7 +375,7 @@ def attention_plan(
         most = power_of_two(-(-window // 32) + 1)  # one more: a window may begin within a block
     else:
         most = _power_of_two_within(max_keys // (64 if dim_block > 256 and requests * kv_heads >= 32 else 32))
-    # _combine_kernel holds all splits of a row in registers: 64 of 512 columns took 10 us longer than 32.
+    # Their sum has all splits of a row in registers: 64 of 512 columns took 10 us longer than 32.
     return AttentionPlan(block_q, block_n, min(splits, most, 64 if dim_block <= 256 else 32), warps, stages)
 
 
@@ -448,7 +458,10 @@ def launch_planned(
         )  # fmt: skip
     if splits > 1:
         dependent, options = alone()
-        _combine_kernel[(rows * heads,)](mixed, tops, totals, out, dim, dim_block, splits, dependent, num_warps=4, **options)
+        block = min(dim_block, 128 if splits <= 32 else 64)  # what a warp has registers for
+        _combine_kernel[(rows * heads, -(-dim // block))](
+            mixed, tops, totals, out, dim, block, splits, dependent, num_warps=1, **options
+        )
 
 
 @op(launch=_launch, like="q", check=check_attention, mutates=("keys", "values"))

@@ -21,6 +21,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .dependent import alone, start
 from .gluon import barrier, blocks_of, gl, gluon_jit, hopper, is_hopper, mbarrier
 from .library import power_of_two
 from .plans import PROCESSORS
@@ -193,9 +194,10 @@ def _hopper_attention_kernel(
     q_token_stride, q_head_stride, key_page_rows, key_head_rows, key_head_columns, value_page_rows, value_head_rows,
     value_head_columns, table_stride, scale,
     GROUP: gl.constexpr, GROUP_BLOCK: gl.constexpr, DIM: gl.constexpr, PAGE: gl.constexpr, WINDOW: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """As _attention_kernel: the same tiles, the same result; scale is times log2(e)."""
+    start(DEPENDENT)
     BLOCK_Q: gl.constexpr = BLOCK_M // GROUP_BLOCK
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     LANES: gl.constexpr = 256
@@ -322,7 +324,8 @@ def hopper_plan(rows: int, requests: int, kv_heads: int, group: int, dim: int, m
     tiles = max(requests, 1) * -(-average * power_of_two(group) // BLOCK_M) * kv_heads
     few = average <= 8
     if dim == 256:
-        return HopperPlan(1) if few and tiles >= 64 and average * group >= 8 else None
+        # From 24 on two programs share a window, which has 8 blocks and more.
+        return HopperPlan(1 if tiles >= 64 else 2) if few and tiles >= 24 and average * group >= 8 and max_keys > 128 else None
     if few and tiles < 8:
         return None
     splits = 1 << (PROCESSORS // tiles).bit_length() - 1 if tiles <= PROCESSORS else 1
@@ -341,9 +344,10 @@ def launch_hopper(
     group, requests = heads // kv_heads, table.shape[0]
     group_block, block_q = power_of_two(group), BLOCK_M // power_of_two(group)
     (k_rows, *k_places), (v_rows, *v_places) = cast(Matrix, _matrix_of(keys)), cast(Matrix, _matrix_of(values))
+    dependent, options = alone()
     k_blocks, v_blocks = blocks_of(k_rows, BLOCK_N, dim), blocks_of(v_rows, BLOCK_N, dim)
     _hopper_attention_kernel[(kv_heads, rows // block_q + requests + 1, plan.splits)](
         q, k_blocks, v_blocks, table, positions, starts, out, tops, totals, rows, requests, *q.stride()[1:3], *k_places,
         *v_places, table.stride(0), scale * 1.4426950408889634, group, group_block, dim, page, window, BLOCK_M, BLOCK_N,
-        STAGES[dim], plan.splits > 1, num_warps=8,
+        STAGES[dim], plan.splits > 1, dependent, num_warps=8, **options,
     )  # fmt: skip

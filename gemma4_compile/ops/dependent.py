@@ -51,9 +51,8 @@ class Launch(NamedTuple):
     options: dict[str, bool]
 
 
-# Rows up to which a step's products are kernels of ours. Beyond, cuBLAS' stand between, and it is no chain any more: at 80 rows
-# dependent launches lost 1.6%.
-ROWS = 32
+# Rows up to which a step's products are kernels of ours. Beyond, cuBLAS' stand between, and it is no chain any more.
+ROWS = 128
 _PLAINLY, _DEPENDENTLY = dict[str, bool](), {"launch_pdl": True}
 _PLAIN = Launch(int(PLAIN), _PLAINLY)
 _LOCAL = threading.local()

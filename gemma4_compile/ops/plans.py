@@ -67,10 +67,36 @@ class PlePlan(NamedTuple):
     warps: int
 
 
-def ple_plan(rows: int, width: int) -> PlePlan | None:
-    """None: enough tokens for cuBLAS."""
+class PleDotPlan(NamedTuple):
+    """The same with tensor cores: tokens a program (8 or 16 of each product), slices of the columns that are summed apart, at
+    least as many as the gate's warps; of the projection a warp has 16 outputs."""
+
+    gate_tokens: int
+    gate_slices: int
+    gate_warps: int
+    tokens: int
+    slices: int
+    warps: int
+
+
+def ple_plan(rows: int, width: int, p: int, itemsize: int) -> PlePlan | PleDotPlan | None:
+    """Of p inputs for each of so many tokens. None: enough tokens for cuBLAS."""
+    if rows > 2 and _ple_dots(rows, width, p, itemsize):
+        # A program for each processor while that can be; of 16 tokens only what registers hold. Sums of four chains each.
+        gate_tokens = 16 if rows > 32 and width <= 3072 else 8
+        tokens, slices = (16, 2) if rows > 32 and p <= 256 else (8, 4)
+        return PleDotPlan(gate_tokens, gate_slices=16, gate_warps=8, tokens=tokens, slices=slices, warps=4)
     if rows > (32 if width <= 2048 else 16):
         return None
+    return _ple_few(rows, width)
+
+
+def _ple_dots(rows: int, width: int, p: int, itemsize: int) -> bool:
+    """fp32 has no tensor cores that add exactly; a program has all weights of its outputs in registers."""
+    return itemsize == 2 and rows <= 128 and width <= 4096 and p <= 512
+
+
+def _ple_few(rows: int, width: int) -> PlePlan:
     if rows <= 2:
         return PlePlan(tokens=1, gate_outputs=2, gate_block=256, gate_warps=4, outputs=16, warps=4)
     if rows <= 8:
@@ -87,9 +113,8 @@ def norms_inside(rows: int, width: int) -> bool:
 
 def norm_ple_plan(rows: int, width: int) -> PlePlan | None:
     """Of a gate whose programs norm their row themselves. None: a kernel for the norm, and both products by ple_plan."""
-    plan = ple_plan(rows, width) if norms_inside(rows, width) else None
     # The norm's operations are divided among the program's threads: blocks of a multiple of their number.
-    return None if plan is None else plan._replace(gate_block=512)
+    return _ple_few(rows, width)._replace(gate_block=512) if norms_inside(rows, width) else None
 
 
 class VectorPlan(NamedTuple):
@@ -113,10 +138,13 @@ class DotPlan(NamedTuple):
 
 
 class HopperProductsPlan(NamedTuple):
-    """Products of up to `tokens` rows, 64 or 128, with `outputs` rows of weights a tile: ops/fusions/linear_hopper.py."""
+    """Products of up to `tokens` rows, 64 or 128, with `outputs` rows of weights a tile, whose columns `splits` programs share,
+    `block` at a time: ops/fusions/linear_hopper.py."""
 
     tokens: int
     outputs: int
+    splits: int = 1
+    block: int = 64
 
 
 def product_plan(
@@ -130,13 +158,25 @@ def product_plan(
     few = rows == 1 or rows == 2 and not gated and outputs < 8192 and width % 512 == 0 and width <= 16384
     if few:
         return _vector_plan(outputs, width, gated)
-    if hopper and 32 < rows <= 128 and (gated or matrices > 1):
-        sizes = (64, 128, 256) if gated else (32, 64, 128)  # one tile a processor, if large tiles can do it
-        fitting = [size for size in sizes if outputs <= size * PROCESSORS]
-        # More weights than that cuBLAS reads as fast.
-        return HopperProductsPlan(64 if rows <= 64 else 128, fitting[0]) if fitting else None
-    if itemsize == 4 or rows > 32:  # fp32 has no tensor cores that add exactly
-        return None
+    dot = _dot_plan(rows, matrices, outputs, width, gated) if rows <= 32 and itemsize < 4 else None
+    own = _hopper_products_plan(rows, matrices, outputs, width, gated) if hopper and rows <= 128 else None
+    if own is None or dot is None:
+        return own or dot
+    balanced = _at_work(outputs, own.outputs) > 0.75
+    if gated:
+        return own if rows > 16 and balanced and outputs < 32768 else dot
+    if matrices > 1:
+        return own if outputs < 4096 or rows > 16 and balanced else dot
+    return own if 2112 < outputs < 8192 or width >= 8192 > outputs else dot
+
+
+def _at_work(outputs: int, size: int) -> float:
+    """The share of processors that work, in the rounds that all tiles of a product take."""
+    tiles = -(-outputs // size)
+    return tiles / (-(-tiles // PROCESSORS) * PROCESSORS)
+
+
+def _dot_plan(rows: int, matrices: int, outputs: int, width: int, gated: bool) -> DotPlan | None:
     tokens = 16 if rows <= 16 else 32
     if outputs >= 8192 or matrices > 1 and not (gated and rows <= 16):
         deep = gated and outputs >= 8192 and width < 4096
@@ -144,6 +184,27 @@ def product_plan(
     if rows > 16 or outputs > 2048 and width < 2816 or width > 16384:
         return None
     return DotPlan(tokens, outputs=16, block=128 if width % 512 == 0 else 64, slices=4, warps=4, stages=4)
+
+
+def _hopper_products_plan(rows: int, matrices: int, outputs: int, width: int, gated: bool) -> HopperProductsPlan | None:
+    """Tiles that leave few processors idle; a long matrix's columns divided among programs; None where cuBLAS is as fast."""
+    few = rows <= 64
+    tokens, block = (64, 128) if few else (128, 64)
+    if gated or matrices > 1 or outputs >= (8192 if few else 32768):
+        small = [32] if outputs <= 32 * PROCESSORS else []  # not worth a second round
+        size = max([*([256] if gated else []), 128, 64, *small], key=lambda size: _at_work(outputs, size))
+        return HopperProductsPlan(tokens, size, 1, 128 if size == 32 else block)
+    if 2048 <= outputs <= 32 * PROCESSORS and width <= (8192 if few else 2816):
+        return HopperProductsPlan(tokens, 32, 1, 128)
+    if 512 < outputs < 2048 and width <= 4096:
+        if few:
+            return HopperProductsPlan(tokens, 16, 1, 256)
+        return HopperProductsPlan(tokens, 16, 1, 128) if width <= 2048 else HopperProductsPlan(tokens, 32, 2, 128)
+    size = 64 if outputs <= 64 * PROCESSORS // 2 or few and width <= 8192 else 128
+    shares = max(1, min(PROCESSORS // -(-outputs // size), width // (2 * block), 12))
+    if outputs > 512 and not few and (width < 8192 or rows > 96 and not 2048 <= outputs <= 32 * PROCESSORS):
+        return None
+    return HopperProductsPlan(tokens, size, shares, block)
 
 
 def _vector_plan(outputs: int, width: int, gated: bool) -> VectorPlan:

@@ -11,10 +11,10 @@ import torch
 from gemma4_compile import ops
 from gemma4_compile.ops import OPS
 from gemma4_compile.ops.examples import SMALL, Sizes, example
-from gemma4_compile.ops.plans import HopperTilesPlan
+from gemma4_compile.ops.plans import HopperProductsPlan, HopperTilesPlan
 from tests.ops.accuracy import assert_as_accurate
 from tests.ops.exact import exact
-from tests.ops.kernel_cases import CASES, check_experts, check_op, outputs
+from tests.ops.kernel_cases import CASES, check_experts, check_op, check_products, outputs
 
 E2B = Sizes(hidden=1536, q_heads=8, kv_heads=1, head_dim=256, intermediate=6144, layers=35)
 E4B = Sizes(hidden=2560, q_heads=8, kv_heads=2, head_dim=512, intermediate=10240, layers=42)
@@ -80,10 +80,27 @@ def test_special_case(case: str):
     CASES[case]("cuda")
 
 
-@pytest.mark.skipif(
+needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="needs Hopper: its kernel of the experts is NOT tested",
+    reason="needs Hopper: its own kernels are NOT tested",
 )
+
+
+@needs_hopper
+@pytest.mark.parametrize(("counts", "gated"), (((1536,), False), ((520, 40, 72), False), ((2112, 2112), True)), ids=str)
+@pytest.mark.parametrize("splits", (1, 3))
+@pytest.mark.parametrize("known", (False, True), ids=("plain", "dependent"))
+def test_products_on_hopper(counts: tuple[int, ...], gated: bool, splits: int, known: bool):
+    """Rows and columns that fill no block, programs with several tiles, and shares that are shorter than the buffers."""
+    plans = [(64, 64, 128), (64, 32, 256), (128, 128, 64)] if gated else [(64, 16, 256), (64, 32, 128), (128, 64, 64)]
+    for tokens, of_tile, block in plans:
+        for rows in (3, 16, 17, 50) if tokens == 64 else (65, 100, 128):
+            for width in (200, 1544):
+                plan = HopperProductsPlan(tokens, of_tile, splits, block)
+                check_products(plan, rows, counts, width, gated, "cuda", known)
+
+
+@needs_hopper
 @pytest.mark.parametrize("tokens", (1, 19, 900))
 def test_experts_on_hopper(tokens: int):
     """Tiles that are filled in part, in both directions, and programs with several tiles and with none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -12,12 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from gemma4_compile.ops import OPS
+from gemma4_compile.ops.dependent import constants
 from gemma4_compile.ops.examples import SMALL, Sizes, example
 from gemma4_compile.ops.fusions.experts import run_plan, sorted_pairs
 from gemma4_compile.ops.fusions.linear import launch_products
-from gemma4_compile.ops.plans import DotPlan, HopperTilesPlan, PairPlan, TiledPlan, TilePlan, VectorPlan, head_plan
+from gemma4_compile.ops.fusions.linear_hopper import sum_shares
+from gemma4_compile.ops.fusions.ple_tail import launch_planned
+from gemma4_compile.ops.plans import DotPlan, HopperTilesPlan, PairPlan, PleDotPlan, TiledPlan, TilePlan, VectorPlan, head_plan
 from tests.ops.accuracy import assert_as_accurate
-from tests.ops.exact import exact
+from tests.ops.exact import exact, ple
 
 NORMED = ("norm_gate_up", "norm_linear", "norm_linear_pair", "norm_linear_triple")
 PRODUCTS = ("linear", "linear_pair", "linear_triple", "gate_up", *NORMED)
@@ -115,17 +119,43 @@ def wide_rows(device: str) -> None:
 
 def products(device: str) -> None:
     """Each kind of plan, with rows, outputs and columns that fill no block."""
-    for plan in (VectorPlan(2, 256, 2, 4), VectorPlan(4, 16, 3, 1), DotPlan(16, 16, 32, 4, 4, 2), DotPlan(32, 64, 16, 1, 4, 3)):
+    plans = VectorPlan(2, 256, 2, 4), VectorPlan(4, 16, 3, 1), DotPlan(16, 16, 32, 4, 4, 2), DotPlan(32, 64, 16, 1, 4, 3)
+    for plan in plans:
         for rows, counts, gated in ((2, (21,), False), (1, (7, 9), False), (2, (40, 3, 50), False), (2, (37, 37), True)):
-            x = torch.randn(rows, 72, device=device).bfloat16()
-            weights = tuple((0.1 * torch.randn(n, 72, device=device)).bfloat16() for n in counts)
-            exact = [x.double() @ weight.double().T for weight in weights]
-            eager = [F.linear(x, weight) for weight in weights]
-            if gated:
-                exact = [F.gelu(exact[0], approximate="tanh") * exact[1]]
-                eager = [F.gelu(eager[0], approximate="tanh") * eager[1]]
-            for a, e, x64 in zip(launch_products(x, weights, gated, plan), eager, exact, strict=True):
-                assert_as_accurate(a, e, x64)
+            check_products(plan, rows, counts, 72, gated, device)
+
+
+def check_products(
+    plan: Any, rows: int, counts: tuple[int, ...], width: int, gated: bool, device: str, dependent: bool = False
+) -> None:  # fmt: skip
+    x = torch.randn(rows, width, device=device).bfloat16()
+    weights = tuple((0.1 * torch.randn(n, width, device=device)).bfloat16() for n in counts)
+    with constants(weights) if dependent else nullcontext():
+        results = launch_products(x, weights, gated, plan)
+    check_sums(results, [x.double() @ weight.double().T for weight in weights], [F.linear(x, w) for w in weights], gated)
+
+
+def check_sums(results: list[torch.Tensor], exact: list[torch.Tensor], eager: list[torch.Tensor], gated: bool) -> None:
+    if gated:
+        exact, eager = ([F.gelu(gate, approximate="tanh") * up] for gate, up in (exact, eager))
+    for actual, plain, wanted in zip(results, eager, exact, strict=True):
+        assert_as_accurate(actual, plain, wanted)
+
+
+def shares_of_products(device: str) -> None:
+    """What Hopper's programs leave for each other, in tiles of 16 columns, or 8 of the gate's and 8 of up's."""
+    for counts, gated in (((300,), False), ((21, 16, 7), False), ((21, 21), True)):
+        of_tile = 8 if gated else 16
+        padded = [-(-count // of_tile) * of_tile for count in counts]
+        shares = [torch.randn(5, 3, size, device=device) for size in padded]
+        if gated:
+            laid = torch.stack([share.unflatten(-1, (-1, of_tile)) for share in shares], dim=-2).flatten(-3)
+        else:
+            laid = torch.cat(shares, dim=-1)
+        sums = [share[..., :count] for share, count in zip(shares, counts, strict=True)]
+        results = [torch.empty(3, count, device=device, dtype=torch.bfloat16) for count in (counts[:1] if gated else counts)]
+        sum_shares(laid.contiguous(), results, gated, 16)
+        check_sums(results, [s.double().sum(0) for s in sums], [s.sum(0).bfloat16() for s in sums], gated)
 
 
 def normed_products(device: str) -> None:
@@ -137,6 +167,29 @@ def normed_products(device: str) -> None:
                 check_op(name, example(name, replace(SMALL, hidden=72), tokens, torch.bfloat16, device), plan=plan)
     for tokens in (1, 2, 4):
         check_op("norm_ple", example("norm_ple", replace(SMALL, hidden=600, ple=21), tokens, torch.bfloat16, device))
+
+
+def ple_dots(device: str) -> None:
+    """Each kind of plan, with tokens, inputs and columns that fill no block, also of rows that lie apart; and what each
+    number of tokens is given."""
+    for tokens in (3, 5, 16, 17, 33, 80, 128):
+        check_op("ple_tail", example("ple_tail", replace(SMALL, hidden=64, ple=16), tokens, torch.bfloat16, device))
+    plans = (
+        PleDotPlan(8, 16, 8, 8, 4, 4),
+        PleDotPlan(8, 8, 4, 8, 1, 2),
+        PleDotPlan(16, 8, 8, 16, 2, 1),
+        PleDotPlan(16, 4, 2, 16, 4, 4),
+    )
+    for plan in plans:
+        for rows, hidden, p, dtype in ((19, 40, 37, torch.bfloat16), (5, 550, 16, torch.float16), (3, 40, 150, torch.bfloat16)):
+            x, inputs = (torch.randn(rows, 3, n, device=device).to(dtype)[:, 1] for n in (hidden, p))
+            gate, projection = ((0.1 * torch.randn(*size, device=device)).to(dtype) for size in ((p, hidden), (hidden, p)))
+            eager = F.linear(F.gelu(F.linear(x, gate), approximate="tanh") * inputs, projection)
+            wanted = ple(x.double(), inputs.double(), gate.double(), projection.double())
+            actual = launch_planned(x, inputs, gate, projection, plan)
+            assert_as_accurate(actual, eager, wanted)
+            if rows == 3:
+                assert torch.equal(actual, launch_planned(x.contiguous(), inputs.contiguous(), gate, projection, plan))
 
 
 def expert_plans(device: str) -> None:
@@ -201,7 +254,9 @@ CASES: dict[str, Callable[[str], None]] = {
     "many heads": many_heads,
     "wide rows": wide_rows,
     "products": products,
+    "shares of products": shares_of_products,
     "normed products": normed_products,
+    "PLE dots": ple_dots,
     "expert plans": expert_plans,
     "experts by vendor": experts_by_vendor,
     "pairs sorted": pairs_sorted,

@@ -178,12 +178,16 @@ def test_plans_fit_the_machine(itemsize: int):
 def test_plans_by_shape_class():
     """Splits fill the machine where rows are few; many rows do not split."""
     assert attention_plan(1, 1, 1, 8, 256, 131072).splits == 64
-    assert attention_plan(1, 1, 1, 8, 256, 131072, 512).splits == 32  # 17 blocks: a window may begin within one
+    assert attention_plan(1, 1, 1, 8, 256, 131072, 512).splits == 8
+    assert attention_plan(16, 16, 1, 8, 256, 131072, 512) == (2, 64, 4, 4, 3)
+    assert attention_plan(1, 1, 1, 8, 256, 100, 512).splits == 2  # no more than blocks of keys
+    assert attention_plan(1, 1, 8, 2, 256, 131072, 1024) == (8, 64, 8, 4, 2)
+    assert attention_plan(8, 8, 8, 2, 256, 131072, 1024) == (8, 64, 2, 4, 3)
     assert attention_plan(1, 1, 1, 8, 256, 512).splits == 16
-    assert attention_plan(32, 32, 8, 2, 256, 131072, 1024).splits == 2
+    assert attention_plan(32, 32, 8, 2, 256, 131072, 1024).splits == 1
     assert attention_plan(32, 32, 1, 8, 512, 8000).splits == 8
-    assert attention_plan(80, 80, 1, 8, 256, 131072, 512).splits == 4
-    assert attention_plan(1, 1, 1, 8, 512, 131072).splits == 32
+    assert attention_plan(80, 80, 1, 8, 256, 131072, 512).splits == 2
+    assert attention_plan(1, 1, 1, 8, 512, 131072)[1:3] == (32, 32)
     assert attention_plan(128, 32, 4, 8, 512, 8000)[:3] == (4, 64, 2)
     assert attention_plan(3000, 1, 1, 8, 256, 131072)[:3] == (16, 64, 1)
     assert attention_plan(3000, 1, 2, 8, 512, 131072)[:3] == (8, 32, 1)

@@ -28,7 +28,7 @@ from gemma4_compile.ops.examples import Sizes, example  # noqa: E402
 from gemma4_compile.ops.fusions.attention_qkv import attention_qkv  # noqa: E402
 from gemma4_compile.ops.fusions.experts import run_plan, sorted_pairs  # noqa: E402
 from gemma4_compile.ops.fusions.linear import launch_products  # noqa: E402
-from gemma4_compile.ops.plans import HopperProductsPlan, HopperTilesPlan  # noqa: E402
+from gemma4_compile.ops.plans import HopperProductsPlan, HopperTilesPlan, PleDotPlan, ple_plan  # noqa: E402
 from gemma4_compile.ops.sampling.sample import sample  # noqa: E402
 from gemma4_compile.packed.inputs import KINDS  # noqa: E402
 from gemma4_compile.runtime.speculative.verification import _launch_advance  # noqa: E402
@@ -96,7 +96,11 @@ def test_op(name: str, frontend: Frontend) -> None:
     [
         ("norm_gate_up", {"_norm_vector_kernel"}, {"_tail_kernel", "_dot_kernel"}),
         ("norm_linear_triple", {"_norm_vector_kernel"}, {"_tail_kernel", "_dot_kernel"}),
-        ("norm_ple", {"_norm_gate_kernel", "_projection_kernel"}, {"_tail_kernel", "_gate_kernel", "_projection_kernel"}),
+        (
+            "norm_ple",
+            {"_norm_gate_kernel", "_projection_kernel"},
+            {"_tail_kernel", "_gate_dot_kernel", "_projection_dot_kernel"},
+        ),
     ],
 )
 def test_norms_are_inside_products_of_few_rows(name: str, inside: set[str], apart: set[str], frontend: Frontend) -> None:
@@ -104,6 +108,36 @@ def test_norms_are_inside_products_of_few_rows(name: str, inside: set[str], apar
         frontend.seen.clear()
         OPS[name].launch(*example(name, SIZES, tokens, torch.bfloat16))
         assert {key.split()[0] for key in frontend.seen} == kernels, tokens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "hidden", "kernels"),
+    [
+        (2, torch.bfloat16, 1536, {"_gate_kernel", "_projection_kernel"}),
+        (3, torch.bfloat16, 1536, {"_gate_dot_kernel", "_projection_dot_kernel"}),
+        (128, torch.float16, 2560, {"_gate_dot_kernel", "_projection_dot_kernel"}),
+        (80, torch.bfloat16, 4096, {"_gate_dot_kernel", "_projection_dot_kernel"}),
+        (129, torch.bfloat16, 1536, {"_gelu_times_kernel"}),
+        (4, torch.bfloat16, 5376, {"_gate_kernel", "_projection_kernel"}),
+        (4, torch.float32, 1536, {"_gate_kernel", "_projection_kernel"}),
+        (40, torch.float32, 1536, {"_gelu_times_kernel"}),
+    ],
+)
+def test_ple_products(tokens: int, dtype: torch.dtype, hidden: int, kernels: set[str], frontend: Frontend) -> None:
+    OPS["ple_tail"].launch(*example("ple_tail", replace(SIZES, hidden=hidden), tokens, dtype))
+    assert {key.split()[0] for key in frontend.seen} == kernels | {"_tail_kernel"}
+
+
+@pytest.mark.parametrize("rows", [3, 32, 33, 64, 65, 128])
+@pytest.mark.parametrize("width", [96, 1536, 2560, 4096])
+@pytest.mark.parametrize("p", [16, 256, 512])
+def test_plans_of_ple_products(rows: int, width: int, p: int) -> None:
+    """What their kernels take: whole warps of slices of 32 columns and more, and 8 or 16 tokens."""
+    plan = ple_plan(rows, width, p, 2)
+    assert isinstance(plan, PleDotPlan)
+    assert {plan.gate_tokens, plan.tokens} <= {8, 16}
+    assert plan.gate_slices % plan.gate_warps == 0 and plan.gate_slices <= 16
+    assert -(-rows // plan.gate_tokens) * -(-p // 16) <= 132 * 4
 
 
 def test_many_pairs_sorted(frontend: Frontend) -> None:

@@ -11,7 +11,7 @@ from gemma4_compile.ops import OPS
 from gemma4_compile.ops.plans import norm_products_plan
 from gemma4_compile.passes import FUSIONS
 from scripts import bench_experts, bench_hopper
-from scripts.bench_linear import chosen
+from scripts.bench_linear import chosen, chosen_on_hopper
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -65,6 +65,14 @@ def test_what_is_off_does_not_pay_everywhere() -> None:
 @pytest.mark.parametrize("row", PRODUCTS, ids="{0[model]}-{0[product]}-{0[rows]}".format)
 def test_the_plan_of_a_product_was_measured_and_is_no_slower_than_cublas(row: dict[str, Any]) -> None:
     assert row["cublas_us"] / chosen(row) >= 0.97
+
+
+@pytest.mark.parametrize("row", rows_of("products-h200.json"), ids="{0[model]}-{0[product]}-{0[rows]}".format)
+def test_hoppers_plan_of_a_product_was_measured_and_is_no_slower(row: dict[str, Any]) -> None:
+    """With the norm in front of it, as a step has it: than cuBLAS, and nearly than other GPUs' plan and the best of its own."""
+    taken = chosen_on_hopper(row)
+    assert row["cublas_us"] / taken >= 0.97
+    assert min(row["others_us"] or taken, *row["plans_us"].values()) / taken >= 0.88
 
 
 @pytest.mark.parametrize("row", EXPERTS, ids="{0[tokens]}".format)

@@ -213,7 +213,7 @@ def _products(x: Tensor, weights: tuple[Tensor, ...], gated: bool = False) -> li
         return None
     outputs, width = sum(weight.shape[0] for weight in weights), x.shape[-1]
     rows = x.numel() // width
-    hopper = 32 < rows <= 128 and hopper_takes(as_rows(x), weights)
+    hopper = 2 < rows <= 128 and hopper_takes(as_rows(x), weights)
     plan = product_plan(rows, len(weights), outputs, width, gated, x.element_size(), hopper)
     return None if plan is None else launch_products(x, weights, gated, plan)
 

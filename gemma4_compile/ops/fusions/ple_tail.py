@@ -16,10 +16,11 @@ from torch import Tensor
 from gemma4_compile.ops.dependent import alone, behind, first, ready, start
 from gemma4_compile.ops.examples import Draw
 from gemma4_compile.ops.library import as_rows, expect, fresh, gelu_tanh, jit, op, power_of_two, product, rounded, tl
-from gemma4_compile.ops.plans import PlePlan, ple_plan
+from gemma4_compile.ops.plans import PleDotPlan, PlePlan, ple_plan
 from gemma4_compile.ops.rms_norm import normalize
 
 from .feed_forward_tail import launch_tail, scale_by
+from .ple_dot import launch_ple_dots
 
 
 def check_ple(
@@ -120,10 +121,20 @@ def _launch(
 
 def launch_ple_products(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor) -> tuple[Tensor, bool]:
     """Both matrix products of some rows, and whether a kernel of ours came last."""
-    plan = ple_plan(*hidden.shape)
+    (rows, width), p = hidden.shape, inputs.shape[1]
+    plan = ple_plan(rows, width, p, hidden.element_size())
+    return launch_planned(hidden, inputs, gate_weight, projection_weight, plan), plan is not None
+
+
+def launch_planned(
+    hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor, plan: PlePlan | PleDotPlan | None
+) -> Tensor:
+    """Both by a given plan."""
     if plan is None:
-        return _project_many(hidden, inputs, gate_weight, projection_weight), False
-    return _project_few(hidden, inputs, gate_weight, projection_weight, plan), True
+        return _project_many(hidden, inputs, gate_weight, projection_weight)
+    if isinstance(plan, PleDotPlan):
+        return launch_ple_dots(hidden, inputs, gate_weight, projection_weight, plan)
+    return _project_few(hidden, inputs, gate_weight, projection_weight, plan)
 
 
 def _project_many(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor) -> Tensor:
@@ -139,6 +150,11 @@ def _project_many(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projectio
 
 def _project_few(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection_weight: Tensor, plan: PlePlan) -> Tensor:
     """Both matrix products here: cuBLAS has too few programs for a handful of tokens, and a launch more."""
+    return launch_projection(launch_gate(hidden, inputs, gate_weight, plan), projection_weight, plan)
+
+
+def launch_gate(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, plan: PlePlan) -> Tensor:
+    """The first product, and what is done with it."""
     (rows, width), p = hidden.shape, inputs.shape[1]
     gated = hidden.new_empty((rows, p))
     groups, (dependent, options) = -(-rows // plan.tokens), first(gate_weight)
@@ -147,7 +163,7 @@ def _project_few(hidden: Tensor, inputs: Tensor, gate_weight: Tensor, projection
         width, p, plan.gate_block, plan.gate_outputs, plan.tokens, dependent, num_warps=plan.gate_warps,
         **options,
     )  # fmt: skip
-    return launch_projection(gated, projection_weight, plan)
+    return gated
 
 
 def launch_projection(gated: Tensor, projection_weight: Tensor, plan: PlePlan) -> Tensor:
