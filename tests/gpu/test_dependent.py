@@ -16,7 +16,7 @@ from gemma4_compile.ops.attention import attention
 from gemma4_compile.ops.dependent import constants
 from gemma4_compile.ops.examples import Sizes, example
 from gemma4_compile.ops.fusions.attention_qkv import attention_qkv
-from tests.ops.attention_cases import NEW_MIXES, raw, step
+from tests.ops.attention_cases import NEW_MIXES, Request, raw, step
 from tests.ops.dependent_cases import KEPT, weights_of
 from tests.ops.kernel_cases import outputs
 
@@ -69,7 +69,7 @@ def check(launch: Callable[..., Any], args: tuple[Any, ...], weights: set[int]) 
 
 @pytest.mark.parametrize("name", KEPT)
 def test_what_comes_late_is_waited_for(name: str) -> None:
-    for tokens in (1, 6, 20):
+    for tokens in (1, 6, 20, 70):
         args = example(name, E2B, tokens, torch.bfloat16, "cuda")
         check(OPS[name].launch, args, weights_of(name, args))
 
@@ -79,3 +79,20 @@ def test_attention_waits_for_keys(mix: str) -> None:
     made = step(NEW_MIXES[mix], heads=8, dim=64, dtype=torch.bfloat16, device="cuda", padding=2, unwritten=0.0)
     check(attention.launch, made.fresh(), set())
     check(attention_qkv.launch, raw(made, False), set())
+
+
+@pytest.mark.parametrize(("dim", "window"), ((256, 200), (512, 0)))
+def test_attention_of_many_requests_waits_for_keys(dim: int, window: int) -> None:
+    """By Hopper's own kernel there, in shares and whole."""
+    for requests in (30, 80):
+        made = step(
+            [Request(250, 1)] * requests,
+            heads=8,
+            dim=dim,
+            page=64,
+            window=window,
+            dtype=torch.bfloat16,
+            device="cuda",
+            unwritten=0.0,
+        )
+        check(attention.launch, made.fresh(), set())
