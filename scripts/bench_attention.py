@@ -1,11 +1,15 @@
 """Time attention over launch plans at the shapes of the released models: attention_plan and hopper_plan come from here.
 
     python scripts/bench_attention.py [--only "E2B full, decode 80|26B-A4B"] [--out FILE]
+    python scripts/bench_attention.py --decode [--only "E2B sliding"] [--out FILE]        # few rows, as a step launches them
 
 Each shape is one class of the plan: a prefill of one request of 8192 tokens, decode of 1 to 80 requests behind 1024 to 8000
 keys, verification of three drafts. Microseconds, median of 20 launches, each plan beside the one that attention_plan picks.
 The floor of a decode is the bytes of its keys and values over the copy bandwidth, that of a prefill its FLOPs over the rate of
 a large product. Most of the time goes to compiling: `--compile` does that alone, so that several processes can, shape by shape.
+
+--decode: one new token a request, fewer plans, and each launch as in a step: dependent, behind a norm, reading keys that are
+not in the L2 cache, in pages of 64 that lie anywhere. The norm's own time is taken off.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +29,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 from gemma4_compile.bench.rates import copy_bandwidth, median_seconds, product_rate
 from gemma4_compile.ops.attention import AttentionPlan, attention_plan, launch_planned
 from gemma4_compile.ops.attention_hopper import HopperPlan, hopper_plan
+from gemma4_compile.ops.dependent import constants
 from gemma4_compile.ops.gluon import is_hopper
+from gemma4_compile.ops.rms_norm import rms_norm
+from scripts.bench_linear import quick_microseconds
 
 Plan = AttentionPlan | HopperPlan
 
@@ -99,10 +107,46 @@ def candidates(shape: Shape) -> list[Plan]:
     return found + [HopperPlan(splits) for splits in (1, 2, 4, 8, 16, 32) if is_hopper(torch.device("cuda", 0))]
 
 
+def measure_decode(layer: str, requests: int, context: int, bandwidth: float) -> dict[str, Any]:
+    heads, kv_heads, dim, window = LAYERS[layer]
+    pages, reads, group = -(-context // 64), min(context, window or context), heads // kv_heads
+    nbytes = 4 * requests * reads * kv_heads * dim
+    layers = [
+        (*torch.randn(2, requests * pages, 64, kv_heads, dim, device="cuda", dtype=torch.bfloat16),)
+        for _ in range(max(3, min(16, int(120e6 / nbytes))))
+    ]
+    table = torch.randperm(requests * pages, device="cuda", dtype=torch.int32).view(requests, pages)
+    positions = torch.full((requests,), context - 1, device="cuda")
+    starts = torch.arange(requests + 1, device="cuda", dtype=torch.int32)
+    slots, x = starts.new_zeros(0, dtype=torch.int64), torch.randn(1, requests, heads * dim, device="cuda").bfloat16()
+    weight, out = torch.ones_like(x[0, 0]), torch.empty_like(x).view(1, requests, heads, dim)
+
+    def run(keys: torch.Tensor, values: torch.Tensor, plan: Plan | None) -> None:
+        q = rms_norm.launch(x, weight, 1e-6).view_as(out)
+        if plan is not None:
+            launch_planned(out, q, None, None, keys, values, slots, table, positions, starts, window, 1.0 / 16, plan)
+
+    sizes = requests, requests, kv_heads, group, dim, pages * 64
+    chosen: Plan = is_hopper(x.device) and hopper_plan(*sizes) or attention_plan(*sizes, window)
+    block_q = max(1, 16 // group)
+    plans: list[Plan] = [AttentionPlan(block_q, n, s, 4, 2) for n in (32, 64) for s in (2, 4, 8, 16, 32)]
+    plans += [AttentionPlan(block_q, 64, s, 4, 3) for s in (2, 4, 8) if dim <= 256]
+    plans += [HopperPlan(s) for s in (1, 2, 4, 8, 16, 32)] if is_hopper(x.device) else []
+    plans = [chosen, *(plan for plan in plans if plan != chosen and requests * kv_heads * plan.splits <= 640)]
+    with constants([weight]):
+        *times, norm = quick_microseconds([partial(run, plan=plan) for plan in (*plans, None)], layers)
+    found = sorted((round(us - norm, 2), list(plan)) for us, plan in zip(times, plans, strict=True))
+    return {
+        "shape": f"{layer}, decode {requests} at {context}", "floor_us": round(1e6 * nbytes / bandwidth, 2),
+        "chosen_us": round(times[0] - norm, 2), "chosen": chosen, "best": found[:5],
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="", help="shapes whose name contains one of these, parted by |")
+    parser.add_argument("--decode", action="store_true", help="few rows, as a step launches them")
     parser.add_argument("--compile", action="store_true", help="compile the plans, time nothing")
     arguments = parser.parse_args()
     shapes = [shape for shape in SHAPES if any(part in shape.name for part in arguments.only.split("|"))]
@@ -114,6 +158,13 @@ def main() -> None:
         return
     bandwidth, rate = copy_bandwidth(), product_rate()
     rows = []
+    if arguments.decode:
+        shapes = []
+        for layer, (requests, context) in itertools.product(LAYERS, itertools.product((1, 4, 8, 16, 30, 48, 80), (1024, 8000))):
+            name = f"{layer}, decode {requests} at {context}"
+            if any(part in name for part in arguments.only.split("|")):
+                rows.append(measure_decode(layer, requests, context, bandwidth))
+                print(json.dumps(rows[-1]), flush=True)
     for shape in shapes:
         given = inputs_of(shape)
         most = shape.rows + shape.seen

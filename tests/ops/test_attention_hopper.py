@@ -37,7 +37,11 @@ def test_plans_by_shape_class():
     assert hopper_plan(320, 80, 4, 8, 512, 8192) == (1,)
     assert hopper_plan(32, 32, 1, 8, 512, 8192) == (4,)
     assert hopper_plan(32, 32, 1, 8, 512, 100) == (2,)  # no more than blocks of keys
-    assert hopper_plan(1, 1, 1, 8, 512, 8192) is None
+    assert hopper_plan(1, 1, 1, 8, 512, 8192) == hopper_plan(4, 1, 1, 8, 512, 8192) == (32,)
+    assert hopper_plan(4, 4, 1, 8, 512, 8192) == (16,)
+    assert hopper_plan(1, 1, 1, 8, 512, 4096) is None
+    assert hopper_plan(30, 30, 1, 8, 256, 8192) == (2,)
+    assert hopper_plan(16, 16, 1, 8, 256, 8192) is None
     assert hopper_plan(80, 80, 1, 8, 256, 8192) == (1,)
     assert hopper_plan(80, 80, 8, 2, 256, 8192) is None  # two of a tile's 64 rows
     assert hopper_plan(8000, 1, 1, 8, 256, 8192) is None
