@@ -65,6 +65,7 @@ def attention_qkv() -> str:
 ENGINE = (
     "engine-e2b-h200", "engine-e2b-later-h200", "engine-26b-h200", "engine-dependent-h200",
     "engine-e2b-hopper-h200", "engine-26b-hopper-h200", "bench-e2b-one-h200", "bench-12b-h200",
+    "bench-e2b-products-h200",
 )  # fmt: skip
 
 
@@ -253,11 +254,11 @@ def served() -> str:
     """Some of the rows of docs/engine.md."""
     alone, drafted = (
         {(row["model"], row["workload"]): row for row in rows_of_engine(*names, mtp=mtp)}
-        for names, mtp in ((ENGINE, False), (("engine-e2b-mtp-h100", "engine-e2b-mtp-dependent-h200", "bench-12b-h200"), True))
+        for names, mtp in ((ENGINE, False), (("engine-e2b-mtp-h100", "bench-12b-h200", "bench-e2b-products-h200"), True))
     )
     chosen = [
         (alone, "E2B", "1024/1024x80"), (alone, "E2B", "8000/1000x80"), (alone, "E2B", "7000/10x30"),
-        (alone, "E2B", "128/256x1"), (drafted, "E2B", "128/256x1"), (drafted, "E2B", "8000/1000x80"),
+        (alone, "E2B", "128/256x1"), (drafted, "E2B", "128/256x1"), (drafted, "E2B", "1024/1024x80"),
         (alone, "12B", "128/256x1"), (drafted, "12B", "128/256x1"), (alone, "12B", "1024/1024x80"),
         (alone, "26B-A4B", "128/256x1"), (alone, "26B-A4B", "1024/1024x80"), (alone, "26B-A4B", "3000/100x30"),
     ]  # fmt: skip
@@ -270,7 +271,7 @@ def served() -> str:
         what = "one request" if one else f"{tokens} tokens in/out, {requests} requests"
         cells.append([
             f"{model}, {what}" + (", MTP, 2.8 tokens a round" if mtp else ""),
-            f"{row[key]:.{digits}f}{unit}" + (", on an H100" if mtp and not one else ""),
+            f"{row[key]:.{digits}f}{unit}",
             f"{row['vllm'][key]:g}{unit}" if row["vllm"] else "",
         ])  # fmt: skip
     return markdown(["one H200, bf16, random weights", "ours", "vLLM 0.26, another day"], cells)
@@ -290,7 +291,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": lambda: bench_linear.markdown(records("linear-h200")["rows"]),
     "alone": partial(ops, "geglu", "rms_norm", "rms_norm_noscale", "rope"),
     "engine": partial(workloads, *ENGINE),
-    "mtp": partial(workloads, "engine-e2b-mtp-h100", "engine-26b-mtp-h100", "bench-12b-h200", vllm="vLLM s (H200)", mtp=True),
+    "mtp": partial(
+        workloads, "engine-e2b-mtp-h100", "engine-26b-mtp-h100", "bench-12b-h200", "bench-e2b-products-h200",
+        vllm="vLLM s (H200)", mtp=True,
+    ),
     "acceptance": acceptance,
     "parallel": parallel,
     "all-reduce": all_reduce_of_two,
