@@ -153,7 +153,8 @@ def product_plan(
     """Of products of one x with matrices that have `outputs` rows in all; gated: two of those make an output; hopper: whether
     Hopper's kernel takes them. None: cuBLAS.
 
-    Measured with scripts/bench_linear.py; tests/ops/test_measured.py holds it to benchmarks/linear-h200.json.
+    Measured with scripts/bench_linear.py; tests/ops/test_measured.py holds it to benchmarks/linear-h200.json, and on Hopper to
+    products-h200.json.
     """
     few = rows == 1 or rows == 2 and not gated and outputs < 8192 and width % 512 == 0 and width <= 16384
     if few:
@@ -162,6 +163,7 @@ def product_plan(
     own = _hopper_products_plan(rows, matrices, outputs, width, gated) if hopper and rows <= 128 else None
     if own is None or dot is None:
         return own or dot
+    # Up to 32 rows both can: the other starts sooner, Hopper's moves more bytes if all processors have a part.
     balanced = _at_work(outputs, own.outputs) > 0.75
     if gated:
         return own if rows > 16 and balanced and outputs < 32768 else dot

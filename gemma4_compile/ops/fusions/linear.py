@@ -6,6 +6,7 @@ dtype; gate_up rounds where the MLP does: both products, then gelu, then their p
 A product of few rows reads its weights once and does little else, so what counts is how many bytes are under way at any
 time. cuBLAS has too few programs for that where a matrix is small, or splits it and launches a second kernel for the sum.
 Here each program holds whole rows of the weights: no sums between programs, so the result does not depend on their order.
+Hopper has a kernel of its own (linear_hopper.py), for more rows and for long matrices, whose shares are summed in one order.
 Where `product_plan` has no plan, as for many rows, the products are cuBLAS's own.
 """
 
