@@ -1,4 +1,4 @@
-"""The two small products of a PLE tail with tensor cores, of some tokens: as ple_tail.py's own kernels, and rounded like them.
+"""The two small products of a PLE tail with tensor cores, for 3 to 128 tokens; they round as those of ple_tail.py do.
 
 Both are a wait for the kernel before and one for memory, so what counts is what stands between the two waits and the result.
 Weights are in registers before the first wait. Triton hands operands to tensor cores through shared memory, unless a thread has
@@ -38,8 +38,8 @@ def fragments(loaded, TILES: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.con
 
 @jit
 def sum_over_warps(sums, WARPS: tl.constexpr, OUTPUTS: tl.constexpr, TOKENS: tl.constexpr):
-    """[WARPS, OUTPUTS, TOKENS] -> [TOKENS, OUTPUTS]. Halves are split, so that a thread gets all that it adds: a reduction
-    would go through shared memory twice."""
+    """[WARPS, OUTPUTS, TOKENS] -> [TOKENS, OUTPUTS]. Halves are split, so that a thread gets all that it adds: a reduction goes
+    through shared memory twice."""
     total = tl.reshape(tl.permute(sums, (0, 2, 1)), (WARPS, TOKENS * OUTPUTS))
     for halved in tl.static_range(4):
         if WARPS >> halved > 1:
