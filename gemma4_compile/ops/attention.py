@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attention_hopper import HopperPlan, hopper_plan, hopper_takes, launch_hopper
 from .dependent import alone, start
-from .library import expect, exponential, fresh, jit, op, pinned, power_of_two, tl, triton, unit_stride
+from .library import expect, exponential, fresh, jit, op, pinned, power_of_two, power_of_two_within, tl, triton, unit_stride
 from .plans import PROCESSORS
 
 
@@ -358,23 +358,22 @@ def attention_plan(
     block_q = max(1, power_of_two(block_m) // group_block)
 
     tiles = max(requests * -(-average // block_q) * kv_heads, 1)
-    if (
-        few and window and dim_block <= 256 and itemsize < 4
-    ):  # few blocks: a share more costs its sum as much as its program saves
+    # A window has few blocks: a share more costs its sum as much as its program saves.
+    if few and window and dim_block <= 256 and itemsize < 4:
         blocks = -(-min(window, max_keys) // block_n)
-        splits = min(_power_of_two_within(PROCESSORS * blocks // (16 * tiles)), 8)
-        splits = min(max(splits, 2 if tiles <= PROCESSORS else 1), _power_of_two_within(blocks))
+        splits = min(power_of_two_within(PROCESSORS * blocks // (16 * tiles)), 8)
+        splits = min(max(splits, 2 if tiles <= PROCESSORS else 1), power_of_two_within(blocks))
         # A third block under way takes a processor's memory for one program.
         return AttentionPlan(block_q, block_n, splits, warps, 3 if splits < 8 and tiles * splits <= PROCESSORS else 2)
     # Partial results are fp32 rows of each split: what many rows would write costs more than idle processors.
     if few:  # two programs a processor, and never one alone for a request's keys
-        splits = max(2, power_of_two(-(-_power_of_two_within(2 * PROCESSORS) // tiles)))
+        splits = max(2, power_of_two(-(-power_of_two_within(2 * PROCESSORS) // tiles)))
     else:
-        splits = _power_of_two_within((PROCESSORS if rows <= 512 else 0) // tiles)
+        splits = power_of_two_within((PROCESSORS if rows <= 512 else 0) // tiles)
     if window and window < max_keys:
         most = power_of_two(-(-window // 32) + 1)  # one more: a window may begin within a block
     else:
-        most = _power_of_two_within(max_keys // (64 if dim_block > 256 and requests * kv_heads >= 32 else 32))
+        most = power_of_two_within(max_keys // (64 if dim_block > 256 and requests * kv_heads >= 32 else 32))
     # Their sum has all splits of a row in registers: 64 of 512 columns took 10 us longer than 32.
     return AttentionPlan(block_q, block_n, min(splits, most, 64 if dim_block <= 256 else 32), warps, stages)
 
@@ -388,11 +387,6 @@ def attention_kernels(
     kv_heads, group, dim, window = shape
     yield shape, attention_plan(rows, requests, kv_heads, group, dim, max_keys, window, itemsize)
     yield shape, hopper_plan(rows, requests, kv_heads, group, dim, max_keys)
-
-
-def _power_of_two_within(n: int) -> int:
-    """The largest power of two that is no more than n, 1 at least."""
-    return 1 << max(n, 1).bit_length() - 1
 
 
 def _dim_block(dim: int) -> int:

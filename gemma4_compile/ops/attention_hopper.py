@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .dependent import alone, start
 from .gluon import barrier, blocks_of, gl, gluon_jit, hopper, is_hopper, mbarrier
-from .library import power_of_two
+from .library import power_of_two, power_of_two_within
 from .plans import PROCESSORS
 
 
@@ -329,8 +329,8 @@ def hopper_plan(rows: int, requests: int, kv_heads: int, group: int, dim: int, m
     if few and tiles < 8:
         # Of a short past the other's smaller blocks are 1 to 2 us faster. Here 30,000 keys take 43 us, there 67.
         long = tiles > 0 and max_keys > 4096
-        return HopperPlan(min(32, 1 << (64 // tiles).bit_length() - 1)) if long else None
-    splits = 1 << (PROCESSORS // tiles).bit_length() - 1 if tiles <= PROCESSORS else 1
+        return HopperPlan(min(32, power_of_two_within(64 // tiles))) if long else None
+    splits = power_of_two_within(PROCESSORS // tiles)
     if few and PROCESSORS < tiles < 2 * PROCESSORS:
         splits = 2  # else a second round of programs has too few to use the bandwidth
     return HopperPlan(min(splits, 32, power_of_two(-(-max_keys // BLOCK_N))))

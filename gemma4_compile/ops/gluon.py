@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import INTERPRETED, tl, triton
+from .library import INTERPRETED, triton
 
 if triton is not None:
     from triton.experimental import gluon
@@ -29,13 +29,6 @@ else:
 
     def gluon_jit(kernel: Any = None, **_: Any) -> Any:
         return kernel if kernel is not None else gluon_jit
-
-
-@gluon_jit
-def wait():
-    """As dependent.ready: behind it all that earlier kernels wrote may be read, and the next kernel may start."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
 
 
 @gluon_jit

@@ -240,6 +240,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def power_of_two_within(n: int) -> int:
+    """The largest power of two that is no more than n, 1 at least."""
+    return 1 << max(n, 1).bit_length() - 1
+
+
 @jit
 def pinned(scalar):
     """A float argument as fp32, whatever the caller's launcher made of it (Inductor passes fp64)."""

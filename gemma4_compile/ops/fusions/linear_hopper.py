@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma4_compile.ops.dependent import EARLY, alone, behind, first, start
-from gemma4_compile.ops.gluon import blocks_of, gl, gluon_jit, hopper, is_hopper, mbarrier, multiply_steps, results_of, wait
+from gemma4_compile.ops.dependent import EARLY, alone, behind, first, ready, start
+from gemma4_compile.ops.gluon import blocks_of, gl, gluon_jit, hopper, is_hopper, mbarrier, multiply_steps, results_of
 from gemma4_compile.ops.library import gelu_tanh, jit, rounded, tl
 from gemma4_compile.ops.plans import PROCESSORS, HopperProductsPlan
 
@@ -59,7 +59,7 @@ def _load_tiles(
             begin = share_begin + stage * BLOCK
             weights = w_buffers.index(stage)
             _copy_weights(first, second, third, weights, full.index(stage), tile, begin, first_tiles, second_tiles, GATED)
-        wait()
+        ready(DEPENDENT)
         for stage in range(asked):
             _copy_rows(x, x_buffers.index(stage), full.index(stage), share_begin + stage * BLOCK, GROUPS)
     done = asked
@@ -67,11 +67,11 @@ def _load_tiles(
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         for begin in range(share_begin_now, share_end, BLOCK):
             stage = done % STAGES
-            ready = full.index(stage)
+            landed = full.index(stage)
             mbarrier.wait(empty.index(stage), (done // STAGES & 1) ^ 1)
-            mbarrier.expect(ready, BYTES)
-            _copy_rows(x, x_buffers.index(stage), ready, begin, GROUPS)
-            _copy_weights(first, second, third, w_buffers.index(stage), ready, tile, begin, first_tiles, second_tiles, GATED)
+            mbarrier.expect(landed, BYTES)
+            _copy_rows(x, x_buffers.index(stage), landed, begin, GROUPS)
+            _copy_weights(first, second, third, w_buffers.index(stage), landed, tile, begin, first_tiles, second_tiles, GATED)
             done += 1
         share_begin_now = share_begin
 
